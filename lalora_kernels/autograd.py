@@ -1,0 +1,136 @@
+"""The autograd Functions. What a backward does with the gradient of a parameter is decided by its recorder.
+
+Without a recorder a Function returns ordinary summed gradients. With one (a private step, privacy/engine.py) it hands
+over what per-sample gradients are made of and returns None for every parameter, so that any gradient that autograd
+does accumulate into a private parameter came from a use outside its module, and is refused there.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+class LoRAFunction(torch.autograd.Function):
+    """y = x W0^T + b + s (x_lora A^T) B^T; x (..., n), W0 (m,n), A (r,n), B (m,r).
+
+    ``x_lora`` is None where it is x itself (no dropout). Only what the active factors need is kept for backward:
+    h = x A^T (r wide) for B, x for A, neither when both are frozen. Computes in ``dtype``.
+    """
+
+    @staticmethod
+    def forward(ctx, x, x_lora, weight, bias, lora_A, lora_B, scaling, dtype, recorder):
+        _, _, _, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
+        xc = x.to(dtype)
+        xl = xc if x_lora is None else x_lora.to(dtype)
+        y = F.linear(xc, weight.to(dtype), None if bias is None else bias.to(dtype))
+        h = xl @ lora_A.to(dtype).t()
+        y.view(-1, y.shape[-1]).addmm_(_rows(h), lora_B.to(dtype).t(), alpha=scaling)
+        ctx.save_for_backward(h if need_B else None, xl if need_A else None, weight, lora_A, lora_B)
+        ctx.scaling, ctx.dtype, ctx.recorder = scaling, dtype, recorder
+        ctx.dtypes = (x.dtype, None if x_lora is None else x_lora.dtype)
+        if recorder is not None and (need_bias or need_A or need_B):
+            recorder.note_forward()
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        need_x, need_xl, _, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
+        h, xl, weight, lora_A, lora_B = ctx.saved_tensors
+        through_A = need_xl or (need_x and ctx.dtypes[1] is None)
+        dx = dxl = dA = dB = db = dz = None
+        if ctx.recorder is not None:
+            dz = ctx.recorder.record_lora(dy, lora_B.to(dy.dtype), ctx.scaling, h, xl, through_A, need_bias)
+        else:
+            dy2 = _rows(dy)
+            if through_A or need_A:
+                dz = ctx.scaling * (dy2 @ lora_B.to(dy.dtype))
+            if need_A:
+                dA = (dz.t() @ _rows(xl)).to(lora_A.dtype)
+            if need_B:
+                dB = (ctx.scaling * (dy2.t() @ _rows(h))).to(lora_B.dtype)
+            if need_bias:
+                db = dy2.sum(0)
+        if need_x:
+            dx = _rows(dy) @ weight.to(dy.dtype)
+            if ctx.dtypes[1] is None:
+                dx.addmm_(_rows(dz), lora_A.to(dy.dtype))
+            dx = dx.view(*dy.shape[:-1], -1).to(ctx.dtypes[0])
+        if need_xl:
+            dxl = (_rows(dz) @ lora_A.to(dy.dtype)).view(*dy.shape[:-1], -1).to(ctx.dtypes[1])
+        return dx, dxl, None, db, dA, dB, None, None, None
+
+
+def lora_linear(x, weight, bias, lora_A, lora_B, scaling, *, x_lora=None, recorder=None) -> Tensor:
+    """The adapted linear map, for plain (``recorder=None``) and private training; honours autocast.
+
+    x (..., n), weight (m,n), bias (m,) or None, lora_A (r,n), lora_B (m,r) -> (..., m). Factors kept in another dtype
+    than x (float32 masters beside a bfloat16 base) are cast to x's for the products.
+    """
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        return LoRAFunction.apply(x, x_lora, weight, bias, lora_A, lora_B, scaling, dtype, recorder)
+
+
+class LinearFunction(torch.autograd.Function):
+    """y = x W^T + b with W (m,n) and b (m,), either of them trainable: a head, or a bias alone."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, recorder):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.recorder = recorder
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        ctx.recorder.record(dy, x)
+        return (dy @ weight if ctx.needs_input_grad[0] else None), None, None, None
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """y = (x - mean) rstd * weight + bias over the last ``len(shape)`` axes."""
+
+    @staticmethod
+    def forward(ctx, x, shape, weight, bias, eps, recorder):
+        y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.shape, ctx.recorder = shape, recorder
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        normalized = ((x - mean) * rstd).to(dy.dtype) if ctx.needs_input_grad[2] else None
+        ctx.recorder.record(dy, normalized)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.aten.native_layer_norm_backward(
+                dy.contiguous(), x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
+            )[0]
+        return dx, None, None, None, None, None
+
+
+class EmbeddingFunction(torch.autograd.Function):
+    """y = weight[ids]; weight (V,d), ids any shape of integers."""
+
+    @staticmethod
+    def forward(ctx, weight, ids, padding_idx, recorder):
+        ctx.save_for_backward(ids)
+        ctx.recorder = recorder
+        return F.embedding(ids, weight, padding_idx)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        ctx.recorder.record(dy, ctx.saved_tensors[0])
+        return None, None, None, None

@@ -1,0 +1,51 @@
+"""Which factor is active at (round, local step), both counted from 1."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``active(round, step)`` names the factors that a private step trains: "A", "B" or "AB"."""
+
+    name: str
+    rule: Callable[[int, int], str]
+
+    def active(self, round: int, step: int) -> str:
+        """Factors of local step ``step`` of round ``round``. Raises ValueError where either is below 1."""
+        if round < 1 or step < 1:
+            raise ValueError(f"rounds and local steps count from 1, got round {round}, step {step}")
+        return self.rule(round, step)
+
+
+def _both(round: int, step: int) -> str:
+    return "AB"
+
+
+def _b_only(round: int, step: int) -> str:
+    return "B"
+
+
+def _by_round(round: int, step: int) -> str:
+    return "B" if round % 2 else "A"
+
+
+def _by_step(round: int, step: int) -> str:
+    return "B" if step % 2 else "A"
+
+
+SCHEDULES = {
+    "dp-lora": Schedule("dp-lora", _both),  # 2312.17493
+    "ffa-lora": Schedule("ffa-lora", _b_only),  # 2403.12313
+    "rolora": Schedule("rolora", _by_round),  # 2409.02346
+    "la-lora": Schedule("la-lora", _by_step),  # 2602.19926
+}
+
+
+def get_schedule(method: str | Schedule) -> Schedule:
+    """The schedule of a method by name; a ``Schedule`` of your own passes through. Raises ValueError if unknown."""
+    if isinstance(method, Schedule):
+        return method
+    if method not in SCHEDULES:
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(sorted(SCHEDULES))}")
+    return SCHEDULES[method]
