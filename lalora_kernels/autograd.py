@@ -93,7 +93,7 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         ctx.recorder.record(dy, x)
-        return (dy @ weight if ctx.needs_input_grad[0] else None), None, None, None
+        return (dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None), None, None, None
 
 
 class LayerNormFunction(torch.autograd.Function):

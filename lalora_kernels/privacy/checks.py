@@ -1,0 +1,179 @@
+"""Does every trainable tensor's per-sample gradient come from its own record alone? Asked of the model itself, in float64."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lalora_kernels.nn import lora_layers, set_active
+from lalora_kernels.privacy.engine import Engine, Site
+from lalora_kernels.privacy.sampling import BatchInfo
+
+# Two float64 evaluations of one gradient, in different orders of summation.
+RTOL = 1e-8
+
+
+def tree_map(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """``f`` of every tensor in nested mappings, sequences and named tuples; other leaves are kept."""
+    if isinstance(tree, Tensor):
+        return f(tree)
+    if isinstance(tree, Mapping):
+        mapped = {k: tree_map(f, v) for k, v in tree.items()}
+        return mapped if type(tree) is dict else type(tree)(mapped)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(tree_map(f, v) for v in tree))
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(tree_map(f, v) for v in tree)
+    return tree
+
+
+def _leaves(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    tree_map(lambda t: found.append(t) or t, tree)
+    return found
+
+
+def _double(model: nn.Module) -> nn.Module:
+    """A float64 copy in eval mode whose B factors are not zero, so that A's gradient is not zero either."""
+    twin = copy.deepcopy(model).double().eval()
+    for (_, m), (_, t) in zip(model.named_modules(), twin.named_modules()):
+        if isinstance(m, nn.modules.batchnorm._NormBase):
+            t.train(m.training)
+    generator = torch.Generator().manual_seed(0)
+    for _, layer in lora_layers(twin):
+        noise = torch.randn(layer.lora_B.shape, generator=generator, dtype=torch.float64)
+        layer.lora_B.data.add_(0.1 * noise.to(layer.lora_B.device))
+    return twin
+
+
+def per_sample_gradients(
+    model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], *, loss_reduction: str = "mean"
+) -> dict[str, Tensor]:
+    """Every trainable tensor's gradient of each record's own loss, {name: (N, *shape)}, as the private step sees it.
+
+    ``loss(model, batch)`` is a scalar; ``batch`` nested tensors with N records along the first axis. The model is left
+    as it was found, its ``grad`` untouched. Raises as ``make_private`` does for what no rule covers.
+    """
+    rows = _leaves(batch)[0].shape[0]
+    engine = Engine(
+        model, clipping="flat", max_grad_norm=1.0, noise_std=0.0, noise=None, divisor=1.0, smoothing=None,
+        loss_reduction=loss_reduction, charge=None,
+    )
+    try:
+        engine.begin(BatchInfo(rows=rows, valid=rows, first=True, last=True))
+        loss(model, batch).backward()
+        return {s.name: engine.grad_scale * _materialize(s, rows) for s in engine.active}
+    finally:
+        engine.detach()
+
+
+def _materialize(site: Site, rows: int) -> Tensor:
+    if not site.marked:
+        return site.param.new_zeros(rows, *site.param.shape)
+    if site.deferred is None:
+        return site.G.clone()
+    one_hot = torch.eye(rows, dtype=site.param.dtype, device=site.param.device)
+    out = [torch.zeros_like(site.param) for _ in range(rows)]
+    with torch.no_grad():
+        for w, o in zip(one_hot, out):
+            site.deferred.add_weighted_sum(w, o)
+    return torch.stack([o.detach() for o in out])
+
+
+def single_sample_gradients(
+    model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor]
+) -> dict[str, Tensor]:
+    """The same by N ordinary backwards of one record each: the definition, {name: (N, *shape)}."""
+    rows = _leaves(batch)[0].shape[0]
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    per_record = []
+    for i in range(rows):
+        value = loss(model, tree_map(lambda t: t[i : i + 1], batch))
+        grads = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+        per_record.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, named.values())])
+    return {n: torch.stack(g) for n, g in zip(named, zip(*per_record))}
+
+
+def check_per_sample(
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[[nn.Module, Any], Tensor],
+    *,
+    loss_reduction: str = "mean",
+    factors: str = "AB",
+) -> None:
+    """Compare every trainable tensor's per-sample gradient with N single-sample backwards, in float64, on a copy.
+
+    ``loss(model, batch)`` is the scalar that training would backpropagate. Two records are enough. Dropout is off in
+    the copy; B factors are moved away from zero there.
+    Raises ValueError that names the first layer whose output for a record depends on the others, or, where the layers
+    are clean, the tensors whose gradient does (a loss that couples records, a wrong ``loss_reduction``, an axis that is
+    not the batch). Source: the microbatch oracle of Opacus' GradSampleModule tests.
+    """
+    batch = tree_map(lambda t: t.double() if t.is_floating_point() else t, batch)
+    rows = _leaves(batch)[0].shape[0]
+    if rows < 2:
+        raise ValueError("check_per_sample needs two records or more; one cannot show mixing")
+    twin = _double(model)
+    if any(True for _ in lora_layers(twin)):
+        set_active(twin, factors)
+    culprit = _first_mixing_module(twin, batch, loss, rows)
+    if culprit is not None:
+        raise ValueError(
+            f"{culprit}: the output for one record depends on the other records of the batch, or its first axis is not "
+            f"the batch; per-sample clipping cannot bound such a layer. Replace it, freeze what lies before it, or make "
+            f"it batch-major"
+        )
+    expected = single_sample_gradients(twin, batch, loss)
+    found = per_sample_gradients(twin, batch, loss, loss_reduction=loss_reduction)
+    wrong = [
+        n for n in expected
+        if (found[n] - expected[n]).norm() > RTOL * max(expected[n].norm(), found[n].norm()) + 1e-30
+    ]
+    if wrong:
+        raise ValueError(
+            f"per-sample gradients of {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''} differ from those of single "
+            f"records: the loss couples records, or loss_reduction={loss_reduction!r} is not what the loss does"
+        )
+
+
+def _first_mixing_module(twin: nn.Module, batch: Any, loss, rows: int) -> str | None:
+    """The first module, in order of execution, whose outputs in the batch differ from those of single records."""
+    calls: list[tuple[str, list[Tensor]]] = []
+    handles = [
+        m.register_forward_hook(
+            lambda _m, _a, out, n=n: calls.append((n, [t.detach() for t in _leaves(out) if t.is_floating_point()]))
+        )
+        for n, m in twin.named_modules()
+    ]
+    try:
+        with torch.no_grad():
+            loss(twin, batch)
+            together, singles = list(calls), []
+            for i in range(rows):
+                calls.clear()
+                loss(twin, tree_map(lambda t: t[i : i + 1], batch))
+                singles.append(list(calls))
+    finally:
+        for h in handles:
+            h.remove()
+    for k, (name, outputs) in enumerate(together):
+        for i, single in enumerate(singles):
+            if k >= len(single) or single[k][0] != name:
+                return name or type(twin).__name__
+            for whole, alone in zip(outputs, single[k][1]):
+                if not _is_share(whole, alone, i, rows):
+                    return name or type(twin).__name__
+    return None
+
+
+def _is_share(whole: Tensor, alone: Tensor, i: int, rows: int) -> bool:
+    """Whether ``alone`` is record i's part of ``whole`` (batch-major), or something that does not depend on the batch."""
+    if whole.shape == alone.shape:  # a scalar loss, a position embedding, a bias table
+        return whole.dim() == 0 or torch.allclose(whole, alone, rtol=RTOL, atol=1e-12)
+    if whole.shape[1:] != alone.shape[1:] or whole.shape[0] != rows * alone.shape[0]:
+        return False
+    k = alone.shape[0]
+    return torch.allclose(whole[i * k : (i + 1) * k], alone, rtol=RTOL, atol=1e-10)

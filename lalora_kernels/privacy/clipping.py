@@ -1,0 +1,40 @@
+"""Clip factors from squared norms (SPEC section 4)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+CLIPPING = ("flat", "per_layer", "automatic")
+GAMMA = 0.01  # AUTO-S, 2206.07136
+# A factor below this is no longer a normal float32, so that its product would lose the bound; such a sample is
+# treated as one that is not finite.
+SMALLEST_FACTOR = 1e-36
+
+
+def tensor_bound(clipping: str, max_grad_norm: float, tensors: int) -> float:
+    """The bound of one tensor's clipped gradient: C, or C / sqrt(L) of L active tensors when clipping per layer."""
+    return max_grad_norm / math.sqrt(max(tensors, 1)) if clipping == "per_layer" else max_grad_norm
+
+
+def clip_weights(
+    sq: Tensor, *, clipping: str, max_grad_norm: float, grad_scale: float, valid: int
+) -> tuple[Tensor, Tensor]:
+    """Weights (L,N) float32 by which G is multiplied before it is summed, and the number of non-finite samples.
+
+    ``sq`` (L,N) float64: squared norms of L tensors' per-sample gradients, which stand ``grad_scale`` times too small
+    (the user's loss is a mean over that many records). A weight is ``grad_scale`` c_i. It is 0 for placeholders
+    (index >= ``valid``) and for a sample whose norm is not finite in any tensor. ||sum of a sample's weighted
+    tensors|| <= C (1 + 1e-6) in every mode. The count is a tensor, so that nothing waits for the device.
+    """
+    L, N = sq.shape
+    norm = grad_scale * (sq if clipping == "per_layer" else sq.sum(0, keepdim=True)).sqrt()
+    bound = tensor_bound(clipping, max_grad_norm, L)
+    if clipping == "automatic":
+        factor = bound / (norm + GAMMA)
+    else:
+        factor = (bound / norm).clamp(max=1.0)
+    finite = (norm.isfinite() & (factor * grad_scale >= SMALLEST_FACTOR)).all(0)
+    real = torch.arange(N, device=sq.device) < valid
+    weights = torch.where(finite & real, factor * grad_scale, 0.0).to(torch.float32)
+    return weights.expand(L, N), (real & ~finite).sum()

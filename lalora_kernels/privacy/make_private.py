@@ -1,0 +1,163 @@
+"""One call that makes an ordinary training loop private."""
+
+import math
+from numbers import Real
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from lalora_kernels.privacy.accountant import get_noise_multiplier
+from lalora_kernels.privacy.clipping import CLIPPING
+from lalora_kernels.privacy.engine import Engine
+from lalora_kernels.privacy.ledger import Ledger
+from lalora_kernels.privacy.noise import NoiseSource
+from lalora_kernels.privacy.optimizer import PrivateOptimizer
+from lalora_kernels.privacy.sampling import PrivateLoader
+from lalora_kernels.schedule import Schedule, get_schedule
+
+SMOOTHING = ("binomial5", None)
+REDUCTIONS = ("mean", "sum")
+
+
+def make_private(
+    model: nn.Module,
+    optimizer: Optimizer,
+    data_loader: DataLoader,
+    *,
+    method: str | Schedule = "la-lora",
+    smoothing: str | None = "binomial5",
+    clipping: str = "flat",
+    max_grad_norm: float = 1.0,
+    noise_multiplier: float | None = None,
+    target_epsilon: float | None = None,
+    target_delta: float | None = None,
+    steps: int | None = None,
+    sample_rate: float | None = None,
+    expected_batch_size: int | None = None,
+    physical_batch_size: int | None = None,
+    loss_reduction: str = "mean",
+    ledger: Ledger | None = None,
+    noise: NoiseSource | None = None,
+    backend: str | None = None,
+) -> tuple[PrivateOptimizer, PrivateLoader]:
+    """Turn ``optimizer`` and ``data_loader`` private for an adapted ``model``, which is not wrapped or renamed.
+
+    The user's loop stays ``loss.backward(); optimizer.step(); optimizer.zero_grad()`` over the returned loader, which
+    draws Poisson batches: each record with probability ``sample_rate``, independently.
+
+    Args:
+        method: which factor trains at which step: "la-lora", "rolora", "ffa-lora", "dp-lora", or a ``Schedule``.
+        smoothing: "binomial5" filters the noisy adapter gradients along their feature axis; None does not.
+        clipping: "flat", "per_layer" or "automatic" (SPEC section 4; AUTO-S, 2206.07136).
+        max_grad_norm: C, the L2 bound of one record's contribution, in units of the gradient of its own loss.
+        noise_multiplier: σ in units of C; 0 trains without noise and reports ε = ∞. Either this, or
+        target_epsilon, target_delta, steps: σ is calibrated so that ``steps`` releases spend at most ``target_epsilon``
+            at ``target_delta``; a step beyond the budget is refused.
+        sample_rate, expected_batch_size: q and b = q |D|; give either, or neither: b is the loader's batch size.
+        physical_batch_size: a logical batch larger than this is split; the noise is added once.
+        loss_reduction: how the user's loss treats a batch, "mean" or "sum". ``p.grad`` is the noisy sum divided by
+            ``expected_batch_size`` in both.
+        ledger, noise: continue with these (a resumed run, a federated client) instead of new ones.
+        backend: force one kernel backend; None lets dispatch choose.
+
+    Returns (optimizer, loader). The guarantee: record-level (ε, δ)-DP, add or remove one record, of everything computed
+    from the stepped parameters, by the composition in ``optimizer.ledger``.
+    Raises ValueError for arguments out of range, a trainable parameter that no rule covers, a BatchNorm in train mode,
+    a parameter that trains but is not in the optimizer, and an ε that no σ reaches.
+    """
+    schedule = get_schedule(method)
+    _one_of("smoothing", smoothing, SMOOTHING)
+    _one_of("clipping", clipping, CLIPPING)
+    _one_of("loss_reduction", loss_reduction, REDUCTIONS)
+    _positive("max_grad_norm", max_grad_norm)
+    if isinstance(optimizer, PrivateOptimizer):
+        raise ValueError("this optimizer is private already; make_private takes the plain one")
+    q, b = _rates(data_loader, sample_rate, expected_batch_size)
+    if (noise_multiplier is None) == (target_epsilon is None):
+        raise ValueError("give either noise_multiplier, or target_epsilon with target_delta and steps")
+    if target_epsilon is not None:
+        if target_delta is None or steps is None:
+            raise ValueError("target_epsilon needs target_delta and steps (private steps of the whole training)")
+        noise_multiplier = get_noise_multiplier(
+            target_epsilon=target_epsilon, target_delta=target_delta, sample_rate=q, steps=steps
+        )
+    elif not isinstance(noise_multiplier, Real) or not 0.0 <= noise_multiplier < math.inf:
+        raise ValueError(f"noise_multiplier is a finite number >= 0, got {noise_multiplier!r}")
+    noise = NoiseSource() if noise is None else noise
+    if ledger is None:
+        ledger = Ledger(target_epsilon=target_epsilon, target_delta=target_delta)
+    if not noise.is_secret:
+        ledger.refuse_epsilon("the noise key is fixed")
+
+    def charge() -> None:
+        ledger.charge(noise_multiplier, q, release=noise.next_release, clipping=clipping, max_grad_norm=max_grad_norm,
+                      expected_batch_size=b)
+
+    engine = Engine(
+        model,
+        clipping=clipping,
+        max_grad_norm=float(max_grad_norm),
+        noise_std=float(noise_multiplier) * float(max_grad_norm),
+        noise=noise,
+        divisor=float(b),
+        smoothing=smoothing,
+        loss_reduction=loss_reduction,
+        charge=charge,
+        backend=backend,
+    )
+    try:
+        loader = PrivateLoader(
+            data_loader,
+            sample_rate=q,
+            expected_batch_size=b,
+            physical_batch_size=physical_batch_size,
+            noise=noise,
+            on_batch=engine.begin,
+        )
+        private = PrivateOptimizer(optimizer, engine, schedule, ledger, float(noise_multiplier), b, target_delta)
+    except BaseException:
+        engine.detach()
+        raise
+    return private, loader
+
+
+def _one_of(name: str, value, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def _positive(name: str, value) -> None:
+    if not isinstance(value, Real) or not 0.0 < value < math.inf:
+        raise ValueError(f"{name} is a finite number > 0, got {value!r}")
+
+
+def _rates(data_loader: DataLoader, sample_rate: float | None, expected_batch_size: float | None) -> tuple[float, float]:
+    """q and b = q |D| from whichever was given."""
+    try:
+        records = len(data_loader.dataset)
+    except TypeError:
+        raise ValueError("make_private needs a dataset with a length: Poisson sampling draws from a known set") from None
+    if not records:
+        raise ValueError("the data set is empty; a client without records cannot train")
+    if sample_rate is not None and expected_batch_size is not None:
+        if abs(sample_rate * records - expected_batch_size) > 0.5:
+            raise ValueError(
+                f"sample_rate {sample_rate} of {records} records is {sample_rate * records:.1f}, not "
+                f"expected_batch_size {expected_batch_size}; give one of the two"
+            )
+    if sample_rate is None:
+        if expected_batch_size is None:
+            expected_batch_size = data_loader.batch_size
+        if expected_batch_size is None:
+            raise ValueError("the loader has no batch_size; give sample_rate or expected_batch_size")
+        _positive("expected_batch_size", expected_batch_size)
+        if expected_batch_size > records:
+            raise ValueError(
+                f"expected_batch_size {expected_batch_size} exceeds the data set's {records} records; make the batch "
+                f"smaller or the data set larger"
+            )
+        sample_rate = expected_batch_size / records
+    if not isinstance(sample_rate, Real) or not 0.0 < sample_rate <= 1.0:
+        raise ValueError(f"sample_rate lies in (0, 1], got {sample_rate!r}")
+    return float(sample_rate), float(sample_rate * records if expected_batch_size is None else expected_batch_size)

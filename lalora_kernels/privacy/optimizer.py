@@ -1,0 +1,172 @@
+"""A torch optimizer whose ``step`` is a private step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lalora_kernels.nn import set_active
+from lalora_kernels.privacy.engine import Engine
+from lalora_kernels.privacy.ledger import Ledger
+from lalora_kernels.schedule import Schedule
+
+
+class PrivateOptimizer(Optimizer):
+    """Wraps any ``torch.optim`` optimizer; made by ``make_private``.
+
+    ``step`` clips what backward recorded. On the last physical batch of a logical batch it charges the ledger, releases
+    the gradient into ``p.grad``, lets the wrapped optimizer step and makes the next factor active; on the others it
+    only accumulates. Learning-rate schedulers and ``param_groups`` are the wrapped optimizer's own.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        engine: Engine,
+        schedule: Schedule,
+        ledger: Ledger,
+        noise_multiplier: float,
+        expected_batch_size: float,
+        target_delta: float | None,
+    ):
+        # The base class is not initialized: its state is the wrapped optimizer's, by the properties below.
+        self.original_optimizer, self.engine, self.schedule, self.ledger = optimizer, engine, schedule, ledger
+        self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
+        self.target_delta = target_delta
+        self.round = self.local_step = 1
+        self._refuse_strays()
+        self._activate()
+
+    # ---------------------------------------------------------------- the wrapped optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.original_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.original_optimizer.param_groups = groups
+
+    @property
+    def state(self):
+        return self.original_optimizer.state
+
+    @state.setter
+    def state(self, state) -> None:
+        self.original_optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.original_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.original_optimizer.defaults = defaults
+
+    def __getstate__(self):
+        raise TypeError("a private optimizer holds a secret key and is not pickled; save its state_dict() instead")
+
+    def __repr__(self) -> str:
+        return f"PrivateOptimizer({self.original_optimizer!r}, noise_multiplier={self.noise_multiplier:.4g})"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: what trains is fixed by ``make_private``."""
+        raise RuntimeError("parameters cannot be added to a private optimizer; detach() it and call make_private again")
+
+    # ---------------------------------------------------------------- privacy
+
+    @property
+    def max_grad_norm(self) -> float:
+        return self.engine.max_grad_norm
+
+    @property
+    def nonfinite_samples(self) -> int:
+        """Records left out so far because their gradient was NaN, Inf or beyond float32. Not privatized: do not publish."""
+        return int(self.engine.nonfinite_samples)
+
+    def get_epsilon(self, delta: float | None = None) -> float:
+        """ε spent so far at ``delta`` (default: ``target_delta``). Raises where no ε can be claimed; see ``Ledger``."""
+        delta = self.target_delta if delta is None else delta
+        if delta is None:
+            raise ValueError("get_epsilon needs a delta, since make_private was given no target_delta")
+        return self.ledger.epsilon(delta)
+
+    def start_round(self, round: int) -> None:
+        """Federated round ``round`` (from 1): local steps count from 1 again and the active factor follows."""
+        self.schedule.active(round, 1)
+        self.round, self.local_step = round, 1
+        self._activate()
+
+    def _activate(self) -> None:
+        set_active(self.engine.model, self.schedule.active(self.round, self.local_step))
+
+    def _refuse_strays(self) -> None:
+        """Every tensor that the schedule ever trains is in the optimizer, and nothing else that trains is."""
+        inside = {p for group in self.param_groups for p in group["params"]}
+        factors = "".join(self.schedule.active(r, s) for r in (1, 2) for s in (1, 2))
+        sites = {site.param: site.name for site in self.engine.sites}
+        for p, name in sites.items():
+            frozen = name.endswith("lora_A") and "A" not in factors or name.endswith("lora_B") and "B" not in factors
+            if p not in inside and not frozen:
+                raise ValueError(f"{name} trains but is not in the optimizer; build it from all trainable parameters")
+        for p in inside:
+            if p.requires_grad and p not in sites:
+                raise ValueError(
+                    f"the optimizer holds a trainable tensor of shape {tuple(p.shape)} that is not the model's; its "
+                    f"gradient would not be private. Give it an optimizer of its own, or freeze it"
+                )
+
+    # ---------------------------------------------------------------- stepping
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One physical batch's share of a private step; see the class. Returns the closure's value, if any.
+
+        Raises RuntimeError without a new batch or a backward before it, BudgetExceeded before a release that the
+        ledger's budget does not allow.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.engine.finish():
+            self.original_optimizer.step()
+            self.local_step += 1
+            self._activate()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the released gradients; the sums of an unfinished logical batch stay."""
+        self.original_optimizer.zero_grad(set_to_none=True)
+
+    def detach(self) -> None:
+        """Give model and optimizer back to ordinary, non-private use."""
+        self.engine.detach()
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state plus ``"privacy"``: ledger, next release number, place in the schedule. No key."""
+        return {
+            **self.original_optimizer.state_dict(),
+            "privacy": {
+                "ledger": self.ledger.state_dict(),
+                "noise": self.engine.noise.state_dict(),
+                "round": self.round,
+                "local_step": self.local_step,
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``: what was spent is spent, the noise key is fresh. Raises ValueError without it."""
+        if "privacy" not in state_dict:
+            raise ValueError(
+                "this checkpoint holds no privacy ledger, so what it spent is unknown; load it into the optimizer before "
+                "make_private if it was trained on public data only"
+            )
+        privacy = state_dict["privacy"]
+        self.ledger.load_state_dict(privacy["ledger"])
+        self.engine.noise.load_state_dict(privacy["noise"])
+        self.original_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "privacy"})
+        self.round, self.local_step = privacy["round"], privacy["local_step"]
+        self._activate()
