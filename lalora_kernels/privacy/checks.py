@@ -154,7 +154,12 @@ def _first_mixing_module(twin: nn.Module, batch: Any, loss, rows: int) -> str | 
             together, singles = list(calls), []
             for i in range(rows):
                 calls.clear()
-                loss(twin, tree_map(lambda t: t[i : i + 1], batch))
+                try:
+                    loss(twin, tree_map(lambda t: t[i : i + 1], batch))
+                except Exception:
+                    # A module that fails on one record alone (BatchNorm in train mode) is the first not to have returned.
+                    if len(calls) >= len(together):
+                        raise
                 singles.append(list(calls))
     finally:
         for h in handles:

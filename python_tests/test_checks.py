@@ -1,0 +1,126 @@
+"""check_per_sample names what mixes records."""
+
+import pytest
+import torch
+from models import FAMILIES, adapted
+from torch import nn
+
+from lalora_kernels.nn import LoRALinear
+from lalora_kernels.privacy.checks import check_per_sample, per_sample_gradients
+
+F = nn.functional
+
+
+def classify(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def chain(middle: nn.Module) -> nn.Sequential:
+    model = nn.Sequential()
+    model.first = LoRALinear.from_linear(nn.Linear(6, 8), r=2)
+    model.middle = middle
+    model.last = LoRALinear.from_linear(nn.Linear(8, 3), r=2)
+    return model
+
+
+def records(n: int = 4) -> tuple:
+    return torch.randn(n, 6), torch.randint(0, 3, (n,))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_clean_models_pass(family):
+    torch.manual_seed(0)
+    model, batch, loss = adapted(family, dtype=torch.float32)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    check_per_sample(model, batch, loss)
+    assert all(torch.equal(before[n], p) and p.grad is None for n, p in model.named_parameters())
+
+
+class BatchMean(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+class SequenceFirst(nn.Module):
+    """A layer that sees (T, N, n)."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = LoRALinear.from_linear(nn.Linear(8, 8), r=2)
+
+    def forward(self, x):
+        return self.inner(x.view(len(x), 2, 8 // 2).repeat(1, 1, 2).transpose(0, 1)).transpose(0, 1).sum(1)
+
+
+class TopOneRouter(nn.Module):
+    """A mixture of experts with a capacity shared by the batch."""
+
+    def forward(self, x):
+        keep = torch.zeros_like(x)
+        keep[x.sum(1).topk(min(2, len(x))).indices] = 1.0
+        return x * keep
+
+
+@pytest.mark.parametrize(
+    "middle, name",
+    [(BatchMean(), "middle"), (SequenceFirst(), "middle.inner"), (TopOneRouter(), "middle")],
+)
+def test_names_the_layer_that_mixes(middle, name):
+    torch.manual_seed(1)
+    with pytest.raises(ValueError, match=rf"^{name}: .*depends on the other records"):
+        check_per_sample(chain(middle), records(), classify)
+
+
+def test_batch_norm_in_train_mode_is_refused_and_in_eval_mode_is_not():
+    torch.manual_seed(2)
+    model = chain(nn.BatchNorm1d(8).requires_grad_(False))
+    with pytest.raises(ValueError, match="middle.*BatchNorm1d"):
+        per_sample_gradients(model, records(), classify)
+    with pytest.raises(ValueError, match="^middle"):
+        check_per_sample(model, records(), classify)
+    model.middle.eval()
+    check_per_sample(model, records(), classify)
+
+
+def test_a_loss_that_couples_records_is_named():
+    def contrastive(model, batch):
+        z = F.normalize(model(batch[0]), dim=1)
+        return F.cross_entropy(z @ z.t(), torch.arange(len(z)))
+
+    torch.manual_seed(3)
+    with pytest.raises(ValueError, match="the loss couples records"):
+        check_per_sample(chain(nn.ReLU()), records(), contrastive)
+
+
+def test_a_wrong_reduction_is_named():
+    def summed(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+    torch.manual_seed(4)
+    check_per_sample(chain(nn.ReLU()), records(), summed, loss_reduction="sum")
+    with pytest.raises(ValueError, match="loss_reduction='mean'"):
+        check_per_sample(chain(nn.ReLU()), records(), summed)
+
+
+def test_one_record_cannot_show_mixing():
+    with pytest.raises(ValueError, match="two records"):
+        check_per_sample(chain(nn.ReLU()), records(1), classify)
+
+
+def test_a_parameter_used_outside_its_module_is_refused():
+    torch.manual_seed(5)
+    model = chain(nn.ReLU())
+    model.head = nn.Linear(3, 3)
+
+    def penalized(model, batch):
+        out = model.head(model.last(model.middle(model.first(batch[0]))))
+        return F.cross_entropy(out, batch[1]) + model.head.weight.square().sum()
+
+    with pytest.raises(RuntimeError, match="head.weight received a gradient"):
+        per_sample_gradients(model, records(), penalized)
+
+
+def test_an_uncovered_parameter_is_refused_by_name():
+    model = chain(nn.PReLU())
+    with pytest.raises(ValueError, match="middle.weight is trainable, but no rule.*PReLU.*freeze"):
+        per_sample_gradients(model, records(), classify)
