@@ -1,0 +1,10 @@
+"""Every tolerance of the suite, with its reason."""
+
+# Two float64 evaluations of one gradient whose sums run in different orders.
+PER_SAMPLE_F64 = 1e-9
+# A float32 forward and backward against float64: a few hundred roundings of 6e-8, in random directions.
+PER_SAMPLE_F32 = 1e-5
+# A released float64 gradient against the formula written out: clip, sum, filter, divide.
+PRIVATE_STEP_F64 = {"rtol": 1e-9, "atol": 1e-12}
+# float32 sums over the same records in another order.
+SPLIT_F32 = 1e-5
