@@ -60,9 +60,9 @@ class LoRAFunction(torch.autograd.Function):
             dx = _rows(dy) @ weight.to(dy.dtype)
             if ctx.dtypes[1] is None:
                 dx.addmm_(_rows(dz), lora_A.to(dy.dtype))
-            dx = dx.view(*dy.shape[:-1], -1).to(ctx.dtypes[0])
+            dx = dx.view(*dy.shape[:-1], weight.shape[1]).to(ctx.dtypes[0])
         if need_xl:
-            dxl = (_rows(dz) @ lora_A.to(dy.dtype)).view(*dy.shape[:-1], -1).to(ctx.dtypes[1])
+            dxl = (_rows(dz) @ lora_A.to(dy.dtype)).view(*dy.shape[:-1], weight.shape[1]).to(ctx.dtypes[1])
         return dx, dxl, None, db, dA, dB, None, None, None
 
 

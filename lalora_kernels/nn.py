@@ -137,6 +137,11 @@ class LoRAConv1D(LoRALinear):
 
     fan_in_fan_out = True
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.weight = nn.Parameter(self.weight.detach().t().contiguous(), requires_grad=False)
+        self.nf = self.out_features
+
     def _take(self, conv: nn.Module) -> None:
         self.in_features, self.out_features = conv.weight.shape
         self.nf = self.out_features
