@@ -8,3 +8,11 @@ PER_SAMPLE_F32 = 1e-5
 PRIVATE_STEP_F64 = {"rtol": 1e-9, "atol": 1e-12}
 # float32 sums over the same records in another order.
 SPLIT_F32 = 1e-5
+# One linear layer or a small model in float64, two orders of summation.
+LAYER_F64 = {"rtol": 1e-10, "atol": 1e-12}
+# One layer in float32: sums of under 100 products of order 1.
+LAYER_F32 = {"rtol": 1e-5, "atol": 1e-5}
+# SPEC: evaluation equals merged weights to 1e-5.
+MERGED_F32 = {"rtol": 1e-5, "atol": 1e-5}
+# Norm of the error of a chain of three bfloat16 products, relative: a few roundings of 2^-9 each.
+BFLOAT16 = 1.5e-2

@@ -1,0 +1,258 @@
+"""Put LoRA layers into a model, and take them out again. Names of modules and parameters do not change."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lalora_kernels.nn import LoRAConv1D, LoRALinear, lora_layers
+from lalora_kernels.targets import lora_class, modules_by_name, refusal, resolve_saved, resolve_targets
+
+SAVED = "_saved_with_adapter"  # set on every module of modules_to_save; saved_modules() reads it
+
+
+def adapt(
+    model: nn.Module,
+    *,
+    r: int = 8,
+    lora_alpha: float | None = None,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    target_modules: str | Iterable[str] = "qv",
+    modules_to_save: str | Iterable[str] | None = None,
+    verbose: bool = True,
+) -> nn.Module:
+    """Swap linear layers for LoRA layers in place, freeze everything else, and return the same model.
+
+    ``lora_alpha`` is r where it is not given, so that s = 1. ``target_modules`` means what it means in PEFT: a list of
+    names, each the whole name of a module or the end of one after a dot; ``"all-linear"``, every linear layer but the
+    output head; any other string a regular expression that matches the whole name. ``"qv"`` is the query and value
+    projections by the names that this model's family gives them. ``modules_to_save``, a list of such names, stay
+    trainable as they are and are saved with the adapter; nothing inside them is adapted. A layer that is reachable
+    under two names becomes one LoRA layer in both places. ``verbose`` prints what was done.
+
+    ``nn.Linear`` and transformers' ``Conv1D`` can be adapted. Raises ValueError, before anything is changed, for names
+    that no module has, for a target that matches nothing, is adapted already or cannot be adapted (with the reason),
+    and for r, lora_alpha or lora_dropout out of range.
+    """
+    lora_alpha = r if lora_alpha is None else lora_alpha
+    check_settings(r, lora_alpha, lora_dropout)
+    saved = resolve_saved(model, modules_to_save)
+    names, left_out = resolve_targets(model, target_modules, saved)
+    install(model, dict.fromkeys(names, (r, lora_alpha)), saved, lora_dropout, use_rslora)
+    if verbose:
+        print(trainable_summary(model))
+        for name, why in left_out.items():
+            print(f"  left out {name}: {why}")
+    return model
+
+
+def check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:
+    """Raise ValueError for values that no LoRA layer can have."""
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"r is a positive integer, got {r!r}")
+    for name, value, fits in (
+        ("lora_alpha is a positive number", lora_alpha, lambda v: 0 < v < math.inf),
+        ("lora_dropout lies in [0, 1)", lora_dropout, lambda v: 0 <= v < 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
+            raise ValueError(f"{name}, got {value!r}")
+
+
+def install(
+    model: nn.Module,
+    plan: dict[str, tuple[int, float]],
+    saved: Iterable[str] = (),
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+) -> None:
+    """Swap the layers named in ``plan`` (name -> r, lora_alpha), mark ``saved`` modules, freeze everything else.
+
+    Raises ValueError for a layer that cannot be adapted, before anything is changed.
+    """
+    modules = modules_by_name(model)
+    for name in plan:
+        if why := refusal(model, name, modules[name]):
+            raise ValueError(f"{name} cannot be adapted: {why}")
+    fresh: dict[int, LoRALinear] = {}
+    for name, (r, lora_alpha) in plan.items():
+        module = modules[name]
+        if id(module) not in fresh:
+            layer = lora_class(module).from_linear(module, r, lora_alpha, lora_dropout, use_rslora)
+            layer._plain = (module,)  # in a tuple, so that it is no submodule: unadapt gives this very object back
+            fresh[id(module)] = layer
+    for name, module in modules.items():
+        if id(module) in fresh:
+            _replace(model, name, fresh[id(module)])
+    _forbid_fast_path(model)
+    for name in saved:
+        setattr(modules[name], SAVED, True)
+    _freeze_base(model)
+
+
+def lora_factors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """(qualified name, factor) of every lora_A and lora_B, a shared layer once."""
+    for name, layer in lora_layers(model):
+        for factor in ("lora_A", "lora_B"):
+            yield (f"{name}.{factor}" if name else factor), getattr(layer, factor)
+
+
+def saved_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that were given as ``modules_to_save``."""
+    return [name for name, module in model.named_modules() if getattr(module, SAVED, False)]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What trains in a model. Counts are of parameters (elements), each tensor once."""
+
+    layers: int  # adapted layers
+    ranks: tuple[int, ...]
+    adapter_parameters: int
+    trainable_parameters: int  # requires_grad at this moment: with one active factor, only that one
+    total_parameters: int
+    modules_to_save: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """Trainable share of all parameters, in percent."""
+        return 100.0 * self.trainable_parameters / max(1, self.total_parameters)
+
+    def __str__(self) -> str:
+        ranks = ", ".join(map(str, self.ranks)) or "none"
+        text = (
+            f"{self.layers} layers adapted (r = {ranks}); {self.trainable_parameters:,} of {self.total_parameters:,} "
+            f"parameters trainable ({self.share:.2f} %)"
+        )
+        return text + (f"; trained in full: {', '.join(self.modules_to_save)}" if self.modules_to_save else "")
+
+
+def trainable_summary(model: nn.Module) -> Summary:
+    """Count adapted layers and parameters."""
+    layers = [layer for _, layer in lora_layers(model)]
+    return Summary(
+        layers=len(layers),
+        ranks=tuple(sorted({layer.r for layer in layers})),
+        adapter_parameters=sum(factor.numel() for _, factor in lora_factors(model)),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        modules_to_save=tuple(saved_modules(model)),
+    )
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold every layer's s B A into its weight, all of them or none; evaluation then costs what the base model does.
+
+    Raises RuntimeError for a layer that is merged already, ValueError for NaN or Inf in a factor and for a weight that
+    another module shares (a tied embedding would change with it).
+    """
+    for name, layer in lora_layers(model):
+        if layer.merged:
+            raise RuntimeError(f"{name}: this LoRA layer is already merged")
+    _merge_rest(model)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo ``merge``, bit for bit. Raises RuntimeError if a layer is not merged, before anything is changed."""
+    for name, layer in lora_layers(model):
+        if not layer.merged:
+            raise RuntimeError(f"{name}: this LoRA layer is not merged")
+    for _, layer in lora_layers(model):
+        layer.unmerge()
+    return model
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Give back the plain layers, in place, with s B A folded into their weights. The weights stay frozen.
+
+    Raises ValueError as ``merge`` does.
+    """
+    _merge_rest(model)
+    return _unload(model)
+
+
+def unadapt(model: nn.Module) -> nn.Module:
+    """Give back the plain layers, in place, with the base weights as they were; the factors are dropped."""
+    for _, layer in lora_layers(model):
+        if layer.merged:
+            layer.unmerge()
+    return _unload(model)
+
+
+def _merge_rest(model: nn.Module) -> None:
+    _refuse_shared_weights(model)
+    done: list[LoRALinear] = []
+    for name, layer in lora_layers(model):
+        if layer.merged:
+            continue
+        try:
+            layer.merge()
+        except ValueError as error:
+            for other in done:
+                other.unmerge()
+            raise ValueError(f"{name}: {error}") from None
+        done.append(layer)
+
+
+def _unload(model: nn.Module) -> nn.Module:
+    if isinstance(model, LoRALinear):
+        raise ValueError("the model itself is a LoRA layer, which cannot be replaced in place; use merge()")
+    for name, layer in list(modules_by_name(model).items()):
+        if isinstance(layer, LoRALinear):
+            _replace(model, name, _plain_layer(layer))
+    for module in model.modules():
+        if getattr(module, SAVED, False):
+            delattr(module, SAVED)
+    return model
+
+
+def _plain_layer(layer: LoRALinear) -> nn.Module:
+    if hasattr(layer, "_plain"):
+        (plain,) = layer._plain
+    elif isinstance(layer, LoRAConv1D):
+        raise ValueError("a LoRAConv1D that adapt() did not make has no plain layer to go back to")
+    else:
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    plain.weight, plain.bias = layer.weight, layer.bias
+    return plain.train(layer.training)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _freeze_base(model: nn.Module) -> None:
+    factors = {id(factor) for _, factor in lora_factors(model)}
+    trained = {id(p) for m in model.modules() if getattr(m, SAVED, False) for p in m.parameters()}
+    for p in model.parameters():
+        if id(p) in trained:
+            p.requires_grad_(p.is_floating_point())
+        elif id(p) not in factors:
+            p.requires_grad_(False)
+
+
+def _forbid_fast_path(model: nn.Module) -> None:
+    # torch's encoder layer reads linear1.weight and linear2.weight in evaluation and never calls the layers: the
+    # adapter would train and then be ignored. These flags only choose the path.
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            if any(isinstance(m, LoRALinear) for m in (module.linear1, module.linear2)):
+                module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LoRALinear) for m in module.modules()):
+            module.use_nested_tensor = False
+
+
+def _refuse_shared_weights(model: nn.Module) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), []).append(name)
+    for name, layer in lora_layers(model):
+        if len(users := owners[id(layer.weight)]) > 1:
+            others = ", ".join(n for n in users if n != name)
+            raise ValueError(
+                f"{name} shares its weight with {others}, which merging would change too; untie them first"
+            )

@@ -1,0 +1,195 @@
+"""Which layers a name means, and which of them can hold a LoRA layer: PEFT's rules, with errors that say the cure."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lalora_kernels.nn import LoRAConv1D, LoRALinear
+
+# Query and value by the names of each family. Both names of a pair belong to the same parent; a fused projection
+# (GPT-2, timm, Bloom, Phi-3, MPT) holds query, key and value, and is adapted whole, as PEFT does.
+QUERY_VALUE = (
+    ("query", "value"),  # BERT, RoBERTa, ELECTRA, ViT and Swin before transformers 5
+    ("q_proj", "v_proj"),  # Llama and its kin, BART, OPT; ViT, DeiT and Swin from transformers 5 on
+    ("q_lin", "v_lin"),  # DistilBERT, XLM
+    ("q", "v"),  # T5
+    ("query_proj", "value_proj"),  # DeBERTa-v2
+    ("c_attn",),
+    ("qkv",),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("Wqkv",),
+)
+HEADS = ("score", "classifier", "lm_head", "head")  # where neither transformers nor timm says what the head is
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Every name of every module (a shared module has several), without the root and what LoRA layers hold."""
+    modules: dict[str, nn.Module] = {}
+    inside = None
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name or (inside is not None and name.startswith(inside)):
+            continue
+        inside = name + "." if isinstance(module, LoRALinear) else None
+        modules[name] = module
+    return modules
+
+
+def lora_class(module: nn.Module) -> type[LoRALinear] | None:
+    """The LoRA layer for this module's type; None if there is none.
+
+    A subclass of nn.Linear counts while it has nn.Linear's forward.
+    """
+    kind = type(module)
+    if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
+        return LoRALinear
+    # By name: the class exists in this process only if somebody else imported transformers.
+    if (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D"):
+        return LoRAConv1D
+    return None
+
+
+def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Why this module cannot become a LoRA layer, with the cure; None if it can."""
+    kind = type(module)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, LoRALinear):
+        return "it is adapted already; call unadapt(model) or merge_and_unload(model) first"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention uses its weight without calling it, so an adapter would do nothing"
+    if lora_class(module) is None:
+        return f"its type is {kind.__name__}; nn.Linear and transformers' Conv1D can be adapted"
+    if is_lazy(module.weight) or module.weight.dtype not in FLOATS:
+        return f"its weight is {'not initialized yet' if is_lazy(module.weight) else module.weight.dtype}"
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "it has hooks or a replaced forward, which would be lost; remove them (or load without device_map) first"
+    return None
+
+
+def ends_with(name: str, target: str) -> bool:
+    """PEFT's rule for a name in a list: the whole name, or its end after a dot."""
+    return name == target or name.endswith("." + target)
+
+
+def _as_names(argument: str, value: Iterable[str]) -> list[str]:
+    names = list(value)
+    if not names or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"{argument} holds names of modules, got {names!r}")
+    return names
+
+
+def resolve_saved(model: nn.Module, modules_to_save: str | Iterable[str] | None) -> list[str]:
+    """Names of the modules that ``modules_to_save`` means. Raises ValueError as ``adapt`` says."""
+    if modules_to_save is None:
+        return []
+    wanted = [modules_to_save] if isinstance(modules_to_save, str) else list(modules_to_save)
+    if not wanted:
+        return []
+    modules = modules_by_name(model)
+    found: list[str] = []
+    for target in _as_names("modules_to_save", wanted):
+        names = [n for n in modules if ends_with(n, target)]
+        if not names:
+            raise ValueError(f"modules_to_save: no module is named {target!r}{_suggest(target, modules)}")
+        for name in names:
+            if next(modules[name].parameters(), None) is None:
+                raise ValueError(f"modules_to_save: {name} ({type(modules[name]).__name__}) has no parameters")
+            if any(isinstance(m, LoRALinear) for m in modules[name].modules()):
+                raise ValueError(f"modules_to_save: {name} is or holds an adapted layer; call unadapt(model) first")
+        found += [n for n in names if n not in found]
+    return found
+
+
+def resolve_targets(
+    model: nn.Module, target_modules: str | Iterable[str], saved: list[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Names to adapt, and what "all-linear" has to leave out (name -> reason)."""
+    modules = modules_by_name(model)
+    for name, module in modules.items():
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise ValueError(f"{name} is wrapped already, as {kind}; unload that adapter, or adapt the base model")
+    kept_whole = {id(m) for name in saved for m in modules[name].modules()}
+    candidates = {n: m for n, m in modules.items() if id(m) not in kept_whole}
+    left_out: dict[str, str] = {}
+    if not isinstance(target_modules, str):
+        targets = _as_names("target_modules", target_modules)
+        for target in targets:
+            if not any(ends_with(n, target) for n in modules):
+                hint = f"{_suggest(target, modules)}; {_linear_names(modules)}"
+                raise ValueError(f"target_modules: no module is named {target!r}{hint}")
+        names = [n for n in candidates if any(ends_with(n, t) for t in targets)]
+    elif target_modules.lower() == "all-linear":
+        head = _head(model)
+        linear = {n: m for n, m in candidates.items() if _is_linear(m) and id(m) not in head}
+        refused = {n: refusal(model, n, m) for n, m in linear.items() if not isinstance(m, LoRALinear)}
+        left_out = {n: why for n, why in refused.items() if why}
+        names = [n for n in linear if n not in left_out]
+    elif target_modules.lower() == "qv":
+        names = _query_value(candidates)
+    else:
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(f"target_modules: {target_modules!r} is not a regular expression ({error})") from None
+        names = [n for n in candidates if pattern.fullmatch(n)]
+    if not names:
+        raise ValueError(_no_match(target_modules, modules, left_out))
+    return names, left_out
+
+
+def _no_match(target_modules: str | Iterable[str], modules: dict[str, nn.Module], left_out: dict[str, str]) -> str:
+    text = f"target_modules={target_modules!r} matches no layer outside modules_to_save; {_linear_names(modules)}"
+    if isinstance(target_modules, str) and any(ends_with(n, target_modules) for n in modules):
+        text += f". A string is a regular expression for the whole name; write [{target_modules!r}] for this name"
+    return text + "".join(f". {name}: {why}" for name, why in left_out.items())
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or lora_class(module) is not None
+
+
+def _head(model: nn.Module) -> set[int]:
+    """ids of the modules that make up the output head: transformers' and timm's own word, else the usual names."""
+    found = [
+        getattr(model, getter)() for getter in ("get_output_embeddings", "get_classifier") if hasattr(model, getter)
+    ]
+    found += [getattr(model, name, None) for name in HEADS]
+    for head in found:
+        heads = head if isinstance(head, (tuple, list)) else (head,)  # a distilled DeiT has two
+        if all(isinstance(h, nn.Module) for h in heads):
+            return {id(m) for h in heads for m in h.modules()}
+    return set()
+
+
+def _query_value(candidates: dict[str, nn.Module]) -> list[str]:
+    linear = {n for n, m in candidates.items() if _is_linear(m)}
+
+    def belongs(name: str) -> bool:
+        parent, dot, child = name.rpartition(".")
+        return any(child in family and all(parent + dot + one in linear for one in family) for family in QUERY_VALUE)
+
+    return [n for n in candidates if n in linear and belongs(n)]
+
+
+def _linear_names(modules: dict[str, nn.Module]) -> str:
+    names: dict[str, None] = {}
+    for name, module in modules.items():
+        if _is_linear(module):
+            last = name.rpartition(".")[2]
+            names[name if last.isdigit() else last] = None
+    shown = ", ".join(list(names)[:16]) + (", ..." if len(names) > 16 else "")
+    return f"the linear layers here are {shown}" if names else "the model has no linear layer below its root"
+
+
+def _suggest(target: str, modules: dict[str, nn.Module]) -> str:
+    known = dict.fromkeys([n.rpartition(".")[2] for n in modules] + list(modules))
+    close = difflib.get_close_matches(target, list(known), n=3)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
