@@ -1,0 +1,16 @@
+// The one clip rule (SPEC section 4), for host and device.
+#pragma once
+#include <cmath>
+
+#include "lalora.h"
+
+namespace lalora {
+
+// grad_scale * min(1, max_norm / (grad_scale * sqrt(sq))); 1 * grad_scale for a zero norm, 0 for one that is not finite.
+static LALORA_FN double clip_factor(double sq, double max_norm, double grad_scale) {
+    const double norm = grad_scale * ::sqrt(sq);
+    if (!(norm - norm == 0.0)) return 0.0;
+    return norm > max_norm ? max_norm / norm * grad_scale : grad_scale;
+}
+
+}  // namespace lalora

@@ -1,0 +1,98 @@
+"""Which backend serves an operation: explicit argument > ``use_backend`` > ``LALORA_BACKEND`` > the device's default.
+
+Nothing falls back silently: a backend that was asked for and lacks the operation, device or dtype is an error, and so
+is a default whose compiled module is missing. The default for float64 on CPU is the reference by design, and so is
+every CUDA tensor's while no other backend is asked for.
+"""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+OPS = ("sample_grad", "sample_grad_clip", "clip_reduce", "privatize", "smooth", "chacha20_normal", "chacha20_words")
+SMALL, HALF = (torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16, torch.float16)
+# backend -> module, devices it serves (None: any), dtypes it serves (None: any)
+BACKENDS: dict[str, tuple[str, tuple[str, ...] | None, tuple[torch.dtype, ...] | None]] = {
+    "reference": ("lalora_kernels.reference", None, None),
+    "cpp": ("lalora_kernels.native", ("cpu",), SMALL),
+    "triton": ("lalora_kernels.triton_ops", ("cuda",), HALF),
+    "cuda": ("lalora_kernels.cuda_ops", ("cuda",), SMALL),
+}
+_chosen: ContextVar[str | None] = ContextVar("lalora_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """The backend asked for cannot serve this operation here."""
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, of this thread or task, every operation runs on backend ``name`` or raises BackendError."""
+    token = _chosen.set(_known(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def choose(device: str, dtype: torch.dtype, backend: str | None = None) -> str:
+    """Name of the backend that serves ``dtype`` on ``device``."""
+    asked = backend or _chosen.get() or os.environ.get("LALORA_BACKEND")
+    if asked:
+        return _known(asked)
+    return "cpp" if device == "cpu" and dtype in SMALL else "reference"
+
+
+def _load(op: str, name: str, device: str, dtype: torch.dtype) -> Callable:
+    module, devices, dtypes = BACKENDS[name]
+    if devices is not None and device not in devices:
+        raise BackendError(f"{op}: backend {name!r} runs on {'/'.join(devices)}, the tensors are on {device}")
+    if dtypes is not None and dtype not in dtypes:
+        served = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise BackendError(f"{op}: backend {name!r} takes {served}, not {str(dtype).removeprefix('torch.')}")
+    try:
+        loaded = importlib.import_module(module)
+        getattr(loaded, "require", lambda: None)()  # compiled backends: raises ImportError saying how to build
+    except ImportError as error:
+        raise BackendError(f"{op}: backend {name!r} is not available here: {error}") from error
+    if not hasattr(loaded, op):
+        raise BackendError(f"{op}: backend {name!r} does not have this operation")
+    return getattr(loaded, op)
+
+
+def get(op: str, like: Tensor | tuple[torch.device | str, torch.dtype], backend: str | None = None) -> Callable:
+    """The function that serves ``op`` for tensors like ``like``. Raises BackendError where the choice cannot."""
+    device, dtype = (like.device, like.dtype) if isinstance(like, Tensor) else like
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
+    return _load(op, choose(kind, dtype, backend), kind, dtype)
+
+
+def explain(devices: tuple[str, ...] = ("cpu", "cuda"), dtypes: tuple[torch.dtype, ...] = SMALL + (torch.float64,)):
+    """op -> {"available": [backend, ...], (device, dtype): the backend chosen now or "error: why"}."""
+    table: dict[str, dict] = {op: {"available": []} for op in OPS}
+    for op, row in table.items():
+        for name, (_, kinds, types) in BACKENDS.items():
+            try:
+                _load(op, name, kinds[0] if kinds else "cpu", types[0] if types else torch.float32)
+                row["available"].append(name)
+            except BackendError:
+                continue
+        for device in devices:
+            for dtype in dtypes:
+                row[device, dtype] = choose(device, dtype)
+                try:
+                    get(op, (device, dtype))
+                except BackendError as error:
+                    row[device, dtype] = f"error: {error}"
+    return table
