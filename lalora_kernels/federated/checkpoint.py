@@ -1,0 +1,70 @@
+"""The state of a run on disk: one safetensors file that is replaced in one step, never a pickle.
+
+Tensors "state/NAME" are the global state after the last complete round; "update/CLIENT/NAME" are what clients of the
+round in progress have sent. Round, history and counters are JSON in the file's metadata. Ledgers are kept beside it, in
+``ledger.json``, and written first: a crash between the two files leaves a ledger that is ahead of the weights.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lalora_kernels.data import BadInput
+from lalora_kernels.files import tensor_digest, write_atomic
+
+FILE = "checkpoint.safetensors"
+
+
+@dataclass
+class Checkpoint:
+    """Where a run stands: ``round`` rounds are complete; ``updates`` (client -> tensors) belong to the next one."""
+
+    round: int
+    state: dict[str, Tensor]
+    updates: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)  # as in metrics.jsonl, from round 0: before
+    seconds: float = 0.0  # of all sessions so far
+    nonfinite: dict[str, int] = field(default_factory=dict)  # client -> records left out; not privatized
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Replace the run folder's checkpoint in one step."""
+    tensors = {f"state/{key}": value for key, value in checkpoint.state.items()}
+    for client, update in checkpoint.updates.items():
+        tensors |= {f"update/{client}/{key}": value for key, value in update.items()}
+    tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
+    rest = {
+        "round": checkpoint.round, "history": checkpoint.history, "seconds": checkpoint.seconds,
+        "nonfinite": checkpoint.nonfinite, "sha256": tensor_digest(tensors),
+    }  # fmt: skip
+    write_atomic(folder / FILE, save(tensors, metadata={"lalora": json.dumps(rest)}))
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read it back. Raises BadInput for a folder without one, and for a file that is not what was written."""
+    path = folder / FILE
+    if not path.is_file():
+        raise BadInput(f"{folder}: nothing to resume, {FILE} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            rest = json.loads((file.metadata() or {})["lalora"])
+        if rest.pop("sha256") != tensor_digest(tensors):
+            raise ValueError("its contents do not match its checksum")
+        checkpoint = Checkpoint(state={}, **rest)
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            if kind == "state":
+                checkpoint.state[name] = value
+            else:
+                client, _, name = name.partition("/")
+                checkpoint.updates.setdefault(int(client), {})[name] = value
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        cure = "restore it from a copy, or start a new run"
+        raise BadInput(f"{path} is corrupt or truncated ({error}); {cure}") from error
+    return checkpoint

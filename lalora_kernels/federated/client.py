@@ -1,0 +1,128 @@
+"""The client's side of a round: take the server's state, make K private steps, give back what the method sends."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lalora_kernels.adapt import lora_factors, saved_modules
+from lalora_kernels.federated.config import Config
+from lalora_kernels.federated.methods import Method
+from lalora_kernels.models import Classifier
+from lalora_kernels.privacy.ledger import Ledger
+from lalora_kernels.privacy.make_private import make_private
+from lalora_kernels.privacy.noise import NoiseSource
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a federation moves, by name: every lora_A and lora_B, active or not, and what is trained in full."""
+    found = dict(lora_factors(model))
+    for name in saved_modules(model):
+        found |= {f"{name}.{key}": p for key, p in model.get_submodule(name).named_parameters()}
+    return dict(sorted(found.items()))
+
+
+def get_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of ``trainable_tensors``, on the CPU."""
+    return {key: p.detach().to("cpu", copy=True) for key, p in trainable_tensors(model).items()}
+
+
+@torch.no_grad()
+def set_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Write ``state`` into the model. Raises ValueError, naming them, for keys or shapes that are not the model's."""
+    tensors = trainable_tensors(model)
+    if strange := sorted(set(state) ^ set(tensors)):
+        raise ValueError(f"the state does not fit the model: {', '.join(strange[:5])} missing or too many")
+    for key, value in state.items():
+        if value.shape != tensors[key].shape:
+            shapes = f"{tuple(value.shape)}, not {tuple(tensors[key].shape)}"
+            raise ValueError(f"the state does not fit the model: {key} has shape {shapes}")
+        tensors[key].copy_(value)
+
+
+def make_optimizer(model: nn.Module, config: Config, lr: float) -> torch.optim.Optimizer:
+    """A plain torch optimizer over all that trains; B's learning rate is ``lr_b_ratio`` times ``lr``."""
+    tensors = trainable_tensors(model)
+    b = [p for key, p in tensors.items() if key.endswith("lora_B")]
+    rest = [p for key, p in tensors.items() if not key.endswith("lora_B")]
+    groups = [{"params": rest}, {"params": b, "lr": lr * config.lr_b_ratio}]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def learning_rate(config: Config, round: int) -> float:
+    """The learning rate of a round (from 1): constant, or falling along half a cosine to almost zero in the last."""
+    if config.lr_schedule == "constant":
+        return config.lr
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (round - 1) / config.rounds))
+
+
+@dataclass
+class Client:
+    """One participant. Records, ledger and noise key stay here; only what ``train_round`` returns leaves."""
+
+    name: str
+    records: Dataset
+    noise_multiplier: float
+    ledger: Ledger
+    noise: NoiseSource
+    nonfinite_samples: int = 0  # not privatized; for the client's own eyes
+
+    def train_round(
+        self,
+        classifier: Classifier,
+        method: Method,
+        config: Config,
+        round: int,
+        state: Mapping[str, Tensor],
+        on_step: Callable[[], None] = lambda: None,
+    ) -> dict[str, Tensor]:
+        """K private steps from ``state``; returns the tensors that ``method`` sends in this round, on the CPU.
+
+        The ledger is charged before each release; the caller stores it before the returned tensors go anywhere. The
+        optimizer is new in each round, so a client that is chosen seldom carries no stale momentum. Raises
+        BudgetExceeded before a step that the ledger does not allow.
+        """
+        model = classifier.model
+        set_state(model, state)
+        model.train()
+        loader = DataLoader(self.records, batch_size=config.batch_size, collate_fn=classifier.collate)
+        optimizer, batches = make_private(
+            model,
+            make_optimizer(model, config, learning_rate(config, round)),
+            loader,
+            method=method.schedule,
+            smoothing=None if config.smoothing == "none" else config.smoothing,
+            clipping=config.clipping,
+            max_grad_norm=config.max_grad_norm,
+            noise_multiplier=self.noise_multiplier,
+            expected_batch_size=config.batch_size,
+            physical_batch_size=config.physical_batch_size,
+            ledger=self.ledger,
+            noise=self.noise,
+        )
+        device = next(model.parameters()).device
+        try:
+            optimizer.start_round(round)
+            for inputs, labels in batches.steps(config.local_steps):
+                loss = F.cross_entropy(classifier.logits(to_device(inputs, device)), labels.to(device))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                on_step()
+        finally:
+            self.nonfinite_samples += optimizer.nonfinite_samples
+            optimizer.detach()
+        return {key: value for key, value in get_state(model).items() if method.travels(key, round)}
+
+
+def to_device(inputs: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
+    """A batch's inputs on ``device``."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    return {key: value.to(device) for key, value in inputs.items()}

@@ -1,0 +1,178 @@
+"""Settings of a federated run: one flat, validated record that TOML, JSON and command-line flags share."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+from lalora_kernels.data import BadInput
+from lalora_kernels.federated.methods import METHODS
+from lalora_kernels.privacy.clipping import CLIPPING
+
+CHOICES = {
+    "method": tuple(METHODS),
+    "smoothing": ("binomial5", "none"),
+    "clipping": tuple(CLIPPING),
+    "partition": ("dirichlet", "iid"),
+    "average": ("uniform", "size"),
+    "optimizer": ("sgd", "adamw"),
+    "lr_schedule": ("cosine", "constant"),
+    "train_head": ("auto", "yes", "no"),
+}
+# name: (low, high, whether low itself is allowed)
+RANGES = {
+    "clients": (1, math.inf, True),
+    "fraction": (0, 1, False),
+    "rounds": (1, math.inf, True),
+    "local_steps": (1, math.inf, True),
+    "batch_size": (1, math.inf, True),
+    "physical_batch_size": (1, math.inf, True),
+    "epsilon": (0, math.inf, False),
+    "delta": (0, 1, False),
+    "max_grad_norm": (0, math.inf, False),
+    "lr": (0, math.inf, False),
+    "lr_b_ratio": (0, math.inf, False),
+    "momentum": (0, 1, True),
+    "weight_decay": (0, math.inf, True),
+    "rank": (1, math.inf, True),
+    "lora_alpha": (0, math.inf, False),
+    "dirichlet_alpha": (0, math.inf, False),
+    "min_records": (1, math.inf, True),
+    "image_size": (1, math.inf, True),
+    "max_length": (1, math.inf, True),
+    "seed": (0, 2**63, True),
+}
+INFINITE = ("epsilon",)  # infinity is a value: no noise, no guarantee
+OPEN_ABOVE = ("delta", "momentum")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one run; the defaults are the embedded default run. Raises BadInput for a value out of range."""
+
+    # what is trained on what
+    model: str = "embedded"
+    weights: str | None = None
+    dataset: str = "mnist"
+    test_dataset: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    image_size: int | None = None
+    max_length: int = 128
+    # the method
+    method: str = "la-lora"
+    smoothing: str = "binomial5"
+    rank: int = 8
+    lora_alpha: float | None = None  # None: the rank, so s = 1
+    targets: str = "all-linear"
+    train_head: str = "auto"  # auto: only a head without trained weights
+    # the federation
+    clients: int = 8
+    fraction: float = 0.5
+    rounds: int = 20
+    local_steps: int = 20
+    partition: str = "dirichlet"
+    dirichlet_alpha: float = 0.5
+    min_records: int | None = None  # None: twice the batch
+    average: str = "uniform"
+    # privacy
+    epsilon: float = 3.0
+    delta: float = 1e-5
+    clipping: str = "flat"
+    max_grad_norm: float = 1.0
+    # optimization
+    batch_size: int = 64
+    physical_batch_size: int | None = None
+    optimizer: str = "sgd"
+    lr: float = 0.5
+    lr_b_ratio: float = 1.0
+    lr_schedule: str = "cosine"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            self._check(field.name, getattr(self, field.name), str(field.type))
+
+    def _check(self, name: str, value: Any, kind: str) -> None:
+        flag = "--" + name.replace("_", "-")
+        if value is None:
+            if "None" not in kind:
+                raise BadInput(f"{flag} needs a value")
+            return
+        wanted = {"str": str, "int": int, "float": (int, float)}[kind.split(" ")[0]]
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            raise BadInput(f"{flag} is {'text' if wanted is str else 'a number'}, got {value!r}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise BadInput(f"{flag} is one of {', '.join(CHOICES[name])}; got {value!r}")
+        if name in RANGES and not self._inside(name, value):
+            low, high, closed = RANGES[name]
+            below = "" if high == math.inf else f" and {'<' if name in OPEN_ABOVE else '<='} {high:g}"
+            number = f"a {'whole ' if wanted is int else ''}number {'>=' if closed else '>'} {low:g}{below}"
+            raise BadInput(f"{flag} is {number}, got {value!r}")
+
+    @staticmethod
+    def _inside(name: str, value: float) -> bool:
+        low, high, closed = RANGES[name]
+        if math.isinf(value):
+            return name in INFINITE and value > 0
+        above = value < high if name in OPEN_ABOVE else value <= high
+        return above and (value >= low if closed else value > low)
+
+    @property
+    def private(self) -> bool:
+        """False where ``epsilon`` is infinite: the run adds no noise and guarantees nothing."""
+        return math.isfinite(self.epsilon)
+
+    @property
+    def records_needed(self) -> int:
+        """The least number of records that the partition gives a client."""
+        return 2 * self.batch_size if self.min_records is None else self.min_records
+
+    def to_json(self) -> str:
+        """JSON text; an infinite ε is the string "inf", since JSON has no infinity."""
+        values = {k: "inf" if v == math.inf else v for k, v in dataclasses.asdict(self).items()}
+        return json.dumps(values, indent=2) + "\n"
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(Config))
+
+
+def make_config(values: dict[str, Any], where: str = "settings") -> Config:
+    """A Config from a flat mapping; ε = inf (JSON: "inf") means no noise. Raises BadInput for unknown names."""
+    if strange := sorted(set(values) - set(NAMES)):
+        import difflib
+
+        close = difflib.get_close_matches(strange[0], NAMES, 1)
+        raise BadInput(f"{where}: unknown setting {strange[0]!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    values = dict(values)
+    if values.get("epsilon") == "inf":
+        values["epsilon"] = math.inf
+    return Config(**values)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Settings of a TOML file: the names of the flags, with - or _; tables only group. Raises BadInput."""
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInput(f"{path}: not a readable TOML file ({error})") from error
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        for name, one in (value.items() if isinstance(value, dict) else [(key, value)]):
+            name = name.replace("-", "_")
+            if name in flat:
+                raise BadInput(f"{path}: {name} is given twice")
+            flat[name] = one
+    return flat

@@ -1,0 +1,82 @@
+"""The federated methods, as data: which factor trains, what travels, how the server averages."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lalora_kernels.schedule import Schedule, get_schedule
+
+Update = Mapping[str, Tensor]
+Aggregate = Callable[[Sequence[Update], Sequence[float]], dict[str, Tensor]]
+
+
+def weighted_mean(updates: Sequence[Update], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Sum_i w_i update_i / Sum_i w_i of each tensor, in float64, in the order given; keys come out sorted.
+
+    ``updates`` hold the same keys and shapes; results have the first update's dtypes. The mean of one update, or of
+    equal ones with equal weights, is that update to its last bit.
+
+    Raises ValueError for no update, keys or shapes that differ (naming the tensor), NaN or Inf, weights that are
+    negative, not finite or all zero.
+    """
+    if not updates:
+        raise ValueError("nothing to average: no client sent an update")
+    if len(weights) != len(updates) or not all(0 <= w < float("inf") for w in weights) or sum(weights) <= 0:
+        raise ValueError(f"weights are finite, not negative and not all zero, one an update; got {list(weights)}")
+    keys = sorted(updates[0])
+    for i, update in enumerate(updates):
+        if sorted(update) != keys:
+            raise ValueError(f"update {i}: tensors {sorted(set(keys) ^ set(update))} are missing or too many")
+    total = float(sum(weights))
+    mean = {}
+    for key in keys:
+        acc = torch.zeros(updates[0][key].shape, dtype=torch.float64, device=updates[0][key].device)
+        for i, (update, weight) in enumerate(zip(updates, weights)):
+            if update[key].shape != acc.shape:
+                raise ValueError(f"update {i}: {key} has shape {tuple(update[key].shape)}, not {tuple(acc.shape)}")
+            if not update[key].isfinite().all():
+                raise ValueError(f"update {i}: {key} holds NaN or Inf")
+            acc += weight * update[key].double()
+        mean[key] = (acc / total).to(updates[0][key].dtype)
+    return mean
+
+
+@dataclass(frozen=True)
+class Method:
+    """One federated method. ``sends`` names the factors that a round moves; trained heads and norms always travel."""
+
+    name: str
+    schedule: Schedule
+    sends: str  # "A", "B", "AB", or "active": the one factor of this round
+    aggregate: Aggregate
+    source: str
+
+    def factors(self, round: int) -> str:
+        """The factors that travel in round ``round`` (from 1), both ways: "A", "B" or "AB"."""
+        return self.schedule.active(round, 1) if self.sends == "active" else self.sends
+
+    def travels(self, key: str, round: int) -> bool:
+        """Whether the tensor named ``key`` travels in this round: one of its factors, or no factor (a head, a norm)."""
+        factor = key.rpartition(".lora_")[2] if ".lora_" in key else ""
+        return factor in self.factors(round) if factor in ("A", "B") else True
+
+
+# FFA-LoRA: A is drawn once, from the public seed, so every client starts from the same A and never moves it.
+METHODS = {
+    m.name: m
+    for m in (
+        Method("dp-lora", get_schedule("dp-lora"), "AB", weighted_mean, "arXiv 2312.17493"),
+        Method("ffa-lora", get_schedule("ffa-lora"), "B", weighted_mean, "arXiv 2403.12313"),
+        Method("rolora", get_schedule("rolora"), "active", weighted_mean, "arXiv 2409.02346"),
+        Method("la-lora", get_schedule("la-lora"), "AB", weighted_mean, "arXiv 2602.19926"),
+    )
+}
+
+
+def get_method(name: str) -> Method:
+    """A method of the table by name. Raises ValueError if unknown."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    return METHODS[name]

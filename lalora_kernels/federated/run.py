@@ -1,0 +1,281 @@
+"""The in-process federation: one model object, each client's private steps in turn, a folder that can be resumed."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+import lalora_kernels
+from lalora_kernels.adapt import adapt
+from lalora_kernels.data import BadInput, Data, load_data
+from lalora_kernels.federated.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from lalora_kernels.federated.client import Client, get_state, set_state, trainable_tensors
+from lalora_kernels.federated.config import Config, make_config
+from lalora_kernels.federated.methods import get_method
+from lalora_kernels.federated.plan import ClientPlan, Plan, deal, make_plan, partition_digest
+from lalora_kernels.federated.server import Server, update_bytes
+from lalora_kernels.files import tensor_digest, write_atomic
+from lalora_kernels.models import Classifier, load_model
+from lalora_kernels.peft_io import save_adapter
+from lalora_kernels.privacy.ledger import Ledger
+from lalora_kernels.privacy.noise import NoiseSource
+
+CONFIG, METRICS, LEDGERS, ADAPTER = "config.json", "metrics.jsonl", "ledger.json", "adapter"
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a display is told: pre-training (done, steps), one private step, one complete round's record."""
+
+    on_pretraining: Callable[[int, int], None] = _nothing
+    on_step: Callable[[], None] = _nothing
+    on_round: Callable[[dict[str, Any]], None] = _nothing
+
+
+@dataclass
+class Task:
+    """Everything loaded and checked, before the first step."""
+
+    config: Config
+    data: Data
+    classifier: Classifier
+    parts: list  # record numbers of each client
+    fingerprints: dict[str, str]
+
+
+def prepare(config: Config, watch: Watch = Watch()) -> Task:
+    """Load data and model, adapt it, deal the records.
+
+    Raises BadInput or ValueError, with the cure, for what does not fit.
+    """
+    data = load_data(
+        config.dataset, test=config.test_dataset, text_column=config.text_column, label_column=config.label_column
+    )
+    classifier = load_model(
+        config.model,
+        len(data.classes),
+        kind=data.kind,
+        weights=config.weights,
+        image_size=config.image_size,
+        max_length=config.max_length,
+        seed=config.seed,
+        progress=watch.on_pretraining,
+    )
+    if config.train_head == "no" and classifier.new_modules:
+        raise BadInput(
+            f"{', '.join(classifier.new_modules)} of {config.model} is new for {len(data.classes)} classes and has no "
+            f"trained weights; it cannot stay frozen (--train-head auto or yes)"
+        )
+    heads = classifier.new_modules + (classifier.head if config.train_head == "yes" else [])
+    targets = config.targets
+    if targets not in ("qv", "all-linear") and not set(targets) & set("*+?\\|()[]^$"):
+        targets = [name.strip() for name in targets.split(",")]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # the shared start of every A is public
+        adapt(
+            classifier.model, r=config.rank, lora_alpha=config.lora_alpha, target_modules=targets,
+            modules_to_save=sorted(set(heads)) or None, verbose=False,
+        )  # fmt: skip
+    classifier.model.to(_device(config.device))
+    parts = deal(config, data.train.labels.numpy())
+    fingerprints = {
+        "data": data.fingerprint(),
+        "partition": partition_digest(parts),
+        "base model": _base_digest(classifier.model),
+    }
+    return Task(config, data, classifier, parts, fingerprints)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def _base_digest(model: nn.Module) -> str:
+    moving = {id(p) for p in trainable_tensors(model).values()}
+    return tensor_digest({name: p for name, p in model.named_parameters() if id(p) not in moving})
+
+
+@dataclass
+class Run:
+    """A run and its folder. ``start`` makes one, ``resume`` finds one again; ``train`` brings it to its end."""
+
+    folder: Path
+    task: Task
+    plan: Plan
+    clients: list[Client]
+    at: Checkpoint
+
+    @classmethod
+    def start(
+        cls, task: Task, folder: str | Path, noise: Callable[[int], NoiseSource] | None = None, watch: Watch = Watch()
+    ) -> "Run":
+        """Calibrate, make the run folder and measure the model as it is.
+
+        ``noise`` gives a client's NoiseSource; only tests need it, since a fixed key is worth no ε. Raises BadInput for
+        a folder that holds a run already, and as ``make_plan`` does.
+        """
+        folder = Path(folder)
+        if (folder / CONFIG).exists():
+            raise BadInput(f"{folder} holds a run already; --resume {folder} continues it, another --out starts anew")
+        plan = make_plan(task.config, [len(part) for part in task.parts])
+        clients = [_client(task, one, Ledger(**_budget(task.config)), noise) for one in plan.clients]
+        server = Server(get_method(task.config.method), get_state(task.classifier.model))
+        run = cls(folder, task, plan, clients, Checkpoint(0, server.state))
+        run._record(0, server, [], 0, 0.0, watch)
+        about = {
+            "settings": json.loads(task.config.to_json()),
+            "plan": plan.as_dict(),
+            "fingerprints": task.fingerprints,
+            "versions": {"lalora_kernels": lalora_kernels.__version__, "torch": torch.__version__},
+        }
+        run._save()
+        write_atomic(folder / CONFIG, json.dumps(about, indent=2) + "\n")
+        return run
+
+    @classmethod
+    def resume(cls, folder: str | Path, watch: Watch = Watch()) -> "Run":
+        """Pick a run up where its folder says it stands: same weights, same ledgers, fresh noise keys.
+
+        A client whose ledger is ahead of the stored weights (a crash between the two files) has spent its share of
+        that round: its update is lost and it is left out of that round's mean. Raises BadInput for a folder that is not
+        a run, for damaged files, and for data or base weights that are not those of the start.
+        """
+        folder = Path(folder)
+        about = _read_json(folder / CONFIG)
+        at = load_checkpoint(folder)
+        books = _read_json(folder / LEDGERS)
+        try:
+            config = make_config(about["settings"], str(folder / CONFIG))
+            plan = Plan(about["plan"]["participation"], [ClientPlan(**c) for c in about["plan"]["clients"]])
+            task = prepare(config, watch)
+            for what, found in task.fingerprints.items():
+                if about["fingerprints"][what] != found:
+                    raise BadInput(f"{folder}: the {what} is not the one that this run was started with")
+            clients = []
+            for one in plan.clients:
+                book = books["clients"][str(one.client)]
+                ledger = Ledger(**_budget(config))
+                ledger.load_state_dict(book["ledger"])
+                client = _client(task, one, ledger, None)
+                client.noise.load_state_dict(book["noise"])
+                client.nonfinite_samples = at.nonfinite.get(client.name, 0)
+                clients.append(client)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{folder} is not a complete run: {type(error).__name__} {error}") from error
+        return cls(folder, task, plan, clients, at)
+
+    @property
+    def done(self) -> bool:
+        """Whether every round is complete."""
+        return self.at.round >= self.task.config.rounds
+
+    def train(self, watch: Watch = Watch()) -> None:
+        """Run the rounds that are left; the folder is resumable at any moment, however this ends."""
+        config, method = self.task.config, get_method(self.task.config.method)
+        while not self.done:
+            began = time.monotonic()
+            number, chosen = self.at.round + 1, self.plan.participation[self.at.round]
+            server = Server(method, self.at.state)
+            for i in chosen:
+                if i in self.at.updates or self._spent_already(i, number):
+                    for _ in range(config.local_steps):
+                        watch.on_step()
+                    continue
+                update = self.clients[i].train_round(
+                    self.task.classifier, method, config, number, self.at.state, watch.on_step
+                )
+                self._save_ledgers()  # what it cost, before what it bought
+                self.at.updates[i] = update
+                self.at.nonfinite[self.clients[i].name] = self.clients[i].nonfinite_samples
+                self.at.seconds += time.monotonic() - began
+                began = time.monotonic()
+                save_checkpoint(self.folder, self.at)
+            weights = {i: float(len(self.task.parts[i])) if config.average == "size" else 1.0 for i in self.at.updates}
+            server.aggregate(number, self.at.updates, weights)
+            sent, took_part = sum(map(update_bytes, self.at.updates.values())), sorted(self.at.updates)
+            self.at = Checkpoint(number, server.state, {}, self.at.history, self.at.seconds, self.at.nonfinite)
+            self._record(number, server, took_part, sent, time.monotonic() - began, watch)
+            self._save()
+        set_state(self.task.classifier.model, self.at.state)
+        save_adapter(self.task.classifier.model, self.folder / ADAPTER, self.task.config.model)
+
+    def _spent_already(self, client: int, number: int) -> bool:
+        """Whether the ledger holds this round's steps though no update of it is stored."""
+        before = self.plan.steps_before(client, number, self.task.config.local_steps)
+        return self.clients[client].ledger.steps > before
+
+    def epsilons(self) -> list[float | None]:
+        """ε that each client has spent at the run's δ; None where none can be claimed (no noise, or a test key)."""
+        if not self.task.config.private:
+            return [None] * len(self.clients)
+        return [c.ledger.epsilon(self.task.config.delta) if c.noise.is_secret else None for c in self.clients]
+
+    def _record(
+        self, number: int, server: Server, took_part: list[int], sent: int, seconds: float, watch: Watch
+    ) -> None:
+        began = time.monotonic()
+        accuracy, loss = server.evaluate(self.task.classifier, self.task.data.test)
+        self.at.seconds += seconds + time.monotonic() - began
+        epsilons = self.epsilons()
+        known = [e for e in epsilons if e is not None]
+        record = {
+            "round": number,
+            "accuracy": accuracy,
+            "loss": loss if math.isfinite(loss) else None,
+            "epsilon": max(known) if len(known) == len(epsilons) else None,
+            "epsilons": epsilons,
+            "clients": took_part,
+            "bytes_sent": sent,
+            "seconds": round(self.at.seconds, 3),
+        }
+        self.at.history.append(record)
+        watch.on_round(record)
+
+    def _save_ledgers(self) -> None:
+        books = {
+            c.name: {"epsilon": epsilon, "ledger": c.ledger.state_dict(), "noise": c.noise.state_dict()}
+            for c, epsilon in zip(self.clients, self.epsilons())
+        }
+        about = {"delta": self.task.config.delta, "clients": books}
+        write_atomic(self.folder / LEDGERS, json.dumps(about, indent=2) + "\n")
+
+    def _save(self) -> None:
+        self._save_ledgers()
+        save_checkpoint(self.folder, self.at)
+        write_atomic(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.at.history))
+
+
+def _budget(config: Config) -> dict[str, float]:
+    return {"target_epsilon": config.epsilon, "target_delta": config.delta} if config.private else {}
+
+
+def _client(task: Task, plan: ClientPlan, ledger: Ledger, noise: Callable[[int], NoiseSource] | None) -> Client:
+    records = Subset(task.data.train, task.parts[plan.client].tolist())
+    source = NoiseSource() if noise is None else noise(plan.client)
+    return Client(str(plan.client), records, plan.noise_multiplier, ledger, source)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path.parent}: not a run that can be resumed, {path.name} is missing") from None
+    except (OSError, ValueError) as error:
+        cure = "restore it from a copy, or start a new run"
+        raise BadInput(f"{path} is corrupt or truncated ({error}); {cure}") from error
