@@ -85,7 +85,9 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             if torch.is_grad_enabled() and (self.lora_A.requires_grad or self.lora_B.requires_grad):
-                raise RuntimeError("this LoRA layer is merged and cannot train; call unmerge() first, or torch.no_grad()")
+                raise RuntimeError(
+                    "this LoRA layer is merged and cannot train; call unmerge() first, or torch.no_grad()"
+                )
             return nn.functional.linear(x, self._weight_mn(), self.bias)
         drops = self.training and not isinstance(self.lora_dropout, nn.Identity)
         return lora_linear(

@@ -33,8 +33,13 @@ def bert(n: int = 3):
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
-        vocab_size=37, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
-        max_position_embeddings=16, num_labels=3,
+        vocab_size=37,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=40,
+        max_position_embeddings=16,
+        num_labels=3,
     )
     return BertForSequenceClassification(config), _text(n, 7, 37, 3), _classify_text
 
@@ -43,7 +48,12 @@ def vit(n: int = 3):
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, image_size=8, patch_size=4,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=40,
+        image_size=8,
+        patch_size=4,
         num_labels=5,
     )
     return ViTForImageClassification(config), (_images(n, 8), torch.randint(0, 5, (n,))), _classify
@@ -53,7 +63,14 @@ def swin(n: int = 3):
     from transformers import SwinConfig, SwinForImageClassification
 
     config = SwinConfig(
-        image_size=16, patch_size=2, embed_dim=12, depths=[2, 2], num_heads=[2, 3], window_size=4, num_labels=5, drop_path_rate=0.0,
+        image_size=16,
+        patch_size=2,
+        embed_dim=12,
+        depths=[2, 2],
+        num_heads=[2, 3],
+        window_size=4,
+        num_labels=5,
+        drop_path_rate=0.0,
     )
     return SwinForImageClassification(config), (_images(n, 16), torch.randint(0, 5, (n,))), _classify
 
@@ -62,8 +79,15 @@ def timm_swin(n: int = 3):
     import timm
 
     model = timm.create_model(
-        "swin_tiny_patch4_window7_224", img_size=32, patch_size=4, window_size=4, embed_dim=12, depths=(2, 2),
-        num_heads=(2, 3), num_classes=5, drop_path_rate=0.0,
+        "swin_tiny_patch4_window7_224",
+        img_size=32,
+        patch_size=4,
+        window_size=4,
+        embed_dim=12,
+        depths=(2, 2),
+        num_heads=(2, 3),
+        num_classes=5,
+        drop_path_rate=0.0,
     )
     return model, (_images(n, 32), torch.randint(0, 5, (n,))), _classify
 

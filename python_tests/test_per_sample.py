@@ -75,7 +75,8 @@ def test_equals_opacus(family, factor):
     loss(wrapped, batch).backward()
     expected = {
         n.removeprefix("_module.").replace(".a.weight", ".lora_A").replace(".b.weight", ".lora_B"): p.grad_sample
-        for n, p in wrapped.named_parameters() if p.requires_grad
+        for n, p in wrapped.named_parameters()
+        if p.requires_grad
     }
     assert largest_relative_error(found, expected) < PER_SAMPLE_F64
 
@@ -97,7 +98,9 @@ def test_a_module_called_twice_accumulates_before_its_norm():
     def twice(model, batch):
         x, y = batch
         h = model.act(model.fc1(x))
-        return nn.functional.cross_entropy(model.head(model.fc2(h) + model.fc2(h.flip(1))) + model.head(model.fc2(h)), y)
+        return nn.functional.cross_entropy(
+            model.head(model.fc2(h) + model.fc2(h.flip(1))) + model.head(model.fc2(h)), y
+        )
 
     for phase in PHASES:
         set_active(model, phase)

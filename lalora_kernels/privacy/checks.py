@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lalora_kernels.nn import lora_layers, set_active
-from lalora_kernels.privacy.engine import Engine, Site
+from lalora_kernels.privacy.engine import Engine
+from lalora_kernels.privacy.recorders import Site
 from lalora_kernels.privacy.sampling import BatchInfo
 
 # Two float64 evaluations of one gradient, in different orders of summation.
@@ -58,8 +59,15 @@ def per_sample_gradients(
     """
     rows = _leaves(batch)[0].shape[0]
     engine = Engine(
-        model, clipping="flat", max_grad_norm=1.0, noise_std=0.0, noise=None, divisor=1.0, smoothing=None,
-        loss_reduction=loss_reduction, charge=None,
+        model,
+        clipping="flat",
+        max_grad_norm=1.0,
+        noise_std=0.0,
+        noise=None,
+        divisor=1.0,
+        smoothing=None,
+        loss_reduction=loss_reduction,
+        charge=None,
     )
     try:
         engine.begin(BatchInfo(rows=rows, valid=rows, first=True, last=True))
@@ -129,8 +137,7 @@ def check_per_sample(
     expected = single_sample_gradients(twin, batch, loss)
     found = per_sample_gradients(twin, batch, loss, loss_reduction=loss_reduction)
     wrong = [
-        n for n in expected
-        if (found[n] - expected[n]).norm() > RTOL * max(expected[n].norm(), found[n].norm()) + 1e-30
+        n for n in expected if (found[n] - expected[n]).norm() > RTOL * max(expected[n].norm(), found[n].norm()) + 1e-30
     ]
     if wrong:
         raise ValueError(

@@ -18,9 +18,15 @@ def tensor_bound(clipping: str, max_grad_norm: float, tensors: int) -> float:
 
 
 def clip_weights(
-    sq: Tensor, *, clipping: str, max_grad_norm: float, grad_scale: float, valid: int
+    sq: Tensor,
+    *,
+    clipping: str,
+    max_grad_norm: float,
+    grad_scale: float,
+    valid: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Weights (L,N) float32 by which G is multiplied before it is summed, and the number of non-finite samples.
+    """Weights (L,N) by which G is multiplied before it is summed, and the number of non-finite samples.
 
     ``sq`` (L,N) float64: squared norms of L tensors' per-sample gradients, which stand ``grad_scale`` times too small
     (the user's loss is a mean over that many records). A weight is ``grad_scale`` c_i. It is 0 for placeholders
@@ -36,5 +42,5 @@ def clip_weights(
         factor = (bound / norm).clamp(max=1.0)
     finite = (norm.isfinite() & (factor * grad_scale >= SMALLEST_FACTOR)).all(0)
     real = torch.arange(N, device=sq.device) < valid
-    weights = torch.where(finite & real, factor * grad_scale, 0.0).to(torch.float32)
+    weights = torch.where(finite & real, factor * grad_scale, 0.0).to(dtype)
     return weights.expand(L, N), (real & ~finite).sum()

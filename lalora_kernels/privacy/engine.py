@@ -6,7 +6,6 @@ the noisy, smoothed gradient into ``p.grad``.
 """
 
 import warnings
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,98 +13,28 @@ from torch import Tensor, nn
 from lalora_kernels import functional
 from lalora_kernels.nn import LoRALinear
 from lalora_kernels.privacy.clipping import clip_weights, tensor_bound
-from lalora_kernels.privacy.rules import ExtraRecorder, Recorder, rule_of
+from lalora_kernels.privacy.recorders import LoRARecorder, Recorder, Site
+from lalora_kernels.privacy.rules import ExtraRecorder, rule_of
 from lalora_kernels.privacy.sampling import BatchInfo
-
-
-@dataclass(eq=False)
-class Site:
-    """One tensor that may train: its stream of noise, its axis of smoothing, its places in the workspaces."""
-
-    name: str
-    param: nn.Parameter
-    index: int  # nonce word 0 of its noise
-    smooth_dim: int | None
-    deferred: "ExtraRecorder | None" = None  # holds a full weight's factors; no per-sample gradient is materialized
-    row: int = -1  # row of the squared norms while active
-    G: Tensor | None = None  # (N, *shape) of this physical batch
-    S: Tensor | None = None  # running clipped sum over physical batches
-    released: Tensor | None = None  # the gradient last put into param.grad
-    marked: bool = False  # something was recorded in this physical batch
-
-
-class LoRARecorder(Recorder):
-    """Recorder of one LoRA layer: sites "lora_A", "lora_B" and, where it trains, "bias"."""
-
-    TWICE = (
-        "{} was backpropagated twice in one batch, but clipping='per_layer' clips at the first; add the losses up and "
-        "call backward once"
-    )
-    calls = 0  # forwards of this physical batch
-    summed = False  # its gradient of this physical batch is clipped and summed already
-
-    def note_forward(self) -> None:
-        self.calls += 1
-
-    def reset(self) -> None:
-        self.calls, self.summed = 0, False
-
-    def record_lora(self, dy, B, scaling, h, x, need_dz, need_bias) -> Tensor | None:
-        """Per-sample gradients of the active factors from dy (..., m) and h (..., r) or x (..., n); returns dz (..., r)."""
-        e = self.engine
-        lead = dy.shape[:-1]
-        dy3 = e.fold(dy, self.name)
-        h3 = None if h is None else e.fold(h, self.name)
-        x3 = None if x is None else e.fold(x, self.name)
-        a, b = self.active("lora_A") if x is not None else None, self.active("lora_B") if h is not None else None
-        if need_bias:
-            e.add(self.sites["bias"], dy3.sum(1, dtype=e.dtype))
-        again = any(s is not None and s.marked for s in (a, b))
-        if e.clipping == "per_layer" and self.calls == 1:
-            if again:
-                raise RuntimeError(self.TWICE.format(self.name))
-            self.summed = True
-            dz, _, sq_b, _, sq_a = functional.sample_grad_clip(
-                dy3,
-                B,
-                scaling,
-                max_norm=e.tensor_bound,
-                grad_scale=e.grad_scale,
-                valid=e.batch.valid,
-                h=h3,
-                x=x3,
-                need_dz=need_dz,
-                S_B=None if b is None else e.sum_of(b),
-                S_A=None if a is None else e.sum_of(a),
-                backend=e.backend,
-            )
-        else:
-            if again and self.summed:
-                raise RuntimeError(self.TWICE.format(self.name))
-            dz, _, sq_b, _, sq_a = functional.sample_grad(
-                dy3,
-                B,
-                scaling,
-                h=h3,
-                x=x3,
-                need_dz=need_dz,
-                G_B=None if b is None else e.gradient_of(b),
-                G_A=None if a is None else e.gradient_of(a),
-                accumulate=again,
-                backend=e.backend,
-            )
-        for site, sq in ((a, sq_a), (b, sq_b)):
-            if site is not None:
-                e.mark(site)
-                e.sq[site.row].copy_(sq)
-        return None if dz is None else dz.view(*lead, -1)
 
 
 class Engine:
     """See the module's docstring; users meet it through ``make_private``."""
 
-    def __init__(self, model: nn.Module, *, clipping: str, max_grad_norm: float, noise_std: float, noise, divisor: float,
-                 smoothing: str | None, loss_reduction: str, charge, backend: str | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        clipping: str,
+        max_grad_norm: float,
+        noise_std: float,
+        noise,
+        divisor: float,
+        smoothing: str | None,
+        loss_reduction: str,
+        charge,
+        backend: str | None = None,
+    ):
         self.model, self.clipping, self.max_grad_norm = model, clipping, max_grad_norm
         self.noise_std, self.noise, self.divisor = noise_std, noise, divisor
         self.smoothing, self.loss_reduction, self.charge, self.backend = smoothing, loss_reduction, charge, backend
@@ -114,6 +43,7 @@ class Engine:
         self.active: list[Site] = []
         self.batch: BatchInfo | None = None
         self.nonfinite_samples = 0
+        self.before_logical_batch = lambda: None  # the optimizer's schedule
         self._buffers: dict[str, Tensor] = {}
         self._handles: list = []
         self._open = False  # a logical batch has begun and is not released
@@ -128,7 +58,8 @@ class Engine:
 
     def _attach(self) -> None:
         self._norms = [
-            (name, m) for name, m in self.model.named_modules()
+            (name, m)
+            for name, m in self.model.named_modules()
             if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats
         ]
         self._refuse_batch_statistics()
@@ -158,15 +89,14 @@ class Engine:
         if len(dtypes) > 1:
             raise ValueError("some trainable parameters are float64 and some are not; use one precision")
         self.dtype = torch.float64 if dtypes.pop() else torch.float32
-        self._handles.append(self.model.register_forward_pre_hook(self._check_input, with_kwargs=True))
+        self._handles.append(self.model.register_forward_pre_hook(_InputCheck(self), with_kwargs=True))
 
     def _add_site(self, name: str, p: nn.Parameter, smooth_dim: int | None) -> Site:
-        site = Site(name, p, len(self.sites), smooth_dim)
+        site = Site(name, p, len(self.sites), smooth_dim, p.requires_grad)
         self.sites.append(site)
-        trains = p.requires_grad  # torch takes the hook only while it does; the schedule may not have reached it yet
-        p.requires_grad_(True)
+        p.requires_grad_(True)  # torch takes the hook of no other tensor
         self._handles.append(p.register_post_accumulate_grad_hook(lambda p: self._refuse_foreign(p, name)))
-        p.requires_grad_(trains)
+        p.requires_grad_(site.trained)
         return site
 
     def _record(self, name: str, module: nn.Module, sites: dict, lora: bool) -> None:
@@ -180,7 +110,9 @@ class Engine:
             self.recorders.append(ExtraRecorder(self, name, module, sites))
 
     def detach(self) -> None:
-        """Give the model back to ordinary training; the workspace is freed."""
+        """Give the model back to ordinary training, trainable as it was found; the workspace is freed."""
+        for site in self.sites:
+            site.param.requires_grad_(site.trained)
         for handle in self._handles:
             handle.remove()
         for recorder in self.recorders:
@@ -205,7 +137,8 @@ class Engine:
                 f"its module, a p.grad of your own), which nothing clips or noises. Freeze it, or call its module instead"
             )
 
-    def _check_input(self, model, args, kwargs) -> None:
+    def check_input(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The model must see the batch that the loader announced, in train mode."""
         if self.batch is None or not model.training or not torch.is_grad_enabled():
             return
         self._refuse_batch_statistics()
@@ -276,10 +209,13 @@ class Engine:
 
     # ---------------------------------------------------------------- a step
 
+    @torch.no_grad()
     def begin(self, batch: BatchInfo) -> None:
         """Called by the loader before it yields a physical batch."""
         if self.batch is not None and any(s.marked for s in self.sites):
-            raise RuntimeError("the last batch was backpropagated but not stepped; call optimizer.step() after backward")
+            raise RuntimeError(
+                "the last batch was backpropagated but not stepped; call optimizer.step() after backward"
+            )
         if self._partial if batch.first else not self._open:
             self._partial = False
             raise RuntimeError(
@@ -289,6 +225,8 @@ class Engine:
             if s.param.grad is s.released:
                 s.param.grad = None
             self._refuse_foreign(s.param, s.name)
+        if batch.first:
+            self.before_logical_batch()
         trainable = [s for s in self.sites if s.param.requires_grad]
         if batch.first:
             self._start(trainable)
@@ -310,14 +248,17 @@ class Engine:
 
     def _clear_batch(self) -> None:
         for s in self.sites:
-            s.G, s.marked = None, False
+            s.G, s.marked, s.fused = None, False, False
         for r in self.recorders:
             r.reset()
 
+    @torch.no_grad()
     def finish(self) -> bool:
         """Clip what was recorded. On the last physical batch, charge and release into ``p.grad``; True then."""
         if self.batch is None:
-            raise RuntimeError("optimizer.step() without a new batch of the private loader, or called twice on one batch")
+            raise RuntimeError(
+                "optimizer.step() without a new batch of the private loader, or called twice on one batch"
+            )
         batch, sites = self.batch, self.active
         for s in self.sites:
             self._refuse_foreign(s.param, s.name)
@@ -329,8 +270,12 @@ class Engine:
             if s.marked and s.deferred is not None:
                 self.sq[s.row].copy_(s.deferred.squared_norms())
         weights, bad = clip_weights(
-            self.sq, clipping=self.clipping, max_grad_norm=self.max_grad_norm, grad_scale=self.grad_scale,
+            self.sq,
+            clipping=self.clipping,
+            max_grad_norm=self.max_grad_norm,
+            grad_scale=self.grad_scale,
             valid=batch.valid,
+            dtype=self.dtype,
         )
         self._count_nonfinite(bad)
         for s in sites:
@@ -341,7 +286,7 @@ class Engine:
             self._open = self._partial = False
         else:
             self._partial = True
-            full = [s for s in sites if s.G is not None and s.marked]
+            full = [s for s in sites if s.materialized]
             if full:
                 rows = weights[[s.row for s in full]]
                 functional.clip_reduce([s.G for s in full], rows, [self.sum_of(s) for s in full], backend=self.backend)
@@ -355,7 +300,7 @@ class Engine:
         sites = self.active
         out = self._carve("grad", sites, None)
         functional.privatize(
-            [s.G if s.marked and s.deferred is None else None for s in sites],
+            [s.G if s.materialized else None for s in sites],
             [s.S for s in sites],
             weights,
             out,
@@ -378,6 +323,23 @@ class Engine:
                 f"nothing to the step",
                 stacklevel=4,
             )
+
+
+class _InputCheck:
+    """The engine's forward pre-hook; a copy of the model gets one that checks nothing."""
+
+    def __init__(self, engine: Engine | None):
+        self.engine = engine
+
+    def __call__(self, model, args, kwargs) -> None:
+        if self.engine is not None:
+            self.engine.check_input(model, args, kwargs)
+
+    def __deepcopy__(self, memo) -> "_InputCheck":
+        return _InputCheck(None)
+
+    def __reduce__(self):
+        return _InputCheck, (None,)
 
 
 class _Undo:

@@ -73,7 +73,15 @@ def make_private(
     _positive("max_grad_norm", max_grad_norm)
     if isinstance(optimizer, PrivateOptimizer):
         raise ValueError("this optimizer is private already; make_private takes the plain one")
-    q, b = _rates(data_loader, sample_rate, expected_batch_size)
+    noise = NoiseSource() if noise is None else noise
+    loader = PrivateLoader(
+        data_loader,
+        sample_rate=sample_rate,
+        expected_batch_size=expected_batch_size,
+        physical_batch_size=physical_batch_size,
+        noise=noise,
+    )
+    q, b = loader.sample_rate, loader.expected_batch_size
     if (noise_multiplier is None) == (target_epsilon is None):
         raise ValueError("give either noise_multiplier, or target_epsilon with target_delta and steps")
     if target_epsilon is not None:
@@ -84,15 +92,20 @@ def make_private(
         )
     elif not isinstance(noise_multiplier, Real) or not 0.0 <= noise_multiplier < math.inf:
         raise ValueError(f"noise_multiplier is a finite number >= 0, got {noise_multiplier!r}")
-    noise = NoiseSource() if noise is None else noise
     if ledger is None:
         ledger = Ledger(target_epsilon=target_epsilon, target_delta=target_delta)
     if not noise.is_secret:
         ledger.refuse_epsilon("the noise key is fixed")
 
     def charge() -> None:
-        ledger.charge(noise_multiplier, q, release=noise.next_release, clipping=clipping, max_grad_norm=max_grad_norm,
-                      expected_batch_size=b)
+        ledger.charge(
+            noise_multiplier,
+            q,
+            release=noise.next_release,
+            clipping=clipping,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=b,
+        )
 
     engine = Engine(
         model,
@@ -107,18 +120,11 @@ def make_private(
         backend=backend,
     )
     try:
-        loader = PrivateLoader(
-            data_loader,
-            sample_rate=q,
-            expected_batch_size=b,
-            physical_batch_size=physical_batch_size,
-            noise=noise,
-            on_batch=engine.begin,
-        )
         private = PrivateOptimizer(optimizer, engine, schedule, ledger, float(noise_multiplier), b, target_delta)
     except BaseException:
         engine.detach()
         raise
+    loader.on_batch = engine.begin
     return private, loader
 
 
@@ -130,34 +136,3 @@ def _one_of(name: str, value, allowed: tuple) -> None:
 def _positive(name: str, value) -> None:
     if not isinstance(value, Real) or not 0.0 < value < math.inf:
         raise ValueError(f"{name} is a finite number > 0, got {value!r}")
-
-
-def _rates(data_loader: DataLoader, sample_rate: float | None, expected_batch_size: float | None) -> tuple[float, float]:
-    """q and b = q |D| from whichever was given."""
-    try:
-        records = len(data_loader.dataset)
-    except TypeError:
-        raise ValueError("make_private needs a dataset with a length: Poisson sampling draws from a known set") from None
-    if not records:
-        raise ValueError("the data set is empty; a client without records cannot train")
-    if sample_rate is not None and expected_batch_size is not None:
-        if abs(sample_rate * records - expected_batch_size) > 0.5:
-            raise ValueError(
-                f"sample_rate {sample_rate} of {records} records is {sample_rate * records:.1f}, not "
-                f"expected_batch_size {expected_batch_size}; give one of the two"
-            )
-    if sample_rate is None:
-        if expected_batch_size is None:
-            expected_batch_size = data_loader.batch_size
-        if expected_batch_size is None:
-            raise ValueError("the loader has no batch_size; give sample_rate or expected_batch_size")
-        _positive("expected_batch_size", expected_batch_size)
-        if expected_batch_size > records:
-            raise ValueError(
-                f"expected_batch_size {expected_batch_size} exceeds the data set's {records} records; make the batch "
-                f"smaller or the data set larger"
-            )
-        sample_rate = expected_batch_size / records
-    if not isinstance(sample_rate, Real) or not 0.0 < sample_rate <= 1.0:
-        raise ValueError(f"sample_rate lies in (0, 1], got {sample_rate!r}")
-    return float(sample_rate), float(sample_rate * records if expected_batch_size is None else expected_batch_size)

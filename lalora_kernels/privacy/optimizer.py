@@ -16,8 +16,8 @@ class PrivateOptimizer(Optimizer):
     """Wraps any ``torch.optim`` optimizer; made by ``make_private``.
 
     ``step`` clips what backward recorded. On the last physical batch of a logical batch it charges the ledger, releases
-    the gradient into ``p.grad``, lets the wrapped optimizer step and makes the next factor active; on the others it
-    only accumulates. Learning-rate schedulers and ``param_groups`` are the wrapped optimizer's own.
+    the gradient into ``p.grad`` and lets the wrapped optimizer step; on the others it only accumulates. The next factor
+    becomes active with the next logical batch. Learning-rate schedulers and ``param_groups`` are the wrapped optimizer's own.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class PrivateOptimizer(Optimizer):
         self.round = self.local_step = 1
         self._refuse_strays()
         self._activate()
+        engine.before_logical_batch = self._activate
 
     # ---------------------------------------------------------------- the wrapped optimizer
 
@@ -132,7 +133,6 @@ class PrivateOptimizer(Optimizer):
         if self.engine.finish():
             self.original_optimizer.step()
             self.local_step += 1
-            self._activate()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

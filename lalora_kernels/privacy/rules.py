@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lalora_kernels.autograd import EmbeddingFunction, LayerNormFunction, LinearFunction
+from lalora_kernels.privacy.recorders import Recorder
 
 # Relative to sum_t ||x_t|| ||dy_t||, the rounding that the float32 product of a clipped sum may add to a sample's
 # share. Norms are raised by it, so that a sample whose terms cancel still keeps the bound.
@@ -45,26 +46,6 @@ def rule_of(module: nn.Module) -> type[nn.Module] | None:
     """The type whose rule covers ``module``, or None. Any other subclass may compute something else: not covered."""
     kind = type(module)
     return kind if kind in FORWARDS else SAME_AS_BASE.get(f"{kind.__module__}.{kind.__qualname__}")
-
-
-class Recorder:
-    """Stands between one module's backward and the engine; never copied or pickled with the module."""
-
-    def __init__(self, engine, name: str, sites: dict):
-        self.engine, self.name, self.sites = engine, name, sites
-
-    def __deepcopy__(self, memo) -> None:
-        return None
-
-    def __reduce__(self):
-        return type(None), ()
-
-    def active(self, parameter: str):
-        site = self.sites.get(parameter)
-        return site if site is not None and site.param.requires_grad else None
-
-    def reset(self) -> None:
-        pass
 
 
 class ExtraRecorder(Recorder):
