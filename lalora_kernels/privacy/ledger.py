@@ -1,0 +1,358 @@
+"""The account of what was released: every release on record before it happens, a budget that refuses the step too many,
+and a file that shows whether it was changed."""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from lalora_kernels.files import write_atomic
+from lalora_kernels.privacy.accountant import (
+    MAX_STEPS,
+    NEIGHBORING_RELATIONS,
+    Release,
+    check_delta,
+    check_epsilon,
+    check_noise_multiplier,
+    compute_epsilon,
+    max_steps,
+    merge_releases,
+)
+from lalora_kernels.privacy.noise import MAX_RELEASES
+from lalora_kernels.privacy.sampling import check_sample_rate
+
+FORMAT, VERSION = "lalora-ledger", 1
+
+
+class LedgerError(ValueError):
+    """A ledger that cannot be trusted, or a claim that it does not support."""
+
+
+class BudgetExceeded(RuntimeError):
+    """The next release would cost more than the budget; nothing was released and nothing charged."""
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """``count`` releases in a row, numbered from ``first_release``, alike in everything below.
+
+    noise_multiplier σ in units of max_grad_norm C, sample_rate q, the clipping rule, C, b, and how records were drawn.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    first_release: int
+    count: int = 1
+    clipping: str = "flat"
+    max_grad_norm: float | None = None
+    expected_batch_size: float | None = None
+    sampling: str = "poisson"
+
+    def __post_init__(self) -> None:
+        check_noise_multiplier(self.noise_multiplier)
+        check_sample_rate(self.sample_rate)
+        for name, top in (("first_release", MAX_RELEASES - 1), ("count", MAX_STEPS)):
+            value = getattr(self, name)
+            if type(value) is not int or not (name == "count") <= value <= top:
+                raise ValueError(f"{name} is a whole number up to {top}, got {value!r}")
+        for name in ("clipping", "sampling"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is a string, got {getattr(self, name)!r}")
+        for name in ("max_grad_norm", "expected_batch_size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < 1e300):
+                raise ValueError(f"{name} is a finite number > 0 or None, got {value!r}")
+
+
+class Ledger:
+    """Every release of one data holder, and the ε of all of them together.
+
+    Args:
+        target_epsilon: a budget; ``charge`` refuses the release that would exceed it. None: count only.
+        target_delta: the budget's δ, and the default of ``epsilon``.
+        neighboring_relation: of budget and ``epsilon``: "add_or_remove_one" record, or "replace_one".
+
+    The guarantee: while ``charge`` is called before each release, ``epsilon()`` bounds the loss of everything released,
+    and never exceeds ``target_epsilon``. Changing σ or q between charges costs a fraction of a second each time; with
+    both constant a charge is O(1).
+    """
+
+    def __init__(
+        self,
+        *,
+        target_epsilon: float | None = None,
+        target_delta: float | None = None,
+        neighboring_relation: str = "add_or_remove_one",
+    ) -> None:
+        if target_epsilon is not None:
+            target_epsilon = check_epsilon(target_epsilon, "target_epsilon")
+            if target_delta is None:
+                raise ValueError("target_epsilon needs a target_delta: the budget is the pair")
+        if target_delta is not None:
+            target_delta = check_delta(target_delta, "target_delta")
+        if neighboring_relation not in NEIGHBORING_RELATIONS:
+            raise ValueError(
+                f"neighboring_relation is one of {', '.join(NEIGHBORING_RELATIONS)}; got {neighboring_relation!r}"
+            )
+        self.target_epsilon, self.target_delta = target_epsilon, target_delta
+        self.neighboring_relation = neighboring_relation
+        self.id = secrets.token_hex(8)  # tells two runs with equal entries apart
+        self._entries: list[LedgerEntry] = []
+        self._refusals: list[str] = []
+        self._allowance: tuple[tuple, int] | None = None  # (σ, q, budget) and how many more such steps it bears
+
+    # ---------------------------------------------------------------- what was spent
+
+    @property
+    def entries(self) -> tuple[LedgerEntry, ...]:
+        """In the order of the charges."""
+        return tuple(self._entries)
+
+    @property
+    def steps(self) -> int:
+        """Releases charged so far."""
+        return sum(entry.count for entry in self._entries)
+
+    @property
+    def releases(self) -> tuple[Release, ...]:
+        """(noise_multiplier, sample_rate, count) for each pair that occurs: what the accountants take."""
+        return merge_releases((e.noise_multiplier, e.sample_rate, e.count) for e in self._entries)
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """Why no ε may be reported; empty where one may."""
+        return tuple(self._refusals)
+
+    def refuse_epsilon(self, reason: str) -> None:
+        """From now on, and in what is saved, ``epsilon`` raises with ``reason``; there is no way back."""
+        if reason not in self._refusals:
+            self._refusals.append(str(reason))
+
+    def epsilon(
+        self, delta: float | None = None, *, accountant: str = "pld", neighboring_relation: str | None = None
+    ) -> float:
+        """ε spent so far at ``delta`` (default: target_delta), ``inf`` where a release had no noise.
+
+        Raises LedgerError where none may be claimed (a fixed key, batches that were not Poisson samples), ValueError
+        without a delta. ``accountant`` and ``neighboring_relation`` as in ``compute_epsilon``.
+        """
+        if self._refusals:
+            raise LedgerError(f"no epsilon can be reported: {'; '.join(self._refusals)}")
+        delta = self.target_delta if delta is None else delta
+        if delta is None:
+            raise ValueError("epsilon needs a delta, since this ledger has no target_delta")
+        relation = self.neighboring_relation if neighboring_relation is None else neighboring_relation
+        return compute_epsilon(self.releases, delta, accountant=accountant, neighboring_relation=relation)
+
+    # ---------------------------------------------------------------- spending
+
+    def remaining_steps(self, noise_multiplier: float, sample_rate: float) -> int | None:
+        """Further releases of this kind that the budget bears; None without a budget."""
+        if self.target_epsilon is None:
+            return None
+        return max_steps(
+            target_epsilon=self.target_epsilon,
+            target_delta=self.target_delta,
+            noise_multiplier=noise_multiplier,
+            sample_rate=sample_rate,
+            history=self.releases,
+            neighboring_relation=self.neighboring_relation,
+        )
+
+    def charge(
+        self,
+        noise_multiplier: float,
+        sample_rate: float,
+        *,
+        release: int | None = None,
+        clipping: str = "flat",
+        max_grad_norm: float | None = None,
+        expected_batch_size: float | None = None,
+        sampling: str = "poisson",
+    ) -> None:
+        """Record one release, to be called before it happens, also when its batch is empty.
+
+        ``release`` is the noise source's number (default: the one after the last). Raises BudgetExceeded, and charges
+        nothing, where the budget does not bear it; LedgerError for batches that are not Poisson samples under a budget;
+        ValueError for arguments out of range.
+        """
+        last = self._entries[-1] if self._entries else None
+        following = 0 if last is None else last.first_release + last.count
+        entry = LedgerEntry(
+            float(check_noise_multiplier(noise_multiplier)),
+            float(check_sample_rate(sample_rate)),
+            following if release is None else release,
+            1,
+            clipping,
+            max_grad_norm,
+            expected_batch_size,
+            sampling,
+        )
+        if sampling != "poisson":
+            reason = f"batches were drawn by {sampling!r} sampling, and only Poisson sampling is accounted for"
+            if self.target_epsilon is not None:
+                raise LedgerError(f"{reason}; use PrivateLoader, or a ledger without a budget")
+            self.refuse_epsilon(reason)
+        if self.target_epsilon is not None:
+            self._draw_allowance(entry)
+        if last is not None and entry == replace(last, first_release=following, count=1) and last.count < MAX_STEPS:
+            self._entries[-1] = replace(last, count=last.count + 1)
+        else:
+            self._entries.append(entry)
+
+    def _draw_allowance(self, entry: LedgerEntry) -> None:
+        kind = entry.noise_multiplier, entry.sample_rate, *self._budget()
+        if self._allowance is None or self._allowance[0] != kind or self._allowance[1] == 0:
+            self._allowance = kind, self.remaining_steps(entry.noise_multiplier, entry.sample_rate)
+        left = self._allowance[1]
+        if left == 0:
+            spent = "" if self._refusals else f" ({self.steps} steps have spent {self.epsilon():.4f})"
+            raise BudgetExceeded(
+                f"step {self.steps + 1}, with noise_multiplier {entry.noise_multiplier:g} and sample_rate "
+                f"{entry.sample_rate:g}, would exceed the budget {_show(self._budget())}{spent}; stop here, or plan "
+                f"the run with more noise, fewer steps or a larger epsilon"
+            )
+        self._allowance = kind, left - 1
+
+    # ---------------------------------------------------------------- storage
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready: the header, the entries each with the hash of all up to it, and the last hash again."""
+        state: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "id": self.id,
+            "target_epsilon": self.target_epsilon,
+            "target_delta": self.target_delta,
+            "neighboring_relation": self.neighboring_relation,
+            "refusals": list(self._refusals),
+            "entries": [asdict(entry) for entry in self._entries],
+        }
+        hashes = _chain(state)
+        for raw, digest in zip(state["entries"], hashes[1:]):
+            raw["hash"] = digest
+        return {**state, "head": hashes[-1]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state`` says was spent; nothing that this ledger knows to be spent is forgotten.
+
+        A ledger without entries adopts the state's. One that is the state's own continuation (a return to an earlier
+        checkpoint) keeps its own entries. Raises LedgerError for a state that is not a ledger's, was edited, comes from
+        another run while this one has charged, or names another budget.
+        """
+        other = self._parse(state)
+        if self._entries and other.id != self.id:
+            raise LedgerError(
+                f"this ledger has charged {self.steps} releases of its own (run {self.id}) and cannot take over run "
+                f"{other.id}; load the state into a new Ledger"
+            )
+        ours, theirs = self._budget(), other._budget()
+        if self.target_epsilon is not None and other.target_epsilon is not None and ours != theirs:
+            raise LedgerError(
+                f"the stored ledger has the budget {_show(theirs)} and this run {_show(ours)}; resume with the "
+                f"stored one, or raise it knowingly: load the ledger, then set target_epsilon"
+            )
+        if not _begins(other._entries, self._entries):
+            if not _begins(self._entries, other._entries):
+                raise LedgerError(f"two histories of run {self.id} disagree; restore the ledger from a copy")
+            self._entries = list(other._entries)
+        if self.target_epsilon is None and other.target_epsilon is not None:
+            self.target_epsilon, self.target_delta, self.neighboring_relation = theirs
+        self.target_delta = other.target_delta if self.target_delta is None else self.target_delta
+        self.id, self._allowance = other.id, None
+        for reason in other._refusals:
+            self.refuse_epsilon(reason)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write JSON to ``path``: the old file or the new one, never half of both, also after a crash."""
+        write_atomic(path, json.dumps(self.state_dict(), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Ledger":
+        """The ledger of a file. Raises LedgerError where it is missing, truncated, corrupt or edited.
+
+        The hashes find damage and careless edits; they hold no secret, so they do not stop a forger.
+        """
+        try:
+            state = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise LedgerError(
+                f"{path}: there is no ledger, so what this run has spent is unknown; restore it from a copy, or start "
+                f"a new run from public weights"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise LedgerError(f"{path} is truncated or corrupt: {error}; restore it from a copy") from None
+        try:
+            return cls._parse(state)
+        except LedgerError as error:
+            raise LedgerError(f"{path}: {error}") from None
+
+    @classmethod
+    def _parse(cls, state: Any) -> "Ledger":
+        cure = "restore the ledger from a copy"
+        if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+            raise LedgerError(f"this is not a ledger; {cure}")
+        if state.get("version") != VERSION:
+            raise LedgerError(
+                f"the ledger has format version {state.get('version')!r} and this library reads {VERSION}; use the "
+                f"library that wrote it"
+            )
+        try:
+            header = {name: state[name] for name in (*HEADER, "entries", "head")}
+            hashes = _chain(header)
+            stored = [raw["hash"] for raw in header["entries"]] + [header["head"]]
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise LedgerError(f"the ledger is incomplete ({type(error).__name__}: {error}); {cure}") from None
+        if set(state) != set(header) or stored != hashes[1:] + hashes[-1:]:
+            raise LedgerError(f"the ledger was changed after it was written: its hash chain does not hold; {cure}")
+        try:
+            ledger = cls(**{name: state[name] for name in ("target_epsilon", "target_delta", "neighboring_relation")})
+            ledger.id, ledger._refusals = str(state["id"]), [str(reason) for reason in state["refusals"]]
+            names = {field.name for field in fields(LedgerEntry)} | {"hash"}
+            for raw in state["entries"]:
+                if set(raw) != names:
+                    raise ValueError(f"an entry has the fields {sorted(names)}, got {sorted(raw)}")
+                ledger._entries.append(LedgerEntry(**{k: v for k, v in raw.items() if k != "hash"}))
+        except (TypeError, ValueError) as error:
+            raise LedgerError(f"the ledger holds values out of range ({error}); {cure}") from None
+        return ledger
+
+    def _budget(self) -> tuple[float | None, float | None, str]:
+        return self.target_epsilon, self.target_delta, self.neighboring_relation
+
+
+HEADER = ("format", "version", "id", "target_epsilon", "target_delta", "neighboring_relation", "refusals")
+
+
+def _show(budget: tuple[float | None, float | None, str]) -> str:
+    return f"(epsilon {budget[0]:g}, delta {budget[1]:g}, {budget[2]})"
+
+
+def _begins(start: list[LedgerEntry], whole: list[LedgerEntry]) -> bool:
+    """Whether ``whole`` is ``start`` and perhaps more; the last entry of ``start`` may have grown since."""
+    if len(start) > len(whole):
+        return False
+    if not start:
+        return True
+    last, grown = start[-1], whole[len(start) - 1]
+    return (
+        start[:-1] == whole[: len(start) - 1] and last == replace(grown, count=last.count) and last.count <= grown.count
+    )
+
+
+def _chain(state: Mapping[str, Any]) -> list[str]:
+    """SHA-256 of the header, then of each hash with the entry after it; hex."""
+
+    def digest(previous: str, content: Mapping[str, Any]) -> str:
+        text = json.dumps(dict(content), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256((previous + text).encode()).hexdigest()
+
+    hashes = [digest("", {name: state[name] for name in HEADER})]
+    for raw in state["entries"]:
+        hashes.append(digest(hashes[-1], {k: v for k, v in raw.items() if k != "hash"}))
+    return hashes
