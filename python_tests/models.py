@@ -164,6 +164,9 @@ def adapted(family: str, n: int = 3, dtype: torch.dtype = torch.float64, r: int 
         for key in ("attention_probs_dropout_prob", "attn_pdrop"):
             if hasattr(model.config, key):
                 setattr(model.config, key, 0.0)
-    cast = lambda t: t.to(dtype) if t.is_floating_point() else t
+
+    def cast(t):
+        return t.to(dtype) if t.is_floating_point() else t
+
     batch = {k: cast(v) for k, v in batch.items()} if isinstance(batch, dict) else tuple(cast(t) for t in batch)
     return model, batch, loss

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def train(model, loss, opt, loader, steps):
 
 
 def written_out(model, records, loss, *, clipping, C, smoothing, divisor):
-    """{name: the noiseless released gradient} from float64 single-sample gradients, with NumPy's padding and convolution."""
+    """{name: the noiseless released gradient} from single-sample gradients, with NumPy's padding and convolution."""
     grads = single_sample_gradients(model, records, loss)
     L = len(grads)
     norms = {n: g.flatten(1).norm(dim=1) for n, g in grads.items()}
@@ -137,7 +138,7 @@ def test_an_empty_batch_is_noise_alone():
 
 def test_adamw_leaves_the_inactive_factor_and_its_moments_alone():
     model, data, loss = toy()
-    optimizer = lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.1)
+    optimizer = partial(torch.optim.AdamW, weight_decay=0.1)
     opt, loader = private(model, data, optimizer=optimizer, lr=0.1, method="la-lora")
     layer = model.fc1
     for step, batch in enumerate(loader.steps(4), 1):
@@ -193,9 +194,7 @@ def test_a_copy_of_a_private_model_is_an_ordinary_model():
 
 def test_state_dict_resumes_with_ledger_schedule_and_a_fresh_key():
     model, data, loss = toy()
-    opt, loader = private(
-        model, data, noise_multiplier=1.0, optimizer=lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)
-    )
+    opt, loader = private(model, data, noise_multiplier=1.0, optimizer=partial(torch.optim.SGD, momentum=0.9))
     train(model, loss, opt, loader, 3)
     saved = copy.deepcopy(opt.state_dict())
     assert KEY not in str(saved).encode() and KEY.hex() not in str(saved)

@@ -1,4 +1,4 @@
-"""Does every trainable tensor's per-sample gradient come from its own record alone? Asked of the model itself, in float64."""
+"""Does every tensor's per-sample gradient come from its own record alone? Asked of the model itself, in float64."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -28,6 +28,10 @@ def tree_map(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, (tuple, list)):
         return type(tree)(tree_map(f, v) for v in tree)
     return tree
+
+
+def _record(batch: Any, i: int) -> Any:
+    return tree_map(lambda t: t[i : i + 1], batch)
 
 
 def _leaves(tree: Any) -> list[Tensor]:
@@ -98,7 +102,7 @@ def single_sample_gradients(
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     per_record = []
     for i in range(rows):
-        value = loss(model, tree_map(lambda t: t[i : i + 1], batch))
+        value = loss(model, _record(batch, i))
         grads = torch.autograd.grad(value, list(named.values()), allow_unused=True)
         per_record.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, named.values())])
     return {n: torch.stack(g) for n, g in zip(named, zip(*per_record))}
@@ -130,9 +134,9 @@ def check_per_sample(
     culprit = _first_mixing_module(twin, batch, loss, rows)
     if culprit is not None:
         raise ValueError(
-            f"{culprit}: the output for one record depends on the other records of the batch, or its first axis is not "
-            f"the batch; per-sample clipping cannot bound such a layer. Replace it, freeze what lies before it, or make "
-            f"it batch-major"
+            f"{culprit}: the output for one record depends on the other records of the batch, or its first axis is "
+            f"not the batch; per-sample clipping cannot bound such a layer. Replace it, freeze what lies before it, or "
+            f"make it batch-major"
         )
     expected = single_sample_gradients(twin, batch, loss)
     found = per_sample_gradients(twin, batch, loss, loss_reduction=loss_reduction)
@@ -140,9 +144,10 @@ def check_per_sample(
         n for n in expected if (found[n] - expected[n]).norm() > RTOL * max(expected[n].norm(), found[n].norm()) + 1e-30
     ]
     if wrong:
+        names = ", ".join(wrong[:5]) + (" ..." if len(wrong) > 5 else "")
         raise ValueError(
-            f"per-sample gradients of {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''} differ from those of single "
-            f"records: the loss couples records, or loss_reduction={loss_reduction!r} is not what the loss does"
+            f"per-sample gradients of {names} differ from those of single records: the loss couples records, or "
+            f"loss_reduction={loss_reduction!r} is not what the loss does"
         )
 
 
@@ -162,9 +167,9 @@ def _first_mixing_module(twin: nn.Module, batch: Any, loss, rows: int) -> str | 
             for i in range(rows):
                 calls.clear()
                 try:
-                    loss(twin, tree_map(lambda t: t[i : i + 1], batch))
+                    loss(twin, _record(batch, i))
                 except Exception:
-                    # A module that fails on one record alone (BatchNorm in train mode) is the first not to have returned.
+                    # What fails on one record alone (BatchNorm in train mode) is the first that did not return.
                     if len(calls) >= len(together):
                         raise
                 singles.append(list(calls))
@@ -182,7 +187,7 @@ def _first_mixing_module(twin: nn.Module, batch: Any, loss, rows: int) -> str | 
 
 
 def _is_share(whole: Tensor, alone: Tensor, i: int, rows: int) -> bool:
-    """Whether ``alone`` is record i's part of ``whole`` (batch-major), or something that does not depend on the batch."""
+    """Whether ``alone`` is record i's part of ``whole`` (batch-major), or does not depend on the batch."""
     if whole.shape == alone.shape:  # a scalar loss, a position embedding, a bias table
         return whole.dim() == 0 or torch.allclose(whole, alone, rtol=RTOL, atol=1e-12)
     if whole.shape[1:] != alone.shape[1:] or whole.shape[0] != rows * alone.shape[0]:

@@ -1,4 +1,4 @@
-"""The private step: what one model, one loader and one optimizer share between a batch and its release (SPEC section 2).
+"""The private step: what model, loader and optimizer share between a batch and its release (SPEC section 2).
 
 ``begin`` (from the loader) announces a physical batch; the layers' backward record per-sample gradients; ``finish``
 (from ``optimizer.step``) clips them and, on the last physical batch of a logical one, charges the ledger and releases
@@ -126,15 +126,16 @@ class Engine:
         for name, m in self._norms:
             if m.training:
                 raise ValueError(
-                    f"{name} ({type(m).__name__}) mixes the records of a batch in train mode; replace it by GroupNorm or "
-                    f"LayerNorm, or keep it in eval mode"
+                    f"{name} ({type(m).__name__}) mixes the records of a batch in train mode; replace it by GroupNorm "
+                    f"or LayerNorm, or keep it in eval mode"
                 )
 
     def _refuse_foreign(self, p: nn.Parameter, name: str) -> None:
         if p.grad is not None:  # None: what a private layer's own backward hands to autograd
             raise RuntimeError(
-                f"{name} received a gradient that is not the engine's (a penalty on the weights, a use of the tensor outside "
-                f"its module, a p.grad of your own), which nothing clips or noises. Freeze it, or call its module instead"
+                f"{name} received a gradient that is not the engine's (a penalty on the weights, a use of the tensor "
+                f"outside its module, a p.grad of your own), which nothing clips or noises. Freeze it, or call its "
+                f"module instead"
             )
 
     def check_input(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -145,8 +146,8 @@ class Engine:
         first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if first is not None and first.shape[0] != self.batch.rows:
             raise ValueError(
-                f"the model was given {first.shape[0]} rows, but the loader's batch has {self.batch.rows} records; pass "
-                f"the batch as the loader yields it, batch axis first"
+                f"the model was given {first.shape[0]} rows, but the loader's batch has {self.batch.rows} records; "
+                f"pass the batch as the loader yields it, batch axis first"
             )
 
     def fold(self, t: Tensor, name: str, features: int = 1) -> Tensor:
@@ -159,8 +160,8 @@ class Engine:
         N = self.batch.rows
         if t.dim() <= features or t.shape[0] % N:
             raise ValueError(
-                f"{name} saw {tuple(t.shape)}, which does not divide into the batch's {N} records along the first axis; "
-                f"the layer must be batch-major"
+                f"{name} saw {tuple(t.shape)}, which does not divide into the batch's {N} records along the first "
+                f"axis; the layer must be batch-major"
             )
         positions = t.numel() // max(N * t.shape[t.dim() - features :].numel(), 1)
         return t.reshape(N, positions, *t.shape[t.dim() - features :])
@@ -319,8 +320,8 @@ class Engine:
         self.nonfinite_samples = self.nonfinite_samples + bad
         if bad.device.type == "cpu" and int(bad):
             warnings.warn(
-                f"{int(bad)} record(s) of this batch had a gradient that is NaN, Inf or beyond float32; they contribute "
-                f"nothing to the step",
+                f"{int(bad)} record(s) of this batch had a gradient that is NaN, Inf or beyond float32; they "
+                f"contribute nothing to the step",
                 stacklevel=4,
             )
 

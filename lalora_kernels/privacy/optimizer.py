@@ -17,7 +17,8 @@ class PrivateOptimizer(Optimizer):
 
     ``step`` clips what backward recorded. On the last physical batch of a logical batch it charges the ledger, releases
     the gradient into ``p.grad`` and lets the wrapped optimizer step; on the others it only accumulates. The next factor
-    becomes active with the next logical batch. Learning-rate schedulers and ``param_groups`` are the wrapped optimizer's own.
+    becomes active with the next logical batch. ``param_groups`` and state are the wrapped optimizer's own, so that
+    learning-rate schedulers work on either.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class PrivateOptimizer(Optimizer):
 
     @property
     def nonfinite_samples(self) -> int:
-        """Records left out so far because their gradient was NaN, Inf or beyond float32. Not privatized: do not publish."""
+        """Records left out so far: their gradient was NaN, Inf or beyond float32. Not privatized: do not publish."""
         return int(self.engine.nonfinite_samples)
 
     def get_epsilon(self, delta: float | None = None) -> float:
@@ -146,7 +147,7 @@ class PrivateOptimizer(Optimizer):
     # ---------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state plus ``"privacy"``: ledger, next release number, place in the schedule. No key."""
+        """The wrapped optimizer's state plus "privacy": ledger, next release number, place in the schedule. No key."""
         return {
             **self.original_optimizer.state_dict(),
             "privacy": {
@@ -158,11 +159,11 @@ class PrivateOptimizer(Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict()``: what was spent is spent, the noise key is fresh. Raises ValueError without it."""
+        """Continue from ``state_dict()``: what was spent is spent, the key is fresh. ValueError without a ledger."""
         if "privacy" not in state_dict:
             raise ValueError(
-                "this checkpoint holds no privacy ledger, so what it spent is unknown; load it into the optimizer before "
-                "make_private if it was trained on public data only"
+                "this checkpoint holds no privacy ledger, so what it spent is unknown; load it into the optimizer "
+                "before make_private if it was trained on public data only"
             )
         privacy = state_dict["privacy"]
         self.ledger.load_state_dict(privacy["ledger"])

@@ -74,7 +74,7 @@ class LoRARecorder(Recorder):
         self.calls, self.summed = 0, False
 
     def record_lora(self, dy, B, scaling, h, x, need_dz, need_bias) -> Tensor | None:
-        """Per-sample gradients of the active factors from dy (..., m) and h (..., r) or x (..., n); returns dz (..., r)."""
+        """Per-sample gradients of the active factors from dy (..., m), h (..., r), x (..., n); returns dz (..., r)."""
         e = self.engine
         lead = dy.shape[:-1]
         dy3 = e.fold(dy, self.name)

@@ -49,7 +49,7 @@ def rule_of(module: nn.Module) -> type[nn.Module] | None:
 
 
 class ExtraRecorder(Recorder):
-    """Recorder of a Linear, LayerNorm or Embedding; keeps what a full weight's gradient is made of until the norm is known."""
+    """Recorder of a Linear, LayerNorm or Embedding; keeps a full weight's (dy, x) until its norm is known."""
 
     def __init__(self, engine, name: str, module: nn.Module, sites: dict):
         super().__init__(engine, name, sites)

@@ -1,5 +1,6 @@
 """Per-sample gradients of one LoRA layer, each tensor clipped to its own bound, summed."""
 
+import torch
 from torch import Tensor
 
 from lalora_kernels.reference.clip_reduce import weighted_sum
@@ -7,10 +8,10 @@ from lalora_kernels.reference.sample_grad import sample_grad
 
 
 def clip_factor(sq: Tensor, max_norm: float, grad_scale: float) -> Tensor:
-    """min(1, max_norm / (grad_scale ||G||)) * grad_scale from squared norms, float64; 0 where the norm is not finite."""
+    """grad_scale * min(1, max_norm / (grad_scale ||G||)) from squared norms, float64; 0 where one is not finite."""
     norm = grad_scale * sq.sqrt()
     factor = (max_norm / norm).clamp(max=1.0) * grad_scale
-    return factor.where(norm.isfinite(), 0.0 * factor.new_ones(()))
+    return torch.where(norm.isfinite(), factor, 0.0)
 
 
 def sample_grad_clip(
@@ -27,7 +28,7 @@ def sample_grad_clip(
     S_B: Tensor | None = None,
     S_A: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """As ``sample_grad``, but S[f] += Sum_i c_i G_f[i] with c_i = grad_scale * min(1, max_norm / (grad_scale ||G_f[i]||)).
+    """As ``sample_grad``, but S_f += Sum_i c_i G_f[i], c_i = grad_scale * min(1, max_norm / (grad_scale ||G_f[i]||)).
 
     ``valid``: samples from this index on are placeholders and contribute nothing (default: all are valid).
     ``S_B`` (m,r) and ``S_A`` (r,n) are added to in place and created where None.
