@@ -63,7 +63,10 @@ def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention uses its weight without calling it, so an adapter would do nothing"
     if lora_class(module) is None:
-        return f"its type is {kind.__name__}; nn.Linear and transformers' Conv1D can be adapted"
+        return (
+            f"its type is {kind.__name__}; nn.Linear and transformers' Conv1D can be adapted. Longer names in "
+            "target_modules (attn.proj for proj) leave it out"
+        )
     if is_lazy(module.weight) or module.weight.dtype not in FLOATS:
         return f"its weight is {'not initialized yet' if is_lazy(module.weight) else module.weight.dtype}"
     if hasattr(module, "parametrizations"):

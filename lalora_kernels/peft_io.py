@@ -1,0 +1,326 @@
+"""Adapters on disk in PEFT's format: adapter_model.safetensors beside adapter_config.json. Imports nothing of PEFT."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from lalora_kernels.adapt import SAVED, check_settings, install, lora_factors, saved_modules
+from lalora_kernels.nn import LoRALinear, lora_layers
+from lalora_kernels.peft_names import (
+    common_and_pattern,
+    peft_saved,
+    peft_targets,
+    rank_and_alpha,
+    refuse_two_places,
+    targets_and_saved,
+    with_task_heads,
+)
+from lalora_kernels.targets import lora_class, modules_by_name, refusal
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."  # PEFT puts it before every key
+# Settings that are honoured, or that do not change what a loaded adapter computes. Any other that is switched on does
+# (DoRA, aLoRA, and those that PEFT does not have yet): it is refused by name.
+KNOWN = set(
+    "alpha_pattern auto_mapping base_model_name_or_path bias corda_config eva_config exclude_modules fan_in_fan_out "
+    "inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout "
+    "lora_ga_config megatron_core modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision "
+    "runtime_config target_modules task_type use_rslora".split()
+)
+# Initializations that change the base weights too: the factors alone do not make the model.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Write an adapted model's factors and modules_to_save as PEFT does, for PEFT and ``load_adapter``.
+
+    ``folder`` is made if missing. Each file is replaced in one step: a crash leaves the old one or the new one. Equal
+    adapters give equal bytes. ``base_model_name_or_path`` is the model's own ``name_or_path`` where it is not given;
+    ``task_type`` is PEFT's ("SEQ_CLS", "CAUSAL_LM", ...) or None.
+
+    Raises ValueError for a model without LoRA layers, for NaN or Inf in a tensor (by name), and for what the format
+    cannot say: a trainable parameter outside factors and modules_to_save, layers that differ in dropout or rsLoRA, a
+    layer under two names, an adapted layer that PEFT would count as one of modules_to_save.
+    """
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ValueError("nothing to save: the model has no LoRA layer; call adapt(model, ...) first")
+    _refuse_unsayable(model, layers)
+    config = _config(model, layers, base_model_name_or_path, task_type)
+    tensors = {f"{name}.weight": factor for name, factor in lora_factors(model)}
+    for name in peft_saved(model, config["modules_to_save"] or ()):
+        tensors |= {f"{name}.{key}": t for key, t in model.get_submodule(name).state_dict().items()}
+    tensors = {PREFIX + key: tensors[key].detach().cpu().clone().contiguous() for key in sorted(tensors)}
+    _refuse_nonfinite(tensors, "nothing was saved")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    _write(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
+    """Read an adapter that ``save_adapter`` or PEFT wrote into ``model``, in place; return the model.
+
+    A plain model is adapted first, as the files say, and trains what ``adapt`` would let train. An adapted one must
+    have the same layers, ranks and scalings; which of its parameters train does not change.
+
+    Raises FileNotFoundError for a missing file; ValueError for a corrupt or truncated one, for a feature of PEFT that
+    is not supported (by name), for keys that do not fit the model (all of them), for shapes that do not fit (both), and
+    for NaN or Inf. Nothing is changed unless everything fits.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    tensors = _read_tensors(folder)
+    modules = modules_by_name(model)
+    saved = peft_saved(model, with_task_heads(config.get("modules_to_save"), config.get("task_type")))
+    factors, others = _split(tensors, folder)
+    names = list(dict.fromkeys(name for name, _ in factors))
+    _refuse_keys(model, modules, saved, names, factors, others, config)
+    plan = {name: rank_and_alpha(name, config) for name in names}
+    adapted = any(True for _ in lora_layers(model))
+    if adapted:
+        _refuse_other_adapter(model, modules, plan, config)
+    refuse_two_places(model, [modules[name] for name in names])
+    _refuse_shapes(model, modules, plan, factors, others)
+    _refuse_nonfinite(tensors, "nothing was loaded")
+
+    if adapted:
+        for name in saved:
+            setattr(modules[name], SAVED, True)
+    else:
+        install(model, plan, saved, float(config.get("lora_dropout") or 0.0), bool(config.get("use_rslora")))
+        modules = modules_by_name(model)
+    state = model.state_dict()
+    with torch.no_grad():
+        for (name, factor), value in factors.items():
+            getattr(modules[name], f"lora_{factor}").copy_(value)
+        for key, value in others.items():
+            state[key].copy_(value)
+    return model
+
+
+def _write(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _list(keys: Iterable[str]) -> str:
+    return "\n  " + "\n  ".join(sorted(keys))
+
+
+def _refuse_nonfinite(tensors: dict[str, Tensor], outcome: str) -> None:
+    bad = [key for key, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if bad:
+        raise ValueError(f"NaN or Inf in the adapter, {outcome}:{_list(bad)}")
+
+
+def _refuse_unsayable(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+    refuse_two_places(model, layers.values())
+    for what, values in (
+        ("lora_dropout", {getattr(layer.lora_dropout, "p", 0.0) for layer in layers.values()}),
+        ("use_rslora", {layer.use_rslora for layer in layers.values()}),
+    ):
+        if len(values) > 1:
+            raise ValueError(f"PEFT has one {what} for all layers, this model has {sorted(values)}")
+    sayable = {id(factor) for _, factor in lora_factors(model)}
+    sayable |= {id(p) for name in saved_modules(model) for p in model.get_submodule(name).parameters()}
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in sayable]
+    if lost:
+        raise ValueError(
+            "trainable, but neither LoRA factors nor inside modules_to_save, so their training would be lost; freeze "
+            f"them, or adapt with modules_to_save naming their modules:{_list(lost)}"
+        )
+
+
+def _config(
+    model: nn.Module, layers: dict[str, LoRALinear], base_model_name_or_path: str | None, task_type: str | None
+) -> dict[str, Any]:
+    first = next(iter(layers.values()))
+    targets, saved = targets_and_saved(model, list(layers), saved_modules(model), task_type)
+    r, rank_pattern = common_and_pattern({name: layer.r for name, layer in layers.items()})
+    alpha, alpha_pattern = common_and_pattern({name: layer.lora_alpha for name, layer in layers.items()})
+    auto = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    return {
+        "alpha_pattern": alpha_pattern,
+        "auto_mapping": auto if task_type is None else None,
+        "base_model_name_or_path": base_model_name_or_path or getattr(model, "name_or_path", None) or None,
+        "bias": "none",
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": alpha,
+        "lora_dropout": getattr(first.lora_dropout, "p", 0.0),
+        "modules_to_save": saved or None,
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": rank_pattern,
+        "revision": None,
+        "target_modules": targets,
+        "task_type": task_type,
+        "use_dora": False,
+        "use_rslora": first.use_rslora,
+    }
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter: {CONFIG} is missing")
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is corrupt or truncated: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path}: a LoRA adapter has peft_type LORA, this one says {kind!r}")
+    unsupported = sorted(key for key, value in config.items() if key not in KNOWN and value)
+    if config.get("bias") not in (None, "none"):
+        unsupported.append(f"bias={config['bias']!r}")
+    if str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
+        unsupported.append(f"init_lora_weights={config['init_lora_weights']!r} (it changes the base weights)")
+    if unsupported:
+        raise ValueError(f"{path} uses what is not supported here: {', '.join(unsupported)}")
+    try:
+        _check_values(config)
+    except (ValueError, re.error) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+def _check_values(config: dict[str, Any]) -> None:
+    kinds = {"modules_to_save": list, "rank_pattern": dict, "alpha_pattern": dict}
+    kinds |= {"target_modules": (str, list), "exclude_modules": (str, list)}
+    for key, kind in kinds.items():
+        if config.get(key) is not None and not isinstance(config[key], kind):
+            raise ValueError(f"{key} cannot be {config[key]!r}")
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    for pattern in (config.get("target_modules"), config.get("exclude_modules"), *ranks, *alphas):
+        re.compile(pattern if isinstance(pattern, str) else "")
+    for r in (config.get("r"), *ranks.values()):
+        for alpha in (config.get("lora_alpha"), *alphas.values()):
+            check_settings(r, alpha, config.get("lora_dropout") or 0.0)
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = "; adapter_model.bin is a pickle, which is not read: save it with PEFT as safetensors"
+        raise FileNotFoundError(
+            f"{folder}: {WEIGHTS} is missing{pickled if (folder / 'adapter_model.bin').exists() else ''}"
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is corrupt or truncated: {error}") from None
+
+
+def _split(tensors: dict[str, Tensor], folder: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str, Tensor]]:
+    """({(layer, "A" or "B"): factor}, {key in the model's state_dict: tensor of modules_to_save})"""
+    factors: dict[tuple[str, str], Tensor] = {}
+    others: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if match := re.fullmatch(r"(.+)\.lora_(A|B)\.weight", name):
+            factors[match[1], match[2]] = value
+        else:
+            others[name] = value
+    unsupported = [key for key in others if ".lora_" in key]
+    if unsupported:
+        raise ValueError(f"{folder}: only lora_A and lora_B weights are supported, found:{_list(unsupported)}")
+    if not factors:
+        raise ValueError(f"{folder} holds no LoRA factor")
+    return factors, others
+
+
+def _refuse_keys(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    saved: list[str],
+    names: list[str],
+    factors: dict[tuple[str, str], Tensor],
+    others: dict[str, Tensor],
+    config: dict[str, Any],
+) -> None:
+    state = model.state_dict()
+    inside = {key for key in state if any(key.startswith(name + ".") for name in saved)}
+    strange = [name for name in names if name not in modules] + [key for key in others if key not in inside]
+    if strange:
+        raise ValueError(f"the adapter does not fit this model, which has no place for:{_list(strange)}")
+    missing = [f"{name}.lora_{f}.weight" for name in names for f in "AB" if (name, f) not in factors]
+    missing += [key for key in inside if key not in others]
+    missing += [name for name in saved_modules(model) if not any((name + ".").startswith(s + ".") for s in saved)]
+    if not config.get("layers_to_transform"):
+        held = {id(modules[name]) for name in names}
+        excluded = config.get("exclude_modules") or ()
+        for name, module in modules.items():
+            meant = peft_targets(name, config.get("target_modules"), saved) and not peft_targets(name, excluded, ())
+            if meant and id(module) not in held and (lora_class(module) or isinstance(module, LoRALinear)):
+                missing.append(f"{name}.lora_A.weight")
+    if missing:
+        raise ValueError(f"the adapter is incomplete, nothing in it for:{_list(missing)}")
+
+
+def _refuse_other_adapter(
+    model: nn.Module, modules: dict[str, nn.Module], plan: dict[str, tuple[int, float]], config: dict[str, Any]
+) -> None:
+    held = {id(modules[name]) for name in plan}
+    wrong = [f"{name}: adapted in the model, not in the file" for name, m in lora_layers(model) if id(m) not in held]
+    for name, (r, alpha) in plan.items():
+        layer = modules[name]
+        if not isinstance(layer, LoRALinear):
+            wrong.append(f"{name}: in the file, not adapted in the model")
+            continue
+        if layer.merged:
+            raise RuntimeError(f"{name} is merged; call unmerge(model) before loading an adapter")
+        scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        if layer.r != r or not math.isclose(layer.scaling, scaling, rel_tol=1e-9):
+            wrong.append(f"{name}: r {r}, scaling {scaling:g} in the file; {layer.r}, {layer.scaling:g} in the model")
+    if wrong:
+        raise ValueError(f"the model is adapted in another way; call unadapt(model) first:{_list(wrong)}")
+
+
+def _refuse_shapes(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    plan: dict[str, tuple[int, float]],
+    factors: dict[tuple[str, str], Tensor],
+    others: dict[str, Tensor],
+) -> None:
+    expected: list[tuple[str, Tensor, tuple[int, ...]]] = []
+    for (name, factor), value in factors.items():
+        module, r = modules[name], plan[name][0]
+        why = None if isinstance(module, LoRALinear) else refusal(model, name, module)
+        if why:
+            raise ValueError(f"{name} cannot be adapted: {why}")
+        m, n = module.weight.shape
+        if (type(module) if isinstance(module, LoRALinear) else lora_class(module)).fan_in_fan_out:
+            m, n = n, m
+        expected.append((f"{name}.lora_{factor}.weight", value, (r, n) if factor == "A" else (m, r)))
+    state = model.state_dict()
+    expected += [(key, value, tuple(state[key].shape)) for key, value in others.items()]
+    wrong = [f"{k}: {tuple(v.shape)} in the file, {s} in the model" for k, v, s in expected if tuple(v.shape) != s]
+    if wrong:
+        raise ValueError(f"shapes that do not fit:{_list(wrong)}")
