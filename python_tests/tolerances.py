@@ -18,3 +18,22 @@ MERGED_F32 = {"rtol": 1e-5, "atol": 1e-5}
 BFLOAT16 = 1.5e-2
 # Loss and gradients of a two-layer model in float32, two orders of summation in every layer.
 MODEL_F32 = {"rtol": 1e-4, "atol": 1e-5}
+# float32 kernels against float64: norm of the error over the norm of the result; sums of up to 3,000 products in
+# blocks of at most 64 or W lanes (measured: 3e-7).
+KERNEL_F32 = 1e-6
+# ... of a squared norm: twice the relative error of the vector.
+KERNEL_SQ = 2e-6
+# One rounding to bfloat16, at most 2^-9 relative each.
+BFLOAT16_ROUNDED = 2.0**-8
+# SPEC issue: the vector logarithm and sine give normals to 1e-6 absolute against float64.
+NORMAL_F32 = 1e-6
+# SPEC section 4: the sensitivity holds to 1e-5 in float32.
+SENSITIVITY_F32 = 1e-5
+# Statistics of a fixed stream: KS test that must accept, and ones that must reject.
+KS_ACCEPT, KS_REJECT = 1e-2, 1e-9
+# Probability with which a statistical test on fixed draws may raise a false alarm; its negative control falls below.
+FALSE_ALARM = 1e-6
+# Issue: ε equals Opacus' PRV accountant within 1%; that one is asked for 0.2%.
+EPSILON_PRV = 0.01
+# A grid of 1/16 of the loss' standard deviation adds (1/16)^2/8 to its variance's root; three times that.
+EPSILON_GRID = 1.5e-3

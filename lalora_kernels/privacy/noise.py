@@ -172,8 +172,7 @@ class UniformSource(_KeyedSource):
 def _chacha20_words() -> Callable[..., Tensor]:
     """Records are drawn on the host even while another device's backend is asked for; the words are the same bits."""
     asked = dispatch.choose("cpu", torch.float32)
-    host = asked if asked in ("reference", "cpp") else dispatch.default_backend("cpu", torch.float32)
-    return dispatch.get("chacha20_words", ("cpu", torch.float32), host)
+    return dispatch.get("chacha20_words", ("cpu", torch.float32), "reference" if asked == "reference" else "cpp")
 
 
 def _after_fork() -> None:

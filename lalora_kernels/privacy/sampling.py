@@ -5,6 +5,7 @@ That independence is what the accountant's amplification by sampling assumes; a 
 
 import copy
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Logical batches in which the expected number of draws is one per record: 1/q, rounded, at least 1."""
-        return max(1, round(1 / self.sample_rate))
+        return min(max(1, round(1 / self.sample_rate)), sys.maxsize)
 
     def draw(self) -> list[int]:
         """One logical batch: indices in ascending order; maybe none."""
