@@ -29,7 +29,6 @@ class Checkpoint:
     updates: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)  # as in metrics.jsonl, from round 0: before
     seconds: float = 0.0  # of all sessions so far
-    nonfinite: dict[str, int] = field(default_factory=dict)  # client -> records left out; not privatized
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -38,10 +37,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     for client, update in checkpoint.updates.items():
         tensors |= {f"update/{client}/{key}": value for key, value in update.items()}
     tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
-    rest = {
-        "round": checkpoint.round, "history": checkpoint.history, "seconds": checkpoint.seconds,
-        "nonfinite": checkpoint.nonfinite, "sha256": tensor_digest(tensors),
-    }  # fmt: skip
+    rest = {"round": checkpoint.round, "history": checkpoint.history, "seconds": checkpoint.seconds}
+    rest["sha256"] = tensor_digest(tensors)
     write_atomic(folder / FILE, save(tensors, metadata={"lalora": json.dumps(rest)}))
 
 

@@ -16,6 +16,8 @@ from lalora_kernels.models import Classifier
 from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.privacy.make_private import make_private
 from lalora_kernels.privacy.noise import NoiseSource
+from lalora_kernels.privacy.optimizer import PrivateOptimizer
+from lalora_kernels.privacy.sampling import PrivateLoader
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -80,7 +82,7 @@ class Client:
         config: Config,
         round: int,
         state: Mapping[str, Tensor],
-        on_step: Callable[[], None] = lambda: None,
+        on_step: Callable[[], None],
     ) -> dict[str, Tensor]:
         """K private steps from ``state``; returns the tensors that ``method`` sends in this round, on the CPU.
 
@@ -88,25 +90,9 @@ class Client:
         optimizer is new in each round, so a client that is chosen seldom carries no stale momentum. Raises
         BudgetExceeded before a step that the ledger does not allow.
         """
-        model = classifier.model
-        set_state(model, state)
-        model.train()
-        loader = DataLoader(self.records, batch_size=config.batch_size, collate_fn=classifier.collate)
-        optimizer, batches = make_private(
-            model,
-            make_optimizer(model, config, learning_rate(config, round)),
-            loader,
-            method=method.schedule,
-            smoothing=None if config.smoothing == "none" else config.smoothing,
-            clipping=config.clipping,
-            max_grad_norm=config.max_grad_norm,
-            noise_multiplier=self.noise_multiplier,
-            expected_batch_size=config.batch_size,
-            physical_batch_size=config.physical_batch_size,
-            ledger=self.ledger,
-            noise=self.noise,
-        )
-        device = next(model.parameters()).device
+        set_state(classifier.model, state)
+        device = next(classifier.model.parameters()).device
+        optimizer, batches = self.private_step(classifier, method, config, round)
         try:
             optimizer.start_round(round)
             for inputs, labels in batches.steps(config.local_steps):
@@ -118,7 +104,28 @@ class Client:
         finally:
             self.nonfinite_samples += optimizer.nonfinite_samples
             optimizer.detach()
-        return {key: value for key, value in get_state(model).items() if method.travels(key, round)}
+        return {key: value for key, value in get_state(classifier.model).items() if method.travels(key, round)}
+
+    def private_step(
+        self, classifier: Classifier, method: Method, config: Config, round: int
+    ) -> tuple[PrivateOptimizer, PrivateLoader]:
+        """``make_private`` over this client's records, σ, ledger and noise; raises as it does."""
+        model = classifier.model
+        model.train()
+        return make_private(
+            model,
+            make_optimizer(model, config, learning_rate(config, round)),
+            DataLoader(self.records, batch_size=config.batch_size, collate_fn=classifier.collate),
+            method=method.schedule,
+            smoothing=None if config.smoothing == "none" else config.smoothing,
+            clipping=config.clipping,
+            max_grad_norm=config.max_grad_norm,
+            noise_multiplier=self.noise_multiplier,
+            expected_batch_size=config.batch_size,
+            physical_batch_size=config.physical_batch_size,
+            ledger=self.ledger,
+            noise=self.noise,
+        )
 
 
 def to_device(inputs: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:

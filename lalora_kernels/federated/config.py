@@ -101,17 +101,15 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            self._check(field.name, getattr(self, field.name), str(field.type))
+            self._check(field.name, getattr(self, field.name), *type_of(field))
 
-    def _check(self, name: str, value: Any, kind: str) -> None:
+    def _check(self, name: str, value: Any, wanted: type, optional: bool) -> None:
         flag = "--" + name.replace("_", "-")
-        if value is None:
-            if "None" not in kind:
-                raise BadInput(f"{flag} needs a value")
+        if value is None and optional:
             return
-        wanted = {"str": str, "int": int, "float": (int, float)}[kind.split(" ")[0]]
-        if isinstance(value, bool) or not isinstance(value, wanted):
-            raise BadInput(f"{flag} is {'text' if wanted is str else 'a number'}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+            what = {str: "text", int: "a whole number", float: "a number"}[wanted]
+            raise BadInput(f"{flag} is {what}, got {value!r}")
         if name in CHOICES and value not in CHOICES[name]:
             raise BadInput(f"{flag} is one of {', '.join(CHOICES[name])}; got {value!r}")
         if name in RANGES and not self._inside(name, value):
@@ -142,6 +140,12 @@ class Config:
         """JSON text; an infinite ε is the string "inf", since JSON has no infinity."""
         values = {k: "inf" if v == math.inf else v for k, v in dataclasses.asdict(self).items()}
         return json.dumps(values, indent=2) + "\n"
+
+
+def type_of(field: dataclasses.Field) -> tuple[type, bool]:
+    """(str, int or float; whether None is allowed) of a setting."""
+    kinds = getattr(field.type, "__args__", (field.type,))
+    return kinds[0], len(kinds) > 1
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Config))

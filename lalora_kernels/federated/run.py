@@ -174,7 +174,7 @@ class Run:
                 ledger.load_state_dict(book["ledger"])
                 client = _client(task, one, ledger, None)
                 client.noise.load_state_dict(book["noise"])
-                client.nonfinite_samples = at.nonfinite.get(client.name, 0)
+                client.nonfinite_samples = int(book["nonfinite_samples"])
                 clients.append(client)
         except (KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{folder} is not a complete run: {type(error).__name__} {error}") from error
@@ -202,14 +202,13 @@ class Run:
                 )
                 self._save_ledgers()  # what it cost, before what it bought
                 self.at.updates[i] = update
-                self.at.nonfinite[self.clients[i].name] = self.clients[i].nonfinite_samples
                 self.at.seconds += time.monotonic() - began
                 began = time.monotonic()
                 save_checkpoint(self.folder, self.at)
             weights = {i: float(len(self.task.parts[i])) if config.average == "size" else 1.0 for i in self.at.updates}
             server.aggregate(number, self.at.updates, weights)
             sent, took_part = sum(map(update_bytes, self.at.updates.values())), sorted(self.at.updates)
-            self.at = Checkpoint(number, server.state, {}, self.at.history, self.at.seconds, self.at.nonfinite)
+            self.at = Checkpoint(number, server.state, {}, self.at.history, self.at.seconds)
             self._record(number, server, took_part, sent, time.monotonic() - began, watch)
             self._save()
         set_state(self.task.classifier.model, self.at.state)
@@ -224,7 +223,7 @@ class Run:
         """ε that each client has spent at the run's δ; None where none can be claimed (no noise, or a test key)."""
         if not self.task.config.private:
             return [None] * len(self.clients)
-        return [c.ledger.epsilon(self.task.config.delta) if c.noise.is_secret else None for c in self.clients]
+        return [None if c.ledger.refusals else c.ledger.epsilon(self.task.config.delta) for c in self.clients]
 
     def _record(
         self, number: int, server: Server, took_part: list[int], sent: int, seconds: float, watch: Watch
@@ -249,7 +248,12 @@ class Run:
 
     def _save_ledgers(self) -> None:
         books = {
-            c.name: {"epsilon": epsilon, "ledger": c.ledger.state_dict(), "noise": c.noise.state_dict()}
+            c.name: {
+                "epsilon": epsilon,
+                "nonfinite_samples": c.nonfinite_samples,  # exact, so for the client's own eyes
+                "ledger": c.ledger.state_dict(),
+                "noise": c.noise.state_dict(),
+            }
             for c, epsilon in zip(self.clients, self.epsilons())
         }
         about = {"delta": self.task.config.delta, "clients": books}

@@ -1,0 +1,233 @@
+"""The command ``lalora``: train, table, report.
+
+Exit codes: 0 done; 2 the input or the settings do not fit (one line says what); 130 interrupted; 1 anything else.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lalora_kernels import __version__
+from lalora_kernels.data import BadInput
+from lalora_kernels.federated.config import CHOICES, Config, make_config, read_toml, type_of
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+# (group, (setting, help)): every setting is a flag and a name in the TOML file.
+FLAGS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    ("model and data", (
+        ("model", "embedded (a small vision transformer), timm:NAME, hf:NAME, or a folder that transformers wrote"),
+        ("weights", "weights file for a timm model, instead of timm's download"),
+        ("dataset", "mnist, digits, FILE.npz of images, FILE.tsv or .csv of text (also .gz), or hf:NAME"),
+        ("test_dataset", "file of test records beside a .tsv or .csv; without it a fifth is set aside"),
+        ("text_column", "column of the text, where it cannot be guessed"),
+        ("label_column", "column of the label, where it cannot be guessed"),
+        ("image_size", "input size in pixels, where it should not be the model's own"),
+        ("max_length", "longest text, in tokens"),
+    )),
+    ("method", (
+        ("method", "which LoRA factor trains when, and what travels"),
+        ("smoothing", "low-pass filter on the noisy gradient; costs no privacy"),
+        ("rank", "r of the adapters"),
+        ("lora_alpha", "the adapter's output is scaled by lora_alpha / r (default: r)"),
+        ("targets", "layers to adapt: all-linear, qv, names with commas, or a regular expression"),
+        ("train_head", "train the classifier in full too; auto: only if it has no trained weights"),
+    )),
+    ("federation", (
+        ("clients", "how many hold the training records"),
+        ("fraction", "share of the clients that take part in a round"),
+        ("rounds", "rounds of averaging"),
+        ("local_steps", "private steps of a client in a round (K)"),
+        ("partition", "how records are dealt: by class with Dirichlet draws, or evenly"),
+        ("dirichlet_alpha", "small: each client sees few classes; large: all look alike"),
+        ("min_records", "least records of a client; the draw is repeated until it holds (default: twice the batch)"),
+        ("average", "weights of the mean: the same for all, or by number of records"),
+    )),
+    ("privacy", (
+        ("epsilon", "budget of each client over the whole run; inf: no noise and no guarantee"),
+        ("delta", "the δ that goes with it"),
+        ("clipping", "how one record's gradient is bounded"),
+        ("max_grad_norm", "that bound, C"),
+    )),
+    ("optimization", (
+        ("batch_size", "expected size of a private batch (b); each record joins with probability b / records"),
+        ("physical_batch_size", "most records in memory at once (default: the whole batch)"),
+        ("optimizer", "local optimizer, new in each round"),
+        ("lr", "learning rate"),
+        ("lr_b_ratio", "learning rate of the B factors, as a multiple of lr"),
+        ("lr_schedule", "over the rounds"),
+        ("momentum", "of sgd, within a round"),
+        ("weight_decay", "of the optimizer"),
+        ("seed", "public seed of partition, participation and initialization; noise never comes from it"),
+        ("device", "auto, cpu, cuda, cuda:1, ..."),
+    )),
+)  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    about = "Federated fine-tuning of LoRA adapters with record-level differential privacy for every client."
+    parser = argparse.ArgumentParser(prog="lalora", description=about)
+    parser.add_argument("--version", action="version", version=f"lalora_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        usage="lalora train [options]",
+        help="train an adapter privately",
+        description="Train an adapter on records that clients keep to themselves. Without arguments: a small vision "
+        "transformer, pre-trained on scikit-learn's digits, learns 4,000 MNIST images held by 8 clients at ε = 3 and "
+        "is tested on 1,000 others.",
+        epilog="A run folder holds config.json, metrics.jsonl, ledger.json, report.html, the checkpoint and adapter/ "
+        "in PEFT's format. Ctrl-C stops a run so that --resume continues it.",
+    )
+    run = train.add_argument_group("the run")
+    run.add_argument("--config", metavar="FILE.toml", help="settings by the names of the flags; flags override them")
+    run.add_argument("--out", metavar="FOLDER", help="run folder (default: runs/DATASET-METHOD-TIME)")
+    run.add_argument("--resume", metavar="FOLDER", help="continue this run, with its own settings")
+    run.add_argument("--quiet", action="store_true", help="print only the last line")
+    run.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_settings(train)
+
+    table = commands.add_parser(
+        "table",
+        usage="lalora table [options]",
+        help="compare methods over seeds",
+        description="Train every method with and without smoothing at each ε and seed, and print the mean and standard "
+        "deviation of the test accuracy as a Markdown table. Runs that are there already are not repeated.",
+    )
+    sweep = table.add_argument_group("the table")
+    sweep.add_argument("--methods", nargs="+", metavar="METHOD", default=list(CHOICES["method"]), help="(default: all)")
+    both = ["none", "binomial5"]
+    sweep.add_argument("--smoothings", nargs="+", metavar="FILTER", default=both, help="(default: both)")
+    sweep.add_argument("--epsilons", nargs="+", type=float, metavar="E", default=[1.0, 3.0], help="(default: 1 3)")
+    sweep.add_argument("--seeds", nargs="+", type=int, metavar="SEED", default=[0, 1, 2], help="(default: 0 1 2)")
+    sweep.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
+    sweep.add_argument("--config", metavar="FILE.toml", help="settings that all runs share")
+    sweep.add_argument("--out", metavar="FOLDER", default="runs/table", help="(default: runs/table)")
+    sweep.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_settings(table, leave_out=("method", "smoothing", "epsilon", "seed"))
+
+    report = commands.add_parser("report", help="write a run's report.html anew")
+    report.add_argument("run", metavar="FOLDER", help="run folder")
+    report.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> None:
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    for title, flags in FLAGS:
+        group = parser.add_argument_group(title)
+        for name, text in flags:
+            if name in leave_out:
+                continue
+            field = fields[name]
+            kind, _ = type_of(field)
+            shown = "" if field.default is None else f" (default: {field.default})"
+            choices = CHOICES.get(name)
+            group.add_argument(
+                "--" + name.replace("_", "-"), type=kind, choices=choices, default=None, help=text + shown,
+                metavar=None if choices else {str: "NAME", int: "N", float: "X"}[kind],
+            )  # fmt: skip
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the user set: the TOML file's values, overridden by flags."""
+    values = read_toml(args.config) if args.config else {}
+    names = [field.name for field in dataclasses.fields(Config)]
+    return values | {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def train(args: argparse.Namespace) -> int:
+    """``lalora train``."""
+    given = settings(args)
+    if args.resume and (given or args.config or args.out):
+        raise BadInput("--resume continues a run with its own settings; leave the other flags out")
+    config = None if args.resume else make_config(given, args.config or "the command line")
+    folder = Path(args.resume or args.out or _new_folder(config))
+    from lalora_kernels.display import Display
+    from lalora_kernels.federated.run import Run, prepare
+
+    with Display(quiet=args.quiet) as display:
+        try:
+            with _setup():
+                display.note(f"{'resuming' if args.resume else 'run folder'} {folder}")
+                if args.resume:
+                    run = Run.resume(folder, display.watch())
+                else:
+                    run = Run.start(prepare(config, display.watch()), folder)
+            display.begin(run)
+            run.train(display.watch())
+        except KeyboardInterrupt:
+            resumable = (folder / "config.json").exists()
+            display.last(f"interrupted; continue with: lalora train --resume {folder}" if resumable else "interrupted")
+            return INTERRUPTED
+        display.finish(run)
+    return OK
+
+
+def _new_folder(config: Config) -> Path:
+    data = Path(config.dataset.removeprefix("hf:")).name.split(".")[0]
+    return Path("runs") / f"{data}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+class _setup:
+    """Turns errors of arguments, raised anywhere before the first step, into BadInput."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, (ValueError, FileNotFoundError)) and not isinstance(error, BadInput):
+            raise BadInput(str(error)) from error
+
+
+def table(args: argparse.Namespace) -> int:
+    """``lalora table``."""
+    from lalora_kernels.table import make_table
+
+    grid = {"method": args.methods, "smoothing": args.smoothings, "epsilon": args.epsilons, "seed": args.seeds}
+    try:
+        print(make_table(settings(args), grid, Path(args.out), args.jobs))
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return INTERRUPTED
+    return OK
+
+
+def report(args: argparse.Namespace) -> int:
+    """``lalora report``."""
+    from lalora_kernels.report import write_report
+
+    try:
+        print(write_report(args.run))
+    except FileNotFoundError as error:
+        raise BadInput(f"{args.run} is not a run: {Path(error.filename).name} is missing") from error
+    return OK
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    command = {"train": train, "table": table, "report": report}[args.command]
+    try:
+        return command(args)
+    except BadInput as error:
+        if args.debug:
+            raise
+        print(f"lalora: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if args.debug or (error.name or "").startswith("lalora_kernels"):
+            raise
+        print(f"lalora: {error.name} is not installed; pip install 'lalora_kernels[federated]'", file=sys.stderr)
+        return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""What ``lalora train`` shows: a table that grows by a row each round; progress bars, where there is a terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lalora_kernels.adapt import trainable_summary
+from lalora_kernels.federated.client import trainable_tensors
+from lalora_kernels.federated.run import ADAPTER, Run, Watch
+from lalora_kernels.report import show_epsilon, write_report
+
+ROW = "{:>5}  {:>9}  {:>7}  {:>9}  {:>11}  {:>7}  {}"
+
+
+class Display:
+    """Context manager around one run. ``quiet`` leaves only the last line."""
+
+    def __init__(self, quiet: bool = False, console: Console | None = None):
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.quiet, self.private = quiet, True
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        hidden = quiet or not self.console.is_terminal
+        self.progress = Progress(*columns, console=self.console, transient=True, disable=hidden)
+        self.pretraining = self.steps = None
+
+    def __enter__(self) -> "Display":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def watch(self) -> Watch:
+        """The callbacks for ``Run``."""
+        return Watch(self._pretraining, self._step, self._round)
+
+    def note(self, text: str) -> None:
+        """A line that a quiet run leaves out."""
+        if not self.quiet:
+            self.console.print(text)
+
+    def last(self, text: str) -> None:
+        """The line that is always printed, below the bars."""
+        self.progress.stop()
+        self.console.print(text)
+
+    def begin(self, run: Run) -> None:
+        """What will be trained on what, then the table's head and the rounds that are there already."""
+        task, config, plan = run.task, run.task.config, run.plan
+        self.private = config.private
+        tensors = trainable_tensors(task.classifier.model)
+        self.note(
+            f"{config.dataset}: {len(task.data.train):,} {task.data.kind}s held by {config.clients} clients, "
+            f"{len(task.data.test):,} to test on; {len(task.data.classes)} classes"
+        )
+        self.note(
+            f"{config.model}: {trainable_summary(task.classifier.model).layers} layers adapted, r = {config.rank}; "
+            f"{sum(t.numel() for t in tensors.values()):,} parameters to train, in {len(tensors)} tensors"
+        )
+        sizes, sigmas = [c.records for c in plan.clients], [c.noise_multiplier for c in plan.clients if c.steps]
+        steps = [c.steps for c in plan.clients]
+        self.note(
+            f"clients hold {min(sizes)} to {max(sizes)} records and make {min(steps)} to {max(steps)} private steps; "
+            + (f"noise σ/C {min(sigmas):.2f} to {max(sigmas):.2f}" if config.private else "no noise")
+        )
+        self.note(f"{config.method}, smoothing {config.smoothing}, clipping {config.clipping}")
+        self.note(ROW.format("round", "accuracy", "loss", "largest ε", "bytes sent", "time", "clients"))
+        for record in run.at.history:
+            self._round(record)
+        left = sum(map(len, plan.participation[run.at.round :])) * config.local_steps
+        self.steps = self.progress.add_task("private steps", total=left)
+
+    def _pretraining(self, done: int, steps: int) -> None:
+        if self.pretraining is None:
+            self.note("pre-training the embedded model on scikit-learn's digits, once; it is kept in the cache folder")
+            self.pretraining = self.progress.add_task("public pre-training", total=steps)
+        self.progress.update(self.pretraining, completed=done)
+
+    def _step(self) -> None:
+        if self.steps is not None:
+            self.progress.advance(self.steps)
+
+    def _round(self, record: dict[str, Any]) -> None:
+        epsilon = "∞" if not self.private else show_epsilon(record["epsilon"]).removeprefix("ε = ")
+        loss = "–" if record["loss"] is None else f"{record['loss']:.3f}"
+        clients = " ".join(map(str, record["clients"])) or "before"
+        self.note(
+            ROW.format(
+                record["round"], f"{100 * record['accuracy']:.1f} %", loss, epsilon, f"{record['bytes_sent']:,}",
+                f"{record['seconds']:.1f} s", clients,
+            )  # fmt: skip
+        )
+
+    def finish(self, run: Run) -> None:
+        """Write the report; say what was reached, what it cost, where it lies."""
+        write_report(run.folder)
+        first, last = run.at.history[0], run.at.history[-1]
+        left_out = {c.name: c.nonfinite_samples for c in run.clients if c.nonfinite_samples}
+        if left_out:
+            counts = ", ".join(f"{count} at client {name}" for name, count in left_out.items())
+            self.last(f"left out because their gradient was not finite: {counts} (counted once a draw; not privatized)")
+        epsilon = show_epsilon(last["epsilon"], self.private)
+        who = " for the most exposed client" if last["epsilon"] is not None else ""
+        self.note(f"report in {run.folder}/report.html")
+        self.last(
+            f"accuracy {last['accuracy']:.2f} (before {first['accuracy']:.2f}) · {epsilon}{who} · adapter in "
+            f"{run.folder / ADAPTER}"
+        )

@@ -1,0 +1,83 @@
+"""``lalora table``: every method, with and without smoothing, at several ε and seeds; a Markdown table."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from lalora_kernels.data import BadInput
+from lalora_kernels.federated.config import Config, make_config
+
+
+def make_table(shared: dict[str, Any], grid: dict[str, Sequence], out: Path, jobs: int = 1) -> str:
+    """Train what is missing of ``grid`` (setting -> values) under ``out``; return the table, also as ``out/table.md``.
+
+    A cell is the mean test accuracy over the seeds, in percent, ± the sample standard deviation. Runs that are complete
+    are read, runs that were interrupted are resumed. Raises BadInput for settings that do not fit, or for a folder
+    there whose run has other settings.
+    """
+    if jobs < 1:
+        raise BadInput(f"--jobs is a whole number >= 1, got {jobs}")
+    names = list(grid)
+    todo = [dict(zip(names, values)) for values in itertools.product(*grid.values())]
+    configs = {_name(cell): make_config(shared | cell) for cell in todo}
+    results = {}
+    for name, config in configs.items():
+        _check_same(out / name, config)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    # spawned, not forked: a forked process inherits torch's threads in an unusable state
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        started = {pool.submit(_one, config, out / name, threads): name for name, config in configs.items()}
+        for finished in as_completed(started):
+            name = started[finished]
+            results[name] = finished.result()
+            print(f"[{len(results)}/{len(configs)}] {name}: {100 * results[name]:.1f} %", flush=True)
+    text = _markdown(grid, results)
+    (out / "table.md").write_text(text)
+    return text
+
+
+def _name(cell: dict[str, Any]) -> str:
+    return f"{cell['method']}-{cell['smoothing']}-eps{cell['epsilon']:g}-seed{cell['seed']}"
+
+
+def _check_same(folder: Path, config: Config) -> None:
+    if not (folder / "config.json").exists():
+        return
+    there = json.loads((folder / "config.json").read_text())["settings"]
+    here = json.loads(config.to_json())
+    if differ := [key for key in here if here[key] != there.get(key)]:
+        raise BadInput(f"{folder} holds a run with another {', '.join(differ)}; remove it or choose another --out")
+
+
+def _one(config: Config, folder: Path, threads: int) -> float:
+    """Final test accuracy of one run, in [0, 1]."""
+    import torch
+
+    from lalora_kernels.federated.run import Run, prepare
+
+    torch.set_num_threads(threads)
+    there = (folder / "config.json").exists()
+    run = Run.resume(folder) if there else Run.start(prepare(config), folder)
+    if not run.done or not (folder / "adapter").exists():
+        run.train()
+    return run.at.history[-1]["accuracy"]
+
+
+def _markdown(grid: dict[str, Sequence], results: dict[str, float]) -> str:
+    head = ["method", "smoothing", *(f"ε = {e:g}" for e in grid["epsilon"])]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * len(grid["epsilon"])]
+    for method, smoothing in itertools.product(grid["method"], grid["smoothing"]):
+        row = [method, smoothing]
+        for epsilon in grid["epsilon"]:
+            cell = {"method": method, "smoothing": smoothing, "epsilon": epsilon}
+            values = [100 * results[_name(cell | {"seed": seed})] for seed in grid["seed"]]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            row.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
