@@ -29,14 +29,14 @@ struct SampleGrad {
     int64_t N, T, m, n, r;
     float scaling;
     bool accumulate;
-    Batch dy, h, x;  // h: G_B is asked for; x: G_A is asked for
+    Batch dy, h, x;
     Matrix B;
     void* dz;  // (N, T, r) contiguous, dy's dtype
     float* G_B;
     float* G_A;
     int64_t G_B_stride, G_A_stride;  // from one sample to the next; a sample itself is contiguous
-    double* sq_B;
-    double* sq_A;
+    double* sq_B;  // given: G_B is asked for, and h is there
+    double* sq_A;  // given: G_A is asked for, and x is there
     int num_threads;
 };
 

@@ -74,7 +74,7 @@ def sample_grad_clip(
     """``sample_grad`` with each sample's gradient clipped and summed: ``(dz, S_B, sq_B, S_A, sq_A)``.
 
     ``S_F += sum_i c_i G_F[i]``, ``c_i = grad_scale * min(1, max_norm / (grad_scale * ||G_F[i]||))``. A and B are
-    separate tensors, each clipped to ``max_norm``. ``S_B`` (m, r) and ``S_A`` (r, n) are added to in place, made if None.
+    separate tensors, each clipped to ``max_norm``. ``S_B`` (m, r) and ``S_A`` (r, n) are added to, made if None.
     ``valid``: samples from this index on are placeholders (default: all are records). sq is taken before clipping.
 
     Guarantee: adding or removing one record changes S_F by at most ``max_norm`` in L2 (times 1 + 1e-5 in float32):
@@ -89,10 +89,10 @@ def sample_grad_clip(
     i >= valid           zero
     ===================  ====================================================================
 
-    Raises ValueError for a max_norm or grad_scale that is negative or not a number, or shapes that do not fit.
+    Raises ValueError for a max_norm or grad_scale that is not positive, or shapes that do not fit.
     """
-    if not max_norm >= 0:
-        raise ValueError(f"sample_grad_clip: max_norm must be >= 0, got {max_norm}")
+    if not max_norm > 0:
+        raise ValueError(f"sample_grad_clip: max_norm must be positive, got {max_norm}")
     if not (grad_scale > 0 and math.isfinite(grad_scale)):
         raise ValueError(f"sample_grad_clip: grad_scale must be positive and finite, got {grad_scale}")
     op = dispatch.get("sample_grad_clip", dy, backend)

@@ -5,14 +5,14 @@
 LALORA_BEGIN
 
 static void run(const SampleGrad& p) {
-    const bool wanted = p.dz || p.x.data;
+    const bool wanted = p.dz || p.sq_A;
     const Chunks by_m = task_chunks(p.m, p.N), by_n = task_chunks(p.n, p.N);
-    const int64_t squares_m = p.N * by_m.count, squares_n = p.x.data ? p.N * by_n.count : 0;
+    const int64_t squares_m = p.N * by_m.count, squares_n = p.sq_A ? p.N * by_n.count : 0;
     const Projection z(p, wanted, by_m, p.N, 2 * (squares_m + squares_n));
     double* squares = (double*)z.rest;
 
-    if (wanted || p.h.data) project_all(p, z, wanted, p.h.data ? squares : nullptr);
-    if (p.x.data) {
+    if (wanted || p.sq_B) project_all(p, z, wanted, p.sq_B ? squares : nullptr);
+    if (p.sq_A) {
         const Operands o = {p.x, z.rows(p), p.T, p.r, nullptr, 0};
 #pragma omp parallel for num_threads(p.num_threads) schedule(dynamic, 1)
         for (int64_t task = 0; task < squares_n; ++task) {
@@ -34,8 +34,8 @@ static void run(const SampleGrad& p) {
     for (int64_t i = 0; i < p.N; ++i) {
         double sum_B = 0, sum_A = 0;
         for (int64_t c = 0; c < by_m.count; ++c) sum_B += squares[i * by_m.count + c];
-        if (p.h.data) p.sq_B[i] = sum_B;
-        if (!p.x.data) continue;
+        if (p.sq_B) p.sq_B[i] = sum_B;
+        if (!p.sq_A) continue;
         for (int64_t c = 0; c < by_n.count; ++c) sum_A += squares[squares_m + i * by_n.count + c];
         p.sq_A[i] = sum_A;
     }

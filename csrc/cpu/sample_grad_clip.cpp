@@ -104,18 +104,18 @@ static void clipped_sum(const SampleGradClip& q, const Factor& f, const Projecti
 
 static void run(const SampleGradClip& q) {
     const SampleGrad& p = q.grad;
-    const bool wanted = p.dz || p.x.data;
+    const bool wanted = p.dz || p.sq_A;
     const int64_t group = group_size(p.m, p.r, p.N);
-    const int64_t extra = at_least(clip_floats(p.m, p.r, p.N), p.x.data ? clip_floats(p.n, p.r, p.N) : 0);
-    const Projection z(p, wanted, p.h.data ? clip_chunks(p.m) : task_chunks(p.m, p.N), p.h.data ? group : p.N, extra);
+    const int64_t extra = at_least(clip_floats(p.m, p.r, p.N), p.sq_A ? clip_floats(p.n, p.r, p.N) : 0);
+    const Projection z(p, wanted, p.sq_B ? clip_chunks(p.m) : task_chunks(p.m, p.N), p.sq_B ? group : p.N, extra);
 
-    if (p.h.data) {
+    if (p.sq_B) {
         const Factor B = {{p.dy, p.h, p.T, p.r, z.b, z.b_stride}, p.m, p.scaling, true, q.S_B, p.sq_B};
         clipped_sum(q, B, z, wanted, z.rest);
     } else if (wanted) {
         project_all(p, z, true, nullptr);
     }
-    if (p.x.data) {
+    if (p.sq_A) {
         const Factor A = {{p.x, z.rows(p), p.T, p.r, nullptr, 0}, p.n, 1.0f, false, q.S_A, p.sq_A};
         clipped_sum(q, A, z, false, z.rest);
     }

@@ -1,0 +1,59 @@
+"""Shared fixtures: uninitialised memory is poisoned, and one test can run on every instruction set of this machine."""
+
+import pytest
+import torch
+
+from lalora_kernels import native
+from lalora_kernels.models import torchvision_beside_cpu_torch
+
+torchvision_beside_cpu_torch()
+
+_empty, _empty_like = torch.empty, torch.empty_like
+
+
+def _poison(t: torch.Tensor) -> torch.Tensor:
+    if t.device.type == "meta":
+        return t
+    if t.is_floating_point():
+        return t.fill_(float("nan"))
+    return t.fill_(torch.iinfo(t.dtype).max) if not (t.is_complex() or t.dtype == torch.bool or t.is_quantized) else t
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch):
+    """torch.empty full of NaN: an output element that no kernel wrote shows."""
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(_empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poison(_empty_like(*a, **k)))
+
+
+ISAS = [name for name, supported in native.require().isas() if supported]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Every instruction set that is compiled in and that this machine has, one after another."""
+    module = native.require()
+    before = module.isa()
+    module.set_isa(request.param)
+    yield request.param
+    module.set_isa(before)
+
+
+@pytest.fixture(params=["reference", *(f"cpp-{name}" for name in ISAS)])
+def backend(request):
+    """The reference, and "cpp" on every instruction set."""
+    name, _, chosen = request.param.partition("-")
+    module = native.require()
+    before = module.isa()
+    if chosen:
+        module.set_isa(chosen)
+    yield name
+    module.set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
