@@ -15,6 +15,13 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # F.linear returns a view of its product where x has more than two axes, and autograd forbids changing a Function's
+    # output in place where that is a view: ReLU(inplace=True) after the layer would raise.
+    y = F.linear(_rows(x), weight, bias)
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
+
+
 class LoRAFunction(torch.autograd.Function):
     """y = x W0^T + b + s (x_lora A^T) B^T; x (..., n), W0 (m,n), A (r,n), B (m,r).
 
@@ -27,7 +34,7 @@ class LoRAFunction(torch.autograd.Function):
         _, _, _, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         xc = x.to(dtype)
         xl = xc if x_lora is None else x_lora.to(dtype)
-        y = F.linear(xc, weight.to(dtype), None if bias is None else bias.to(dtype))
+        y = _linear(xc, weight.to(dtype), None if bias is None else bias.to(dtype))
         h = xl @ lora_A.to(dtype).t()
         y.view(-1, y.shape[-1]).addmm_(_rows(h), lora_B.to(dtype).t(), alpha=scaling)
         ctx.save_for_backward(h if need_B else None, xl if need_A else None, weight, lora_A, lora_B)
@@ -86,7 +93,7 @@ class LinearFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, recorder):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.recorder = recorder
-        return F.linear(x, weight, bias)
+        return _linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable

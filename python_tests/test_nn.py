@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from tolerances import BFLOAT16, LAYER_F32, LAYER_F64, MERGED_F32
 from torch import nn
 
+from lalora_kernels.autograd import LinearFunction
 from lalora_kernels.nn import LoRAConv1D, LoRALinear, lora_layers, set_active
 
 N, T, IN, OUT, R = 3, 5, 7, 6, 2  # all different, so that a shape says which tensor it is
@@ -157,6 +159,41 @@ def test_inputs_and_gradients_that_are_not_contiguous(view, phase):
     found, expected = gradients(y, dy, layer, x), gradients(written_out(layer, x), dy, layer, x)
     for name in found:
         torch.testing.assert_close(found[name], expected[name], **LAYER_F64)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(N, IN), (N, T, IN), (2, N, T, IN)])
+def test_the_output_may_be_changed_in_place(shape, bias):
+    torch.manual_seed(16)
+    layer = our_layer(bias=bias)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(*shape[:-1], OUT, dtype=torch.float64)
+    found = gradients(layer(x).relu_(), dy, layer, x)
+    expected = gradients(written_out(layer, x).relu(), dy, layer, x)
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], **LAYER_F64)
+
+
+def test_a_recorded_linear_layers_output_may_be_changed_in_place():
+    seen = []
+    recorder = SimpleNamespace(record=lambda dy, x: seen.append((dy, x)))
+    linear = nn.Linear(IN, OUT).double()
+    x = torch.randn(N, T, IN, dtype=torch.float64)
+    y = LinearFunction.apply(x, linear.weight, linear.bias, recorder)
+    torch.testing.assert_close(y, linear(x), **LAYER_F64)
+    y.relu_().sum().backward()
+    ((dy, kept),) = seen
+    assert kept is x or torch.equal(kept, x)
+    assert torch.equal(dy, (linear(x) > 0).double())
+
+
+def test_a_recorded_linear_layer_under_autocast():
+    recorder = SimpleNamespace(record=lambda dy, x: None)
+    linear = nn.Linear(IN, OUT)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = LinearFunction.apply(torch.randn(N, T, IN), linear.weight, linear.bias, recorder)
+        z = LinearFunction.apply(torch.randn(N, T, IN).bfloat16(), linear.weight, linear.bias, recorder)
+    assert y.dtype == z.dtype == torch.bfloat16
 
 
 def kept_for_backward(layer, x):
