@@ -1,6 +1,8 @@
 """Which layers a name means, and which of them can hold a LoRA layer: PEFT's rules, with errors that say the cure."""
 
 import difflib
+import functools
+import inspect
 import re
 from collections.abc import Iterable
 
@@ -57,11 +59,12 @@ def lora_class(module: nn.Module) -> type[LoRALinear] | None:
 def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     """Why this module cannot become a LoRA layer, with the cure; None if it can."""
     kind = type(module)
-    parent = model.get_submodule(name.rpartition(".")[0])
+    above, _, child = name.rpartition(".")
+    parent = model.get_submodule(above)
     if isinstance(module, LoRALinear):
         return "it is adapted already; call unadapt(model) or merge_and_unload(model) first"
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention uses its weight without calling it, so an adapter would do nothing"
+    if isinstance(parent, nn.MultiheadAttention) or _bypasses(type(parent), child):
+        return f"{type(parent).__name__} uses its weight without calling it, so an adapter would do nothing"
     if lora_class(module) is None:
         return (
             f"its type is {kind.__name__}; nn.Linear and transformers' Conv1D can be adapted. Longer names in "
@@ -74,6 +77,16 @@ def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "it has hooks or a replaced forward, which would be lost; remove them (or load without device_map) first"
     return None
+
+
+@functools.cache
+def _bypasses(parent: type[nn.Module], child: str) -> bool:
+    """Whether the forward says linear(..., self.child.weight, ...), as for qkv in timm's Swin-v2, BEiT and EVA."""
+    try:
+        source = inspect.getsource(parent.forward)
+    except (OSError, TypeError):
+        return False
+    return re.search(rf"\blinear\([^()]*\bself\.{re.escape(child)}\.weight\b", source) is not None
 
 
 def ends_with(name: str, target: str) -> bool:

@@ -330,7 +330,7 @@ class Doubled(nn.Linear):
         (mlp, {"target_modules": ["act"]}, ["act cannot be adapted", "its type is GELU"]),
         (Conv, {"target_modules": ["conv"]}, ["conv cannot be adapted", "its type is Conv2d"]),
         (Conv, {"target_modules": ["embed"]}, ["embed cannot be adapted", "its type is Embedding"]),
-        (Conv, {"target_modules": ["fc", "out_proj"]}, ["attention.out_proj cannot", "nn.MultiheadAttention uses"]),
+        (Conv, {"target_modules": ["fc", "out_proj"]}, ["attention.out_proj cannot", ": MultiheadAttention uses"]),
         (lambda: nn.Sequential(Doubled(3, 3)), {"target_modules": ["0"]}, ["its type is Doubled"]),
         (lambda: nn.Sequential(nn.LazyLinear(3)), {"target_modules": ["0"]}, ["not initialized"]),
         (parametrized, {"target_modules": ["fc1"]}, ["fc1 cannot be adapted", "remove_parametrizations"]),
@@ -385,7 +385,7 @@ def test_all_linear_reports_what_it_leaves_out(capsys):
     model = Conv()
     adapt(model, target_modules="all-linear")
     assert [n for n, _ in lora_layers(model)] == ["fc"]
-    assert "left out attention.out_proj: nn.MultiheadAttention uses its weight" in capsys.readouterr().out
+    assert "left out attention.out_proj: MultiheadAttention uses its weight" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("inner", [False, True])
@@ -536,6 +536,28 @@ def test_torchs_encoder_layer_does_not_bypass_the_adapter_in_evaluation(mask):
         torch.testing.assert_close(found, run(), **MODEL_F32)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+
+
+TIMM_BYPASS = {
+    "swinv2_tiny_window8_256": {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": (1,), "num_heads": (2,)},
+    "beit_base_patch16_224": {"img_size": 32, "embed_dim": 8, "depth": 1, "num_heads": 2},
+    "eva02_tiny_patch14_224": {"img_size": 28, "embed_dim": 8, "depth": 1, "num_heads": 2},
+}
+
+
+@pytest.mark.parametrize("name", TIMM_BYPASS)
+def test_layers_whose_parent_reads_their_weight_are_refused_by_name(name, capsys):
+    import timm
+
+    model = timm.create_model(name, num_classes=3, **TIMM_BYPASS[name])
+    with pytest.raises(ValueError, match=r"\.qkv cannot be adapted: \w*Attention uses its weight without calling it"):
+        adapt(model, target_modules="qv")
+    adapt(model, target_modules="all-linear")
+    assert ".attn.qkv: " in capsys.readouterr().out
+    size = TIMM_BYPASS[name]["img_size"]
+    model(torch.randn(2, 3, size, size)).sum().backward()
+    layers = dict(lora_layers(model))
+    assert layers and all(layer.lora_B.grad is not None for layer in layers.values())
 
 
 def test_copies_and_state_dicts_of_an_adapted_model():

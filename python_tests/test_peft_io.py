@@ -81,6 +81,7 @@ def test_what_is_saved_here_computes_the_same_in_peft(family, tmp_path):
     base, batch, _ = FAMILIES[family][0]()
     ours = trained(copy.deepcopy(base.eval()), r=3, lora_alpha=5, **FAMILY_SETTINGS[family])
     save_adapter(ours, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["fan_in_fan_out"] == (family == "gpt2")
     expected = logits(ours, batch)
     assert not torch.allclose(expected, logits(base, batch), **MODEL_F32)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
