@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lalora_kernels.data import BadInput
@@ -54,10 +55,22 @@ class Classifier:
     head: list[str]  # names of the modules that make the logits
     new_modules: list[str]
 
-    def logits(self, inputs: Tensor | dict[str, Tensor]) -> Tensor:
-        """(N, classes) scores of a batch that ``collate`` made."""
-        out = self.model(**inputs) if isinstance(inputs, dict) else self.model(inputs)
+    def loss(self, batch: tuple, model: nn.Module | None = None) -> Tensor:
+        """Mean cross entropy of a batch that ``collate`` made; of ``model``, a copy of this one, where it is given."""
+        return F.cross_entropy(self.logits(batch[0], model), batch[1])
+
+    def logits(self, inputs: Tensor | dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
+        """(N, classes) scores of the inputs of a batch that ``collate`` made."""
+        model = self.model if model is None else model
+        out = model(**inputs) if isinstance(inputs, dict) else model(inputs)
         return getattr(out, "logits", out)
+
+    def to_device(self, batch: tuple) -> tuple:
+        """A batch that ``collate`` made, where the model is."""
+        device = next(self.model.parameters()).device
+        inputs, labels = batch
+        moved = {k: v.to(device) for k, v in inputs.items()} if isinstance(inputs, dict) else inputs.to(device)
+        return moved, labels.to(device)
 
 
 def load_model(
@@ -260,7 +273,7 @@ class ImageBatch:
         if x.shape[1] != self.channels:
             x = _channels(x, self.channels)
         if x.shape[-2:] != (self.size, self.size):
-            x = torch.nn.functional.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return (x - mean) / std, torch.tensor([label for _, label in records])
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -91,12 +90,11 @@ class Client:
         BudgetExceeded before a step that the ledger does not allow.
         """
         set_state(classifier.model, state)
-        device = next(classifier.model.parameters()).device
         optimizer, batches = self.private_step(classifier, method, config, round)
         try:
             optimizer.start_round(round)
-            for inputs, labels in batches.steps(config.local_steps):
-                loss = F.cross_entropy(classifier.logits(to_device(inputs, device)), labels.to(device))
+            for batch in batches.steps(config.local_steps):
+                loss = classifier.loss(classifier.to_device(batch))
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -126,10 +124,3 @@ class Client:
             ledger=self.ledger,
             noise=self.noise,
         )
-
-
-def to_device(inputs: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
-    """A batch's inputs on ``device``."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    return {key: value.to(device) for key, value in inputs.items()}

@@ -24,6 +24,7 @@ from lalora_kernels.federated.server import Server, update_bytes
 from lalora_kernels.files import tensor_digest, write_atomic
 from lalora_kernels.models import Classifier, load_model
 from lalora_kernels.peft_io import save_adapter
+from lalora_kernels.privacy.checks import check_per_sample
 from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.privacy.noise import NoiseSource
 
@@ -135,6 +136,7 @@ class Run:
             raise BadInput(f"{folder} holds a run already; --resume {folder} continues it, another --out starts anew")
         plan = make_plan(task.config, [len(part) for part in task.parts])
         clients = [_client(task, one, Ledger(**_budget(task.config)), noise) for one in plan.clients]
+        _refuse_unfit(task, clients[0])
         server = Server(get_method(task.config.method), get_state(task.classifier.model))
         run = cls(folder, task, plan, clients, Checkpoint(0, server.state))
         run._record(0, server, [], 0, 0.0, watch)
@@ -263,6 +265,20 @@ class Run:
         self._save_ledgers()
         save_checkpoint(self.folder, self.at)
         write_atomic(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.at.history))
+
+
+def _refuse_unfit(task: Task, client: Client) -> None:
+    """Fail before the first step, not in it: a model that no rule covers, or whose layers mix the records of a batch.
+
+    Per-sample gradients are compared on two test records, which the server holds.
+    """
+    classifier, config = task.classifier, task.config
+    optimizer, _ = client.private_step(classifier, get_method(config.method), config, 1)
+    optimizer.detach()
+    records = [task.data.test[i] for i in range(min(2, len(task.data.test)))]
+    if len(records) == 2:
+        batch = classifier.to_device(classifier.collate(records))
+        check_per_sample(classifier.model, batch, lambda model, batch: classifier.loss(batch, model))
 
 
 def _budget(config: Config) -> dict[str, float]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lalora_kernels.federated.client import set_state, to_device
+from lalora_kernels.federated.client import set_state
 from lalora_kernels.federated.methods import Method
 from lalora_kernels.models import Classifier
 
@@ -52,10 +52,10 @@ class Server:
 def evaluate(classifier: Classifier, records: Dataset, batch_size: int = 256) -> tuple[float, float]:
     """(accuracy, mean cross entropy) of the model as it is."""
     classifier.model.eval()
-    device = next(classifier.model.parameters()).device
     right, loss, count = 0, 0.0, 0
-    for inputs, labels in DataLoader(records, batch_size=batch_size, collate_fn=classifier.collate):
-        logits, labels = classifier.logits(to_device(inputs, device)), labels.to(device)
+    for batch in DataLoader(records, batch_size=batch_size, collate_fn=classifier.collate):
+        inputs, labels = classifier.to_device(batch)
+        logits = classifier.logits(inputs)
         right += int((logits.argmax(1) == labels).sum())
         loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
         count += len(labels)
