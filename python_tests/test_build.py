@@ -1,0 +1,149 @@
+"""The build as a fresh machine does it: no torch, only a C++ compiler; nothing that did not change is built again."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lalora_kernels import dispatch, native
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST = "-O0 -Wno-unused"  # the last -O wins; correctness of the optimised build is every other test's matter
+# _C under its own name, without the package (which imports torch).
+IMPORT = (
+    "import importlib.util, sys\n"
+    "spec = importlib.util.spec_from_file_location('_C', sys.argv[1])\n"
+    "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+    "print([name for name, _ in module.isas()], module.isa(), 'torch' in sys.modules)\n"
+)
+
+
+def copy_sources(folder: Path) -> None:
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    (folder / "lalora_kernels").mkdir()
+    (folder / "lalora_kernels/__init__.py").write_text("")
+    poison = folder / "poison"
+    poison.mkdir()
+    (poison / "torch.py").write_text("raise ImportError('the build imported torch')\n")
+
+
+def build(folder: Path, **env: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(folder / "poison"), "LALORA_CXXFLAGS": FAST, **env}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def compiled(done: subprocess.CompletedProcess) -> set[str]:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {Path(p).name for p in re.findall(r"\] (?:cxx|link|nvcc|nvlink) (\S+)", done.stdout)}
+
+
+@pytest.mark.timeout(600)
+def test_a_fresh_build_and_a_second_one(tmp_path):
+    """Builds without torch, all instruction sets; then nothing, then what depends on one changed header."""
+    copy_sources(tmp_path)
+    first = compiled(build(tmp_path, LALORA_NO_CUDA="1"))
+    isas = [name for name, _ in native.require().isas()]
+    slugs = [p.stem for p in (tmp_path / "csrc/cpu").glob("*.cpp") if p.stem != "isa"]
+    assert {f"{slug}.{isa}.o" for slug in slugs for isa in isas} | {"isa.o", "bindings.o", "_C.so"} == first
+
+    library = next((tmp_path / "lalora_kernels").glob("_C*.so"))
+    done = subprocess.run([sys.executable, "-c", IMPORT, str(library)], capture_output=True, text=True)
+    assert done.stdout.startswith(str(isas)) and done.stdout.strip().endswith("False"), done.stderr
+
+    assert not compiled(build(tmp_path, LALORA_NO_CUDA="1"))
+    header = tmp_path / "csrc/cpu/noise.h"
+    header.write_text(header.read_text() + "\n")
+    assert compiled(build(tmp_path, LALORA_NO_CUDA="1")) == {
+        *(f"{slug}.{isa}.o" for slug in ("privatize", "chacha20_normal") for isa in isas),
+        "_C.so",
+    }
+
+    # Code for AVX-512 must not be what another machine runs: no function of one instruction set is a weak symbol that
+    # the linker may choose for all.
+    for path in (tmp_path / "build").rglob("*.o"):
+        if path.name.count(".") == 2:
+            symbols = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
+            isa = path.name.split(".")[1]
+            weak = [s for s in symbols.splitlines() if re.search(r" W ", s) and f"lalora::{isa}::" not in s]
+            assert not weak, f"{path.name}: {weak}"
+
+
+def test_no_compiler(tmp_path):
+    copy_sources(tmp_path)
+    done = build(tmp_path, PATH=str(tmp_path), CXX="")
+    assert done.returncode
+    assert "apt install g++" in done.stderr
+
+
+def test_a_compiler_error_is_shown(tmp_path):
+    copy_sources(tmp_path)
+    (tmp_path / "csrc/cpu/isa.cpp").write_text("#error broken on purpose\n")
+    for path in (tmp_path / "csrc/cpu").glob("*.cpp"):
+        if path.stem != "isa":
+            path.unlink()
+    done = build(tmp_path, LALORA_NO_CUDA="1")
+    assert done.returncode and "broken on purpose" in done.stdout + done.stderr
+    assert "building the kernels failed" in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+def test_cuda_sources_become_a_module_that_needs_no_driver(tmp_path):
+    copy_sources(tmp_path)
+    shutil.rmtree(tmp_path / "csrc/cuda", ignore_errors=True)
+    (tmp_path / "csrc/cuda").mkdir()
+    (tmp_path / "csrc/cuda/twice.cu").write_text(
+        "#include <cuda_runtime.h>\n"
+        '#include "../chacha20.h"\n'
+        '#include "../clip.h"\n'
+        "__global__ void normals(float* out, uint32_t w) {\n"
+        "    const float normal = lalora::normal_from_words<lalora::ScalarOps>(w, w, w, w);\n"
+        "    out[threadIdx.x] = normal + lalora::clip_factor(1, 1, 1);\n"
+        "}\n"
+        "int launch(float* out) { normals<<<1, 32>>>(out, 7u); return (int)cudaGetLastError(); }\n"
+    )
+    (tmp_path / "csrc/cuda/bindings.cpp").write_text(
+        "#include <pybind11/pybind11.h>\n"
+        "int launch(float*);\n"
+        'PYBIND11_MODULE(_cuda, m) { m.def("launch", [] { return launch(nullptr); }); }\n'
+    )
+    for path in (tmp_path / "csrc/cpu").glob("*.cpp"):
+        if path.stem != "isa":
+            path.unlink()
+    (tmp_path / "csrc/bindings.cpp").write_text(
+        "#include <pybind11/pybind11.h>\nPYBIND11_MODULE(_C, m) { m.doc() = LALORA_COMPILER; }\n"
+    )
+    (tmp_path / "csrc/cpu/isa.cpp").write_text("\n")
+    first = compiled(build(tmp_path, LALORA_CUDA_ARCHS="80"))
+    assert {"twice.o", "_cuda.so"} <= first
+    assert not compiled(build(tmp_path, LALORA_CUDA_ARCHS="80"))
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from lalora_kernels import _cuda; print(_cuda.launch())"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip().isdigit(), done.stderr
+
+
+def test_no_torch_header():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file():
+            assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
+
+
+def test_the_report():
+    """python -m lalora_kernels: version, features, devices, a backend for each operation."""
+    done = subprocess.run([sys.executable, "-m", "lalora_kernels"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for expected in ("lalora_kernels", "compiled for", "CPU features", "threads", "devices", *dispatch.OPS):
+        assert expected in done.stdout
+    assert native.require().isa() in done.stdout
+
+
+def test_the_report_says_when_the_kernels_cannot_run():
+    environment = {**os.environ, "LALORA_CPU_ISA": "avx1024"}
+    done = subprocess.run([sys.executable, "-m", "lalora_kernels"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "avx1024" in done.stdout
