@@ -117,14 +117,37 @@ class LayerNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, mean, rstd, weight, bias = ctx.saved_tensors
-        normalized = ((x - mean) * rstd).to(dy.dtype) if ctx.needs_input_grad[2] else None
-        ctx.recorder.record(dy, normalized)
+        normalized = (x - mean) * rstd if ctx.needs_input_grad[2] else None
+        ctx.recorder.record_scale(dy, normalized, -len(ctx.shape))
         dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.ops.aten.native_layer_norm_backward(
                 dy.contiguous(), x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
             )[0]
         return dx, None, None, None, None, None
+
+
+class ScaleShiftFunction(torch.autograd.Function):
+    """y = x * weight + bias, either of them None; they stand along axis 1 of x, or along its last -axis axes."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, axis, recorder):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.axis, ctx.recorder = axis, recorder
+        along = [-1, *[1] * (x.dim() - 2)] if axis == 1 else None
+        ctx.along = along
+        y = x if weight is None else x * (weight.view(along) if along else weight)
+        return (y if bias is None else y + (bias.view(along) if along else bias)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        ctx.recorder.record_scale(dy, x, ctx.axis)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy if weight is None else (dy * (weight.view(ctx.along) if ctx.along else weight)).to(dy.dtype)
+        return dx, None, None, None, None
 
 
 class EmbeddingFunction(torch.autograd.Function):

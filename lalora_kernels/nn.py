@@ -89,6 +89,8 @@ class LoRALinear(nn.Linear):
                     "this LoRA layer is merged and cannot train; call unmerge() first, or torch.no_grad()"
                 )
             return nn.functional.linear(x, self._weight_mn(), self.bias)
+        if self.recorder is not None:
+            x = self.recorder.expand(x)
         drops = self.training and not isinstance(self.lora_dropout, nn.Identity)
         return lora_linear(
             x,

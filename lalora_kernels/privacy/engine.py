@@ -71,7 +71,8 @@ class Engine:
                 full = f"{name}.{key}" if name else key
                 if not p.requires_grad and not (lora and key.startswith("lora_")):
                     continue
-                covered = key != "weight" if lora else rule_of(module) is not None
+                rule = rule_of(module)
+                covered = key != "weight" if lora else rule is not None and key in rule.covers
                 if not covered:
                     raise ValueError(
                         f"{full} is trainable, but no rule gives its gradient per sample ({type(module).__name__}); "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from lalora_kernels import functional
@@ -52,6 +53,13 @@ class Recorder:
         """The parameter's site while it trains, else None."""
         site = self.sites.get(parameter)
         return site if site is not None and site.param.requires_grad else None
+
+    def expand(self, x: Tensor) -> Tensor:
+        """x with a row for each record where it came with one for all (position embeddings of batch 1)."""
+        batch = self.engine.batch
+        if batch is None or batch.rows == 1 or x.dim() < 2 or x.shape[0] != 1 or not torch.is_grad_enabled():
+            return x
+        return x.expand(batch.rows, *x.shape[1:])
 
     def reset(self) -> None:
         """A physical batch begins or is done."""

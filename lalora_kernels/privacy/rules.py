@@ -1,4 +1,4 @@
-"""Per-sample gradients of what trains beside the adapters: Linear, LayerNorm and Embedding parameters (SPEC section 5).
+"""Per-sample gradients of what trains beside the adapters: heads, scales, biases and embeddings (SPEC section 5).
 
 A rule replaces a module's forward by an autograd Function that hands (dy, input) to its recorder. Small tensors
 (scales, biases) are written to the workspace like a LoRA factor; a full weight is never materialized per sample: its
@@ -6,11 +6,14 @@ norm comes from its inputs, its clipped sum from one product.
 """
 
 import types
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lalora_kernels.autograd import EmbeddingFunction, LayerNormFunction, LinearFunction
+from lalora_kernels.autograd import EmbeddingFunction, LayerNormFunction, LinearFunction, ScaleShiftFunction
 from lalora_kernels.privacy.recorders import Recorder
 
 # Relative to sum_t ||x_t|| ||dy_t||, the rounding that the float32 product of a clipped sum may add to a sample's
@@ -18,43 +21,106 @@ from lalora_kernels.privacy.recorders import Recorder
 SLACK = 4e-7
 
 
-def _linear_forward(module: nn.Linear, x: Tensor) -> Tensor:
-    return LinearFunction.apply(x, module.weight, module.bias, module._recorder)
+def _linear(m: nn.Linear, x: Tensor) -> Tensor:
+    return LinearFunction.apply(m._recorder.expand(x), m.weight, m.bias, m._recorder)
 
 
-def _layer_norm_forward(module: nn.LayerNorm, x: Tensor) -> Tensor:
-    shape = list(module.normalized_shape)
-    return LayerNormFunction.apply(x, shape, module.weight, module.bias, module.eps, module._recorder)
+def _conv1d(m: nn.Module, x: Tensor) -> Tensor:  # Hugging Face's: a linear layer whose weight is stored (n,m)
+    return LinearFunction.apply(m._recorder.expand(x), m.weight.t(), m.bias, m._recorder)
 
 
-def _embedding_forward(module: nn.Embedding, ids: Tensor) -> Tensor:
-    return EmbeddingFunction.apply(module.weight, ids, module.padding_idx, module._recorder)
+def _layer_norm(m: nn.LayerNorm, x: Tensor) -> Tensor:
+    return LayerNormFunction.apply(x, list(m.normalized_shape), m.weight, m.bias, m.eps, m._recorder)
+
+
+def _layer_norm_2d(m: nn.LayerNorm, x: Tensor) -> Tensor:  # timm's, over the channels of (N, C, H, W)
+    return _layer_norm(m, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _group_norm(m: nn.GroupNorm, x: Tensor) -> Tensor:
+    return ScaleShiftFunction.apply(F.group_norm(x, m.num_groups, None, None, m.eps), m.weight, m.bias, 1, m._recorder)
+
+
+def _rms_norm(m: nn.RMSNorm, x: Tensor) -> Tensor:
+    normalized = F.rms_norm(x, m.normalized_shape, None, m.eps)
+    return ScaleShiftFunction.apply(normalized, m.weight, None, -m.weight.dim(), m._recorder)
+
+
+def _hf_rms_norm(m: nn.Module, x: Tensor) -> Tensor:
+    wide = x.float()  # whatever x is, as transformers computes it
+    normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + m.variance_epsilon)
+    return ScaleShiftFunction.apply(normalized.to(x.dtype), m.weight, None, -1, m._recorder)
+
+
+def _convolution(m: nn.Conv2d, x: Tensor) -> Tensor:
+    y = m._conv_forward(m._recorder.expand(x), m.weight, None)
+    return ScaleShiftFunction.apply(y, None, m.bias, 1, m._recorder)
+
+
+def _embedding(m: nn.Embedding, ids: Tensor) -> Tensor:
+    return EmbeddingFunction.apply(m.weight, m._recorder.expand(ids), m.padding_idx, m._recorder)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a module records, and which of its parameters that covers."""
+
+    forward: Callable[[nn.Module, Tensor], Tensor]
+    covers: frozenset[str] = frozenset({"weight", "bias"})
+
+
+_HF_RMS_NORM = Rule(_hf_rms_norm)
+_BIAS = frozenset({"bias"})
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: Rule(_linear),
+    nn.LayerNorm: Rule(_layer_norm),
+    nn.GroupNorm: Rule(_group_norm),
+    nn.RMSNorm: Rule(_rms_norm),
+    nn.Embedding: Rule(_embedding),
+    nn.Conv1d: Rule(_convolution, _BIAS),
+    nn.Conv2d: Rule(_convolution, _BIAS),
+    nn.Conv3d: Rule(_convolution, _BIAS),
+}
+# By qualified name, so that nothing is imported for them. A subclass that is not named may compute something else.
+RULES_BY_NAME: dict[str, Rule] = {
+    "timm.layers.norm.LayerNorm": Rule(_layer_norm),
+    "timm.layers.norm.LayerNorm2d": Rule(_layer_norm_2d),
+    "transformers.pytorch_utils.Conv1D": Rule(_conv1d),
+    **{
+        f"transformers.models.{family}.modeling_{family}.{name}": _HF_RMS_NORM
+        for family, name in (
+            ("llama", "LlamaRMSNorm"),
+            ("mistral", "MistralRMSNorm"),
+            ("qwen2", "Qwen2RMSNorm"),
+            ("qwen3", "Qwen3RMSNorm"),
+            ("phi3", "Phi3RMSNorm"),
+            ("t5", "T5LayerNorm"),
+        )
+    },
+}
+
+
+def rule_of(module: nn.Module) -> Rule | None:
+    """The rule that covers ``module``, or None."""
+    kind = type(module)
+    return RULES.get(kind) or RULES_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def _recording_forward(module: nn.Module, x: Tensor) -> Tensor:
     if module._recorder is None:  # a copy of a private model is an ordinary model
         return type(module).forward(module, x)
-    return FORWARDS[rule_of(module)](module, x)
-
-
-FORWARDS = {nn.Linear: _linear_forward, nn.LayerNorm: _layer_norm_forward, nn.Embedding: _embedding_forward}
-# Subclasses that compute what their base computes, by qualified name, so that nothing is imported for them.
-SAME_AS_BASE = {"timm.layers.norm.LayerNorm": nn.LayerNorm}
-
-
-def rule_of(module: nn.Module) -> type[nn.Module] | None:
-    """The type whose rule covers ``module``, or None. Any other subclass may compute something else: not covered."""
-    kind = type(module)
-    return kind if kind in FORWARDS else SAME_AS_BASE.get(f"{kind.__module__}.{kind.__qualname__}")
+    return module._recorder.rule.forward(module, x)
 
 
 class ExtraRecorder(Recorder):
-    """Recorder of a Linear, LayerNorm or Embedding; keeps a full weight's (dy, x) until its norm is known."""
+    """Recorder of a module that is not a LoRA layer; keeps a full weight's (dy, x) until its norm is known."""
 
     def __init__(self, engine, name: str, module: nn.Module, sites: dict):
         super().__init__(engine, name, sites)
-        self.module, self.pairs = module, []
-        if not isinstance(module, nn.LayerNorm) and "weight" in sites:
+        self.module, self.rule, self.pairs = module, rule_of(module), []
+        self.ids = isinstance(module, nn.Embedding)
+        self.transposed = self.rule.forward is _conv1d
+        if "weight" in sites and self.rule.forward in (_linear, _conv1d, _embedding):
             sites["weight"].deferred = self
         module._recorder = self
         module.forward = types.MethodType(_recording_forward, module)
@@ -66,20 +132,25 @@ class ExtraRecorder(Recorder):
         self.pairs = []
 
     def record(self, dy: Tensor, x: Tensor | None) -> None:
-        """dy (rows, ..., m); x the layer's input, or its normalized input for a LayerNorm."""
-        ids = isinstance(self.module, nn.Embedding)
-        features = self.module.weight.dim() if isinstance(self.module, nn.LayerNorm) else 1
-        dy = self.engine.fold(dy, self.name, features)
-        if x is not None:
-            x = self.engine.fold(x, self.name, 0 if ids else features)
+        """A full weight and its bias: dy (rows, ..., m), x (rows, ..., n) or ids (rows, ...)."""
+        dtype = self.engine.dtype
+        dy = self.engine.fold(dy, self.name)
         if (bias := self.active("bias")) is not None:
-            self.engine.add(bias, dy.sum(1, dtype=self.engine.dtype))
+            self.engine.add(bias, dy.sum(1, dtype=dtype))
         if (weight := self.active("weight")) is not None:
-            if isinstance(self.module, nn.LayerNorm):
-                self.engine.add(weight, (dy.to(self.engine.dtype) * x).sum(1))
-            else:
-                self.engine.mark(weight)
-                self.pairs.append((dy.to(self.engine.dtype), x if ids else x.to(self.engine.dtype)))
+            self.engine.mark(weight)
+            x = self.engine.fold(x, self.name, 0 if self.ids else 1)
+            self.pairs.append((dy.to(dtype), x if self.ids else x.to(dtype)))
+
+    def record_scale(self, dy: Tensor, normalized: Tensor | None, axis: int) -> None:
+        """A scale and a shift that stand along ``axis``: 1, or the last -axis axes. dy, normalized (rows, ...)."""
+        reduce = list(range(2, dy.dim())) if axis == 1 else list(range(1, dy.dim() + axis))
+        for key, of in (("weight", normalized), ("bias", dy)):
+            if (site := self.active(key)) is not None:
+                G = dy.to(self.engine.dtype)
+                G = G * of if key == "weight" else G
+                G = G.sum(reduce) if reduce else G
+                self.engine.add(site, self.engine.fold(G, self.name, site.param.dim()).sum(1))
 
     def _inputs(self) -> tuple[Tensor, Tensor]:
         """All calls of this backward side by side along the position axis: dy (N,T,m), x (N,T,n) or ids (N,T)."""
@@ -89,7 +160,7 @@ class ExtraRecorder(Recorder):
     def squared_norms(self) -> Tensor:
         """||G_i||^2 of the weight, (N,) float64, from the inputs alone."""
         dy, x = self._inputs()
-        if isinstance(self.module, nn.Embedding):
+        if self.ids:
             sample, _, rows = self._token_sums(dy, x)
             return torch.zeros(len(dy), dtype=torch.float64, device=dy.device).index_add_(
                 0, sample, rows.double().square().sum(1)
@@ -110,12 +181,13 @@ class ExtraRecorder(Recorder):
         dy, x = self._inputs()
         keep = (weights != 0).view(-1, 1, 1)
         dy = torch.where(keep, weights.to(dy.dtype).view(-1, 1, 1) * dy, 0.0)
-        if isinstance(self.module, nn.Embedding):
+        if self.ids:
             _, token, rows = self._token_sums(dy, x)
             out.index_add_(0, token, rows)
         else:
             x = torch.where(keep, x, 0.0)
-            out.addmm_(dy.flatten(0, 1).t(), x.flatten(0, 1))
+            rows, columns = (x, dy) if self.transposed else (dy, x)
+            out.addmm_(rows.flatten(0, 1).t(), columns.flatten(0, 1))
 
     def _token_sums(self, dy: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of dy over equal tokens of one sample: (sample (U,), token (U,), sums (U,d)); padding is left out."""
