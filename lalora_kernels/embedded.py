@@ -35,7 +35,7 @@ def embedded_model(progress: Callable[[int, int], None] | None = None) -> nn.Mod
     model = _architecture()
     state = _read(path)
     if state is None:
-        train_on_digits(model, progress=progress)
+        train_on_digits(model, RECIPE["steps"], progress)
         tensors = {k: v.detach().contiguous() for k, v in sorted(model.state_dict().items())}
         write_atomic(path, save(tensors, metadata={"sha256": tensor_digest(tensors)}))
     else:
@@ -69,9 +69,7 @@ def _read(path: Path) -> dict[str, Tensor] | None:
     return state if digest == tensor_digest(state) else None
 
 
-def train_on_digits(
-    model: nn.Module, steps: int = RECIPE["steps"], progress: Callable[[int, int], None] | None = None
-) -> None:
+def train_on_digits(model: nn.Module, steps: int, progress: Callable[[int, int], None] | None = None) -> None:
     """Public pre-training, in place: AdamW, one cycle, on augmented digits. Deterministic on one machine."""
     from sklearn.datasets import load_digits
 

@@ -37,3 +37,7 @@ FALSE_ALARM = 1e-6
 EPSILON_PRV = 0.01
 # A grid of 1/16 of the loss' standard deviation adds (1/16)^2/8 to its variance's root; three times that.
 EPSILON_GRID = 1.5e-3
+# A float32 image: one division by 255 and one normalisation by a deviation of 0.2.
+BATCH_F32 = {"rtol": 1e-5, "atol": 1e-6}
+# Mean brightness of an enlarged image: a bicubic filter keeps it but for what the border and the clamp to [0, 1] cut.
+RESIZED_MEAN = {"rtol": 0.05, "atol": 0.0}

