@@ -242,6 +242,49 @@ def test_ranks_and_alphas_by_layer_both_ways(tmp_path):
     torch.testing.assert_close(again(X), theirs(X), **MODEL_F32)
 
 
+def test_a_rank_of_one_layer_is_not_that_of_a_layer_whose_name_ends_alike(tmp_path):
+    def model():
+        torch.manual_seed(7)
+        return nn.ModuleDict({"fc": nn.Linear(6, 6), "a": nn.ModuleDict({"fc": nn.Linear(6, 6)}), "b": nn.Linear(6, 6)})
+
+    ours = adapt(model(), r=4, lora_alpha=9, target_modules="fc", verbose=False)
+    adapt(ours, r=2, lora_alpha=3, target_modules=["a.fc", "b"], verbose=False)
+    save_adapter(ours, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 3)
+    theirs = peft.PeftModel.from_pretrained(model(), tmp_path).base_model.model
+    for name, layer in lora_layers(ours):
+        twin = theirs.get_submodule(name)
+        assert (twin.r["default"], twin.scaling["default"]) == (layer.r, layer.scaling)
+
+
+def test_one_of_two_modules_of_a_name_is_saved(tmp_path):
+    ours = trained(body(), target_modules=["fc1"], modules_to_save=["blocks.1.fc2"])
+    save_adapter(ours, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] == ["blocks.1.fc2"]
+    assert not any("blocks.0.fc2" in key for key in load_file(tmp_path / WEIGHTS))
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(body(), tmp_path)(X), ours(X), **MODEL_F32)
+
+
+def test_a_head_that_came_with_a_file_is_saved_again(tmp_path):
+    ours = trained(body(), r=2, target_modules=["fc1"], modules_to_save=["head"])
+    save_adapter(ours, tmp_path / "one")
+    other = load_adapter(adapt(body(), r=2, target_modules=["fc1"], verbose=False), tmp_path / "one")
+    save_adapter(other, tmp_path / "two")
+    assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "two" / WEIGHTS).read_bytes()
+
+
+def test_a_reader_of_the_old_file_keeps_it(tmp_path):
+    ours = trained(body(), target_modules=["fc1"])
+    save_adapter(ours, tmp_path)
+    with open(tmp_path / WEIGHTS, "rb") as reader:
+        before = (tmp_path / WEIGHTS).read_bytes()
+        with torch.no_grad():
+            ours.blocks[0]["fc1"].lora_B.add_(1)
+        save_adapter(ours, tmp_path)
+        assert reader.read() == before != (tmp_path / WEIGHTS).read_bytes()
+
+
 @pytest.mark.parametrize("extra", [{"layers_to_transform": [1]}, {"exclude_modules": r".*\.0\..*"}])
 def test_peft_adapters_of_some_layers_only(extra, tmp_path):
     base, batch, _ = FAMILIES["bert"][0]()
