@@ -361,3 +361,15 @@ def test_histories_that_cannot_be_one_are_refused():
         ledger.load_state_dict(twin.state_dict())
     with pytest.raises(LedgerError, match=r"budget \(epsilon 8, .* and this run \(epsilon 9, "):
         Ledger(target_epsilon=9.0, target_delta=DELTA).load_state_dict(ledger.state_dict())
+
+
+def test_what_was_adopted_counts_against_the_budget_at_once():
+    ledger = Ledger(target_epsilon=2.0, target_delta=DELTA)
+    ledger.charge(2.0, 0.2)  # looks up how many more it may
+    ahead = Ledger()
+    ahead.load_state_dict(ledger.state_dict())
+    for _ in range(ahead.remaining_steps(2.0, 0.2)):
+        ahead.charge(2.0, 0.2)
+    ledger.load_state_dict(ahead.state_dict())
+    with pytest.raises(BudgetExceeded):
+        ledger.charge(2.0, 0.2)
