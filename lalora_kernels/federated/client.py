@@ -123,4 +123,5 @@ class Client:
             physical_batch_size=config.physical_batch_size,
             ledger=self.ledger,
             noise=self.noise,
+            check=False,  # the run checks the model once, before its first round
         )

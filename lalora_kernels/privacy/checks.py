@@ -1,6 +1,7 @@
 """Does every tensor's per-sample gradient come from its own record alone? Asked of the model itself, in float64."""
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,8 +31,9 @@ def tree_map(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
     return tree
 
 
-def _record(batch: Any, i: int) -> Any:
-    return tree_map(lambda t: t[i : i + 1], batch)
+def _record(batch: Any, i: int, rows: int) -> Any:
+    """Record i alone; a tensor that has no row for each record (one mask for all) stays whole."""
+    return tree_map(lambda t: t[i : i + 1] if t.dim() and t.shape[0] == rows else t, batch)
 
 
 def _leaves(tree: Any) -> list[Tensor]:
@@ -102,7 +104,7 @@ def single_sample_gradients(
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     per_record = []
     for i in range(rows):
-        value = loss(model, _record(batch, i))
+        value = loss(model, _record(batch, i, rows))
         grads = torch.autograd.grad(value, list(named.values()), allow_unused=True)
         per_record.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, named.values())])
     return {n: torch.stack(g) for n, g in zip(named, zip(*per_record))}
@@ -140,6 +142,10 @@ def check_per_sample(
         )
     expected = single_sample_gradients(twin, batch, loss)
     found = per_sample_gradients(twin, batch, loss, loss_reduction=loss_reduction)
+    idle = [n for n in expected if not found[n].any() and not expected[n].any()]
+    if idle:
+        names = ", ".join(idle[:5]) + (" ..." if len(idle) > 5 else "")
+        warnings.warn(f"no gradient reaches {names}; what nothing reaches is trained by noise alone", stacklevel=2)
     wrong = [
         n for n in expected if (found[n] - expected[n]).norm() > RTOL * max(expected[n].norm(), found[n].norm()) + 1e-30
     ]
@@ -167,7 +173,7 @@ def _first_mixing_module(twin: nn.Module, batch: Any, loss, rows: int) -> str | 
             for i in range(rows):
                 calls.clear()
                 try:
-                    loss(twin, _record(batch, i))
+                    loss(twin, _record(batch, i, rows))
                 except Exception:
                     # What fails on one record alone (BatchNorm in train mode) is the first that did not return.
                     if len(calls) >= len(together):
@@ -194,3 +200,24 @@ def _is_share(whole: Tensor, alone: Tensor, i: int, rows: int) -> bool:
         return False
     k = alone.shape[0]
     return torch.allclose(whole[i * k : (i + 1) * k], alone, rtol=RTOL, atol=1e-10)
+
+
+def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> None:
+    """``check_per_sample`` of a forward's arguments, on their first two records, with a loss of its own.
+
+    What make_private runs at the first private step. The loss is a random projection of every output that has a row for
+    each record, so it shows what the model mixes, not what the user's criterion couples. Raises as check_per_sample;
+    warns of adapters that the two records never reached, which would train on noise alone.
+    """
+    two = tree_map(lambda t: t[:2] if t.dim() and t.shape[0] == rows else t, (args, kwargs))
+
+    def project(m: nn.Module, inputs: tuple) -> Tensor:
+        outputs = [t for t in _leaves(m(*inputs[0], **inputs[1])) if t.is_floating_point() and t.dim()]
+        generator = torch.Generator().manual_seed(1)
+        terms = []
+        for t in outputs:
+            direction = torch.randn(t.shape[1:], generator=generator, dtype=torch.float64).to(t.device, t.dtype)
+            terms.append((t * direction).sum())
+        return torch.stack(terms).sum()
+
+    check_per_sample(model, two, project, loss_reduction="sum")

@@ -34,10 +34,12 @@ class Engine:
         loss_reduction: str,
         charge,
         backend: str | None = None,
+        check: bool = False,
     ):
         self.model, self.clipping, self.max_grad_norm = model, clipping, max_grad_norm
         self.noise_std, self.noise, self.divisor = noise_std, noise, divisor
         self.smoothing, self.loss_reduction, self.charge, self.backend = smoothing, loss_reduction, charge, backend
+        self.check_pending = check  # compare per-sample gradients on two records of the first batch that has them
         self.sites: list[Site] = []
         self.recorders: list[Recorder] = []
         self.active: list[Site] = []
@@ -81,7 +83,7 @@ class Engine:
                 if p in seen:
                     raise ValueError(f"{full} and {seen[p]} are one parameter in two modules; freeze it or untie them")
                 seen[p] = full
-                found[key] = self._add_site(full, p, {"lora_A": 1, "lora_B": 0}.get(key) if lora else None)
+                found[key] = self._add_site(full, module, key, {"lora_A": 1, "lora_B": 0}.get(key) if lora else None)
             if found:
                 self._record(name, module, found, lora)
         if not self.sites:
@@ -92,8 +94,9 @@ class Engine:
         self.dtype = torch.float64 if dtypes.pop() else torch.float32
         self._handles.append(self.model.register_forward_pre_hook(_InputCheck(self), with_kwargs=True))
 
-    def _add_site(self, name: str, p: nn.Parameter, smooth_dim: int | None) -> Site:
-        site = Site(name, p, len(self.sites), smooth_dim, p.requires_grad)
+    def _add_site(self, name: str, module: nn.Module, key: str, smooth_dim: int | None) -> Site:
+        p = module._parameters[key]
+        site = Site(name, module, key, p, len(self.sites), smooth_dim, p.requires_grad)
         self.sites.append(site)
         p.requires_grad_(True)  # torch takes the hook of no other tensor
         self._handles.append(p.register_post_accumulate_grad_hook(lambda p: self._refuse_foreign(p, name)))
@@ -131,6 +134,17 @@ class Engine:
                     f"or LayerNorm, or keep it in eval mode"
                 )
 
+    def _refuse_changes(self) -> None:
+        for s in self.sites:
+            s.verify()
+        known = {s.param for s in self.sites}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and p not in known:
+                raise RuntimeError(
+                    f"{name} was added or unfrozen after make_private, so nothing clips or noises it; freeze it, or "
+                    f"detach() the optimizer and call make_private again"
+                )
+
     def _refuse_foreign(self, p: nn.Parameter, name: str) -> None:
         if p.grad is not None:  # None: what a private layer's own backward hands to autograd
             raise RuntimeError(
@@ -150,6 +164,11 @@ class Engine:
                 f"the model was given {first.shape[0]} rows, but the loader's batch has {self.batch.rows} records; "
                 f"pass the batch as the loader yields it, batch axis first"
             )
+        if self.check_pending and self.batch.valid >= 2:
+            self.check_pending = False
+            from lalora_kernels.privacy.checks import check_inputs  # it builds an Engine of its own
+
+            check_inputs(model, args, kwargs, self.batch.rows)
 
     def fold(self, t: Tensor, name: str, features: int = 1) -> Tensor:
         """(k*N, ..., features) -> (N, T, features...): the rows of one record side by side (batch-major)."""
@@ -228,6 +247,7 @@ class Engine:
                 s.param.grad = None
             self._refuse_foreign(s.param, s.name)
         if batch.first:
+            self._refuse_changes()
             self.before_logical_batch()
         trainable = [s for s in self.sites if s.param.requires_grad]
         if batch.first:

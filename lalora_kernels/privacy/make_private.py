@@ -14,6 +14,7 @@ from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.optimizer import PrivateOptimizer
 from lalora_kernels.privacy.sampling import PrivateLoader
+from lalora_kernels.privacy.shuffled import ShuffledLoader
 from lalora_kernels.schedule import Schedule, get_schedule
 
 SMOOTHING = ("binomial5", None)
@@ -40,7 +41,9 @@ def make_private(
     ledger: Ledger | None = None,
     noise: NoiseSource | None = None,
     backend: str | None = None,
-) -> tuple[PrivateOptimizer, PrivateLoader]:
+    check: bool = True,
+    poisson_sampling: bool = True,
+) -> tuple[PrivateOptimizer, PrivateLoader | ShuffledLoader]:
     """Turn ``optimizer`` and ``data_loader`` private for an adapted ``model``, which is not wrapped or renamed.
 
     The user's loop stays ``loss.backward(); optimizer.step(); optimizer.zero_grad()`` over the returned loader, which
@@ -60,6 +63,9 @@ def make_private(
             ``expected_batch_size`` in both.
         ledger, noise: continue with these (a resumed run, a federated client) instead of new ones.
         backend: force one kernel backend; None lets dispatch choose.
+        check: at the first private batch of two records or more, compare per-sample gradients with single backwards on
+            a float64 copy of the model (``check_per_sample``); False saves that time and memory.
+        poisson_sampling: False keeps the loader's own batches: clipped and noised alike, but no ε is reported.
 
     Returns (optimizer, loader). The guarantee: record-level (ε, δ)-DP, add or remove one record, of everything computed
     from the stepped parameters, by the composition in ``optimizer.ledger``.
@@ -74,13 +80,20 @@ def make_private(
     if isinstance(optimizer, PrivateOptimizer):
         raise ValueError("this optimizer is private already; make_private takes the plain one")
     noise = NoiseSource() if noise is None else noise
-    loader = PrivateLoader(
-        data_loader,
-        sample_rate=sample_rate,
-        expected_batch_size=expected_batch_size,
-        physical_batch_size=physical_batch_size,
-        noise=noise,
-    )
+    if poisson_sampling:
+        loader = PrivateLoader(
+            data_loader,
+            sample_rate=sample_rate,
+            expected_batch_size=expected_batch_size,
+            physical_batch_size=physical_batch_size,
+            noise=noise,
+        )
+    else:
+        if target_epsilon is not None:
+            raise ValueError("target_epsilon needs Poisson sampling; give noise_multiplier, and no epsilon is claimed")
+        if not sample_rate is expected_batch_size is physical_batch_size is None:
+            raise ValueError("without Poisson sampling the loader's batches stay as they are; set them in the loader")
+        loader = ShuffledLoader(data_loader)
     q, b = loader.sample_rate, loader.expected_batch_size
     if (noise_multiplier is None) == (target_epsilon is None):
         raise ValueError("give either noise_multiplier, or target_epsilon with target_delta and steps")
@@ -105,6 +118,7 @@ def make_private(
             clipping=clipping,
             max_grad_norm=max_grad_norm,
             expected_batch_size=b,
+            sampling="poisson" if poisson_sampling else "shuffled",
         )
 
     engine = Engine(
@@ -118,9 +132,10 @@ def make_private(
         loss_reduction=loss_reduction,
         charge=charge,
         backend=backend,
+        check=check,
     )
     try:
-        private = PrivateOptimizer(optimizer, engine, schedule, ledger, float(noise_multiplier), b, target_delta)
+        private = PrivateOptimizer(optimizer, engine, schedule, ledger, float(noise_multiplier), b, target_delta, check)
     except BaseException:
         engine.detach()
         raise

@@ -30,12 +30,14 @@ class PrivateOptimizer(Optimizer):
         noise_multiplier: float,
         expected_batch_size: float,
         target_delta: float | None,
+        check: bool = True,
     ):
         # The base class is not initialized: its state is the wrapped optimizer's, by the properties below.
         self.original_optimizer, self.engine, self.schedule, self.ledger = optimizer, engine, schedule, ledger
         self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
-        self.target_delta = target_delta
+        self.target_delta, self._check_asked = target_delta, check
         self.round = self.local_step = 1
+        self._versions_count = False
         self._refuse_strays()
         self._activate()
         engine.before_logical_batch = self._activate
@@ -87,6 +89,11 @@ class PrivateOptimizer(Optimizer):
         """Records left out so far: their gradient was NaN, Inf or beyond float32. Not privatized: do not publish."""
         return int(self.engine.nonfinite_samples)
 
+    @property
+    def per_sample_checked(self) -> bool:
+        """Whether per-sample gradients of two records were compared with single backwards (make_private's check)."""
+        return self._check_asked and not self.engine.check_pending
+
     def get_epsilon(self, delta: float | None = None) -> float:
         """ε spent so far at ``delta`` (default: ``target_delta``). Raises where no ε can be claimed; see ``Ledger``."""
         delta = self.target_delta if delta is None else delta
@@ -132,9 +139,35 @@ class PrivateOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.engine.finish():
+            before = self._probe()
             self.original_optimizer.step()
+            self._verify_moves(before)
             self.local_step += 1
         return loss
+
+    def _probe(self) -> list[tuple[int, torch.Tensor | None]]:
+        """Of every site: its version, and until versions have proved to count steps, its first elements."""
+        return [
+            (s.param._version, None if self._versions_count else s.param.detach().flatten()[:8].clone())
+            for s in self.engine.sites
+        ]
+
+    def _verify_moves(self, before: list[tuple[int, torch.Tensor | None]]) -> None:
+        """The silent no-op of a factor that never moves while ε grows, and a frozen factor that moves, are errors."""
+        rates = {p: group.get("lr", 1.0) for group in self.param_groups for p in group["params"]}
+        counted, name = True, type(self.original_optimizer).__name__
+        for site, (version, probe) in zip(self.engine.sites, before):
+            stepped = site.param._version != version
+            if site.row < 0:
+                if stepped:
+                    raise RuntimeError(f"{site.name} is not active in this step, but {name} moved it")
+            elif not stepped:
+                # Optimizers that write to p.data leave the version alone; a rate of 0 (warm-up) leaves the value alone.
+                counted = False
+                still = probe is None or torch.equal(probe, site.param.detach().flatten()[:8])
+                if still and float(rates[site.param]) != 0.0:
+                    raise RuntimeError(f"{site.name} was released but {name} did not move it")
+        self._versions_count = counted
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the released gradients; the sums of an unfinished logical batch stay."""

@@ -19,6 +19,8 @@ class Site:
     """One tensor that may train: its stream of noise, its axis of smoothing, its places in the workspaces."""
 
     name: str
+    module: nn.Module
+    key: str  # the parameter's name in its module
     param: nn.Parameter
     index: int  # nonce word 0 of its noise
     smooth_dim: int | None
@@ -30,6 +32,23 @@ class Site:
     released: Tensor | None = None  # the gradient last put into param.grad
     marked: bool = False  # something was recorded in this physical batch
     fused: bool = False  # ... and clipped into S on the way; G holds nothing
+
+    def __post_init__(self) -> None:
+        self.made_for = (self.param.device, self.param.dtype, self.param.shape)
+
+    def verify(self) -> None:
+        """Raises RuntimeError where the tensor is no longer the one that was attached."""
+        if self.module._parameters.get(self.key) is not self.param:
+            raise RuntimeError(
+                f"{self.name} was replaced or tied to another tensor after make_private; detach() the optimizer and "
+                f"call make_private again"
+            )
+        if (self.param.device, self.param.dtype, self.param.shape) != self.made_for:
+            now, then = (" ".join(map(str, t)) for t in ((self.param.device, self.param.dtype), self.made_for[:2]))
+            raise RuntimeError(
+                f"{self.name} was moved from {then} to {now} after make_private; move the model first, or detach() "
+                f"and call make_private again"
+            )
 
     @property
     def materialized(self) -> bool:

@@ -292,6 +292,17 @@ def _tensors(batch: Any, path: str = "batch") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{path}[{i}]")
 
 
+def batch_rows(batch: Any) -> int:
+    """Records in a collated batch: the first dimension that all its tensors share. Raises ValueError where none is."""
+    sizes = {path: leaf.shape[0] if leaf.dim() else 0 for path, leaf in _tensors(batch)}
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        raise ValueError(
+            f"the batch's tensors have no common first dimension ({sizes}); every tensor that collate_fn returns needs "
+            f"one row for each record, first"
+        )
+    return next(iter(sizes.values()))
+
+
 def _zeroed(batch: Any) -> Any:
     """The same structure with every tensor zero, in new memory: collate_fn may have returned the data set's own."""
     if isinstance(batch, Tensor):

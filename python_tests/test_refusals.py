@@ -1,0 +1,200 @@
+"""What would make ε or the training silently false after make_private is refused, with culprit and cure."""
+
+import math
+
+import pytest
+import torch
+from test_checks import BatchMean, SequenceFirst, chain, classify
+from test_private_step import private, toy, train
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lalora_kernels.nn import LoRALinear
+from lalora_kernels.privacy.make_private import make_private
+
+
+def one_step(model, loss, opt, loader):
+    train(model, loss, opt, loader, 1)
+
+
+class TestTheModelAfterMakePrivate:
+    def test_a_parameter_that_was_unfrozen(self):
+        model, data, loss = toy()
+        model.fc1.weight.requires_grad_(False)
+        opt, loader = private(model, data)
+        model.fc1.weight.requires_grad_(True)
+        with pytest.raises(RuntimeError, match=r"fc1.weight was added or unfrozen.*freeze it, or detach\(\)"):
+            one_step(model, loss, opt, loader)
+
+    def test_a_parameter_that_was_added(self):
+        model, data, loss = toy()
+        opt, loader = private(model, data)
+        model.prompt = nn.Linear(2, 2).double()
+        with pytest.raises(RuntimeError, match="prompt.weight was added or unfrozen"):
+            one_step(model, loss, opt, loader)
+
+    def test_a_parameter_that_was_replaced(self):
+        model, data, loss = toy()
+        opt, loader = private(model, data)
+        model.fc1.lora_B = nn.Parameter(model.fc1.lora_B.detach().clone())
+        with pytest.raises(RuntimeError, match="fc1.lora_B was replaced or tied"):
+            one_step(model, loss, opt, loader)
+
+    def test_another_dtype(self):
+        model, data, loss = toy()
+        opt, loader = private(model, data)
+        model.float()
+        with pytest.raises(RuntimeError, match="was moved from cpu torch.float64 to cpu torch.float32"):
+            one_step(model, loss, opt, loader)
+
+    def test_unchanged_models_train_on(self):
+        model, data, loss = toy()
+        opt, loader = private(model, data)
+        train(model, loss, opt, loader, 3)
+        model.eval()
+        with torch.inference_mode():
+            model(data.tensors[0])
+        model.train()
+        train(model, loss, opt, loader, 2)
+        assert opt.local_step == 6
+
+
+class TestTheCheckOfTheFirstBatch:
+    def make(self, middle, **kwargs):
+        torch.manual_seed(0)
+        model = chain(middle)
+        data = TensorDataset(torch.randn(8, 6), torch.randint(0, 3, (8,)))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+        loader = DataLoader(data, batch_size=8)
+        return model, *make_private(model, optimizer, loader, noise_multiplier=1.0, sample_rate=1.0, **kwargs)
+
+    @pytest.mark.parametrize("middle, name", [(BatchMean(), "middle"), (SequenceFirst(), "middle.inner")])
+    def test_names_the_layer_that_mixes(self, middle, name):
+        model, opt, loader = self.make(middle)
+        with pytest.raises(ValueError, match=rf"^{name}: .*depends on the other records"):
+            one_step(model, classify, opt, loader)
+        assert opt.ledger.steps == 0
+
+    def test_can_be_turned_off_and_says_so(self):
+        model, opt, loader = self.make(BatchMean(), check=False)
+        one_step(model, classify, opt, loader)
+        assert not opt.per_sample_checked
+
+    def test_passes_once_and_leaves_the_model_alone(self):
+        model, opt, loader = self.make(nn.ReLU())
+        assert not opt.per_sample_checked
+        one_step(model, classify, opt, loader)
+        assert opt.per_sample_checked and opt.ledger.steps == 1
+
+    def test_warns_of_an_adapter_that_nothing_reaches(self):
+        class Bypass(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = LoRALinear.from_linear(nn.Linear(8, 8), r=2)
+
+            def forward(self, x):
+                return x @ self.inner.weight.t()
+
+        model, opt, loader = self.make(Bypass())
+        with pytest.warns(UserWarning, match="no gradient reaches middle.inner.lora_A, middle.inner.lora_B"):
+            one_step(model, classify, opt, loader)
+
+
+class Lazy(torch.optim.SGD):
+    """An optimizer that forgets the tensors whose names are in ``skip``, and drags those in ``drag`` along."""
+
+    skip: tuple = ()
+    drag: tuple = ()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.skip:
+            p.grad = None
+        super().step()
+        for p in self.drag:
+            p.add_(1e-3)
+
+
+class TestWhatMoved:
+    """opacus#820: a factor that never moves while ε looks normal."""
+
+    def test_an_active_factor_that_stands_still(self):
+        model, data, loss = toy()
+        opt, loader = private(model, data, optimizer=Lazy)
+        opt.original_optimizer.skip = (model.fc2.lora_B,)
+        with pytest.raises(RuntimeError, match="fc2.lora_B was released but .* did not move it"):
+            one_step(model, loss, opt, loader)
+
+    def test_and_in_a_later_step(self):
+        model, data, loss = toy()
+        opt, loader = private(model, data, optimizer=Lazy)
+        train(model, loss, opt, loader, 2)
+        opt.original_optimizer.skip = (model.fc2.lora_B,)
+        with pytest.raises(RuntimeError, match="fc2.lora_B was released but"):
+            one_step(model, loss, opt, loader)
+
+    def test_an_inactive_factor_that_moves(self):
+        model, data, loss = toy()
+        opt, loader = private(model, data, optimizer=Lazy)
+        opt.original_optimizer.drag = (model.fc1.lora_A,)
+        with pytest.raises(RuntimeError, match="fc1.lora_A is not active in this step, but .* moved it"):
+            one_step(model, loss, opt, loader)
+
+    def test_a_learning_rate_of_zero_is_a_warm_up(self):
+        model, data, loss = toy()
+        opt, loader = private(model, data)
+        opt.param_groups[0]["lr"] = 0.0
+        train(model, loss, opt, loader, 2)
+        assert opt.local_step == 3
+
+    def test_an_optimizer_that_writes_to_data(self):
+        class Old(torch.optim.SGD):
+            @torch.no_grad()
+            def step(self, closure=None):
+                for p in self.param_groups[0]["params"]:
+                    if p.grad is not None:
+                        p.data.sub_(0.1 * p.grad)
+
+        model, data, loss = toy()
+        opt, loader = private(model, data, optimizer=Old)
+        train(model, loss, opt, loader, 3)
+        assert opt.local_step == 4
+
+
+class TestShuffledLoaders:
+    def test_no_epsilon_is_reported(self):
+        model, data, loss = toy()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+        loader = DataLoader(data, batch_size=5, shuffle=True)
+        opt, loader = make_private(model, optimizer, loader, noise_multiplier=1.0, poisson_sampling=False)
+        sizes = []
+        for batch in loader:
+            sizes.append(len(batch[0]))
+            loss(model, batch).backward()
+            opt.step()
+            opt.zero_grad()
+        assert sizes == [5, 5, 2] and len(loader) == 3 and opt.ledger.steps == 3
+        with pytest.raises(ValueError, match="no epsilon can be reported.*'shuffled' sampling"):
+            opt.get_epsilon(1e-5)
+
+    def test_a_budget_is_refused(self):
+        model, data, loss = toy()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+        with pytest.raises(ValueError, match="target_epsilon needs Poisson sampling"):
+            make_private(
+                model, optimizer, DataLoader(data, batch_size=4), target_epsilon=1.0, target_delta=1e-5, steps=3,
+                poisson_sampling=False,
+            )  # fmt: skip
+
+    def test_a_shuffled_batch_is_bounded_all_the_same(self):
+        model, data, loss = toy()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+        opt, loader = make_private(
+            model, optimizer, DataLoader(data, batch_size=12), noise_multiplier=0.0, max_grad_norm=1e-3,
+            smoothing=None, poisson_sampling=False,
+        )  # fmt: skip
+        for batch in loader.steps(1):
+            loss(model, batch).backward()
+            opt.step()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
+        assert 0 < norm <= 1e-3 * (1 + 1e-5)
