@@ -86,6 +86,7 @@ def sample_grad_clip(
     N = 0                none; S is unchanged
     ||G[i]|| = 0         zero (c_i = grad_scale)
     NaN or Inf in G[i]   zero: c_i = 0 and G[i] is not read, so 0 * Inf cannot leak
+    c_i under 1e-36      zero: float32 could not hold the factor exactly enough for the bound
     i >= valid           zero
     ===================  ====================================================================
 

@@ -5,11 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from lalora_kernels.reference.sample_grad_clip import SMALLEST_FACTOR
+
 CLIPPING = ("flat", "per_layer", "automatic")
 GAMMA = 0.01  # AUTO-S, 2206.07136
-# A factor below this is no longer a normal float32, so that its product would lose the bound; such a sample is
-# treated as one that is not finite.
-SMALLEST_FACTOR = 1e-36
 
 
 def tensor_bound(clipping: str, max_grad_norm: float, tensors: int) -> float:

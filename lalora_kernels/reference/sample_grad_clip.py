@@ -6,12 +6,19 @@ from torch import Tensor
 from lalora_kernels.reference.clip_reduce import weighted_sum
 from lalora_kernels.reference.sample_grad import sample_grad
 
+# A factor below this is no longer a normal float32 with room to spare, so that rounding it would break the bound: such
+# a sample contributes nothing, like one that is not finite.
+SMALLEST_FACTOR = 1e-36
+
 
 def clip_factor(sq: Tensor, max_norm: float, grad_scale: float) -> Tensor:
-    """grad_scale * min(1, max_norm / (grad_scale ||G||)) from squared norms, float64; 0 where one is not finite."""
+    """grad_scale * min(1, max_norm / (grad_scale ||G||)) from squared norms, float64.
+
+    0 where a norm is not finite, or so large that its factor falls below ``SMALLEST_FACTOR``.
+    """
     norm = grad_scale * sq.sqrt()
     factor = (max_norm / norm).clamp(max=1.0) * grad_scale
-    return torch.where(norm.isfinite(), factor, 0.0)
+    return torch.where(norm.isfinite() & (factor >= SMALLEST_FACTOR), factor, 0.0)
 
 
 def sample_grad_clip(

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lalora_kernels.reference.sample_grad_clip import clip_factor
-from lalora_kernels.triton_ops.common import chip, dot, gradient_out, layer_inputs, precision
+from lalora_kernels.gpu import layer_inputs, sums
+from lalora_kernels.reference.sample_grad_clip import SMALLEST_FACTOR, clip_factor
+from lalora_kernels.triton_ops.common import chip, dot, precision
 from lalora_kernels.triton_ops.sample_grad import (
     FINISH,
     add_up_kernel,
@@ -21,6 +22,7 @@ from lalora_kernels.triton_ops.sample_grad import (
     sample_grad,
 )
 
+SMALLEST = tl.constexpr(SMALLEST_FACTOR)
 FITS = 8192  # values of a gradient that 8 warps hold without spilling
 FITS_FLOAT32 = 2048
 
@@ -63,7 +65,8 @@ def sample_grad_clip_kernel(
         tl.store(sq + n, q)
         norm = grad_scale * tl.sqrt(q)
         c = tl.where(norm > max_norm, max_norm / norm, 1.0) * grad_scale
-        c = tl.where(norm - norm == 0.0, c, 0.0).to(tl.float32)  # NaN and Inf
+        safe = (norm - norm == 0.0) & (c >= SMALLEST)  # not NaN or Inf, and a factor that float32 can hold
+        c = tl.where(safe, c, 0.0).to(tl.float32)
         c = tl.where(i_n < valid, c, 0.0)
         b_g = tl.where(c != 0.0, c * b_g, 0.0)  # 0 * Inf must not leak
         if i_n != tl.program_id(0):
@@ -125,14 +128,10 @@ def sample_grad_clip(
     dy, B, h, x = layer_inputs(op, dy, B, h, x)
     (N, T, m), r, device = dy.shape, B.shape[1], dy.device
     n, itemsize = 0 if x is None else x.shape[2], dy.element_size()
-    sums = [
-        None if like is None else torch.zeros(shape, dtype=torch.float32, device=device) if S is None else S
-        for S, like, shape in ((S_B, h, (m, r)), (S_A, x, (r, n)))
-    ]
-    targets = [
-        None if S is None else gradient_out(op, name, S.unsqueeze(0), (1, *shape), device)[0]
-        for S, name, shape in zip(sums, ("S_B", "S_A"), ((m, r), (r, n)))
-    ]
+    totals, targets = [None, None], [None, None]
+    for k, (given, like, name, shape) in enumerate(((S_B, h, "S_B", (m, r)), (S_A, x, "S_A", (r, n)))):
+        if like is not None:
+            totals[k], targets[k] = sums(op, given, name, shape, device)
     fused = N > 0 and (h is None or _fits(m, r, itemsize)) and (x is None or _fits(n, r, itemsize))
     dz, squares = None, [None, None]
     with torch.cuda.device_of(dy):
@@ -153,7 +152,7 @@ def sample_grad_clip(
                 rows_dz(configs(chip(device).arch, itemsize, rank_block(r))[0], dy, B, scaling, dz, None)
             if x is not None:
                 squares[1] = _fused(x, dz, None, None, 1.0, *limits[1:], targets[1].t())
-    for S, target in zip(sums, targets):
+    for S, target in zip(totals, targets):
         if S is not None and S.data_ptr() != target.data_ptr():
             S.copy_(target)
-    return (dz.to(dtype) if need_dz else None), sums[0], squares[0], sums[1], squares[1]
+    return (dz.to(dtype) if need_dz else None), totals[0], squares[0], totals[1], squares[1]
