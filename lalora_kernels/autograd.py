@@ -10,9 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lalora_kernels import opaque
+
 
 def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
+
+
+def traced(recorder) -> tuple:
+    """(recorder, None), or while ``torch.compile`` traces what stands for it: (its handle, its token)."""
+    if recorder is not None and torch.compiler.is_compiling():
+        return recorder.handle, recorder.token
+    return recorder, None
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -30,7 +39,7 @@ class LoRAFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, x_lora, weight, bias, lora_A, lora_B, scaling, dtype, recorder):
+    def forward(ctx, x, x_lora, weight, bias, lora_A, lora_B, scaling, dtype, recorder, token=None):
         _, _, _, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         xc = x.to(dtype)
         xl = xc if x_lora is None else x_lora.to(dtype)
@@ -38,9 +47,9 @@ class LoRAFunction(torch.autograd.Function):
         h = xl @ lora_A.to(dtype).t()
         y.view(-1, y.shape[-1]).addmm_(_rows(h), lora_B.to(dtype).t(), alpha=scaling)
         ctx.save_for_backward(h if need_B else None, xl if need_A else None, weight, lora_A, lora_B)
-        ctx.scaling, ctx.dtype, ctx.recorder = scaling, dtype, recorder
+        ctx.scaling, ctx.dtype, ctx.recorder, ctx.token = scaling, dtype, recorder, token
         ctx.dtypes = (x.dtype, None if x_lora is None else x_lora.dtype)
-        if recorder is not None and (need_bias or need_A or need_B):
+        if recorder is not None and token is None and (need_bias or need_A or need_B):
             recorder.note_forward()
         return y
 
@@ -51,7 +60,10 @@ class LoRAFunction(torch.autograd.Function):
         h, xl, weight, lora_A, lora_B = ctx.saved_tensors
         through_A = need_xl or (need_x and ctx.dtypes[1] is None)
         dx = dxl = dA = dB = db = dz = None
-        if ctx.recorder is not None:
+        if ctx.token is not None:
+            B = lora_B.to(dy.dtype)
+            dz = opaque.record_lora(ctx.token, dy, B, h, xl, ctx.scaling, need_bias, ctx.recorder)
+        elif ctx.recorder is not None:
             dz = ctx.recorder.record_lora(dy, lora_B.to(dy.dtype), ctx.scaling, h, xl, through_A, need_bias)
         else:
             dy2 = _rows(dy)
@@ -70,7 +82,7 @@ class LoRAFunction(torch.autograd.Function):
             dx = dx.view(*dy.shape[:-1], weight.shape[1]).to(ctx.dtypes[0])
         if need_xl:
             dxl = (_rows(dz) @ lora_A.to(dy.dtype)).view(*dy.shape[:-1], weight.shape[1]).to(ctx.dtypes[1])
-        return dx, dxl, None, db, dA, dB, None, None, None
+        return dx, dxl, None, db, dA, dB, None, None, None, None
 
 
 def lora_linear(x, weight, bias, lora_A, lora_B, scaling, *, x_lora=None, recorder=None) -> Tensor:
@@ -83,34 +95,48 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scaling, *, x_lora=None, record
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     with torch.autocast(x.device.type, enabled=False):
-        return LoRAFunction.apply(x, x_lora, weight, bias, lora_A, lora_B, scaling, dtype, recorder)
+        return LoRAFunction.apply(x, x_lora, weight, bias, lora_A, lora_B, scaling, dtype, *traced(recorder))
+
+
+def _record(ctx, dy: Tensor, x: Tensor | None) -> None:
+    if ctx.token is not None:
+        opaque.record(ctx.token, dy, x, ctx.recorder)
+    else:
+        ctx.recorder.record(dy, x)
+
+
+def _record_scale(ctx, dy: Tensor, normalized: Tensor | None, axis: int) -> None:
+    if ctx.token is not None:
+        opaque.record_scale(ctx.token, dy, normalized, axis, ctx.recorder)
+    else:
+        ctx.recorder.record_scale(dy, normalized, axis)
 
 
 class LinearFunction(torch.autograd.Function):
     """y = x W^T + b with W (m,n) and b (m,), either of them trainable: a head, or a bias alone."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, recorder):
+    def forward(ctx, x, weight, bias, recorder, token=None):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.recorder = recorder
+        ctx.recorder, ctx.token = recorder, token
         return _linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        ctx.recorder.record(dy, x)
-        return (dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None), None, None, None
+        _record(ctx, dy, x)
+        return (dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None), None, None, None, None
 
 
 class LayerNormFunction(torch.autograd.Function):
     """y = (x - mean) rstd * weight + bias over the last ``len(shape)`` axes."""
 
     @staticmethod
-    def forward(ctx, x, shape, weight, bias, eps, recorder):
+    def forward(ctx, x, shape, weight, bias, eps, recorder, token=None):
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
-        ctx.shape, ctx.recorder = shape, recorder
+        ctx.shape, ctx.recorder, ctx.token = shape, recorder, token
         return y
 
     @staticmethod
@@ -118,22 +144,22 @@ class LayerNormFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, mean, rstd, weight, bias = ctx.saved_tensors
         normalized = (x - mean) * rstd if ctx.needs_input_grad[2] else None
-        ctx.recorder.record_scale(dy, normalized, -len(ctx.shape))
+        _record_scale(ctx, dy, normalized, -len(ctx.shape))
         dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.ops.aten.native_layer_norm_backward(
                 dy.contiguous(), x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
             )[0]
-        return dx, None, None, None, None, None
+        return dx, None, None, None, None, None, None
 
 
 class ScaleShiftFunction(torch.autograd.Function):
     """y = x * weight + bias, either of them None; they stand along axis 1 of x, or along its last -axis axes."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, axis, recorder):
+    def forward(ctx, x, weight, bias, axis, recorder, token=None):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.axis, ctx.recorder = axis, recorder
+        ctx.axis, ctx.recorder, ctx.token = axis, recorder, token
         along = [-1, *[1] * (x.dim() - 2)] if axis == 1 else None
         ctx.along = along
         y = x if weight is None else x * (weight.view(along) if along else weight)
@@ -143,24 +169,24 @@ class ScaleShiftFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        ctx.recorder.record_scale(dy, x, ctx.axis)
+        _record_scale(ctx, dy, x, ctx.axis)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy if weight is None else (dy * (weight.view(ctx.along) if ctx.along else weight)).to(dy.dtype)
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None
 
 
 class EmbeddingFunction(torch.autograd.Function):
     """y = weight[ids]; weight (V,d), ids any shape of integers."""
 
     @staticmethod
-    def forward(ctx, weight, ids, padding_idx, recorder):
+    def forward(ctx, weight, ids, padding_idx, recorder, token=None):
         ctx.save_for_backward(ids)
-        ctx.recorder = recorder
+        ctx.recorder, ctx.token = recorder, token
         return F.embedding(ids, weight, padding_idx)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        ctx.recorder.record(dy, ctx.saved_tensors[0])
-        return None, None, None, None
+        _record(ctx, dy, ctx.saved_tensors[0])
+        return None, None, None, None, None

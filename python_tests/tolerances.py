@@ -43,3 +43,5 @@ BATCH_F32 = {"rtol": 1e-5, "atol": 1e-6}
 RESIZED_MEAN = {"rtol": 0.05, "atol": 0.0}
 # Two rounds of three float32 steps of a two-layer model against plain autograd, one record at a time; moves are ~0.1.
 ROUNDS_F32 = {"rtol": 1e-3, "atol": 2e-6}
+# A compiled float32 graph fuses and reorders what eager rounds in between.
+COMPILED_F32 = 1e-5

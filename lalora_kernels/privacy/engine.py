@@ -354,7 +354,7 @@ class _InputCheck:
         self.engine = engine
 
     def __call__(self, model, args, kwargs) -> None:
-        if self.engine is not None:
+        if self.engine is not None and not torch.compiler.is_compiling():
             self.engine.check_input(model, args, kwargs)
 
     def __deepcopy__(self, memo) -> "_InputCheck":

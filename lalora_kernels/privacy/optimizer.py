@@ -72,7 +72,8 @@ class PrivateOptimizer(Optimizer):
         raise TypeError("a private optimizer holds a secret key and is not pickled; save its state_dict() instead")
 
     def __repr__(self) -> str:
-        return f"PrivateOptimizer({type(self.original_optimizer).__name__}, noise_multiplier={self.noise_multiplier:.4g})"
+        inner = type(self.original_optimizer).__name__
+        return f"PrivateOptimizer({inner}, noise_multiplier={self.noise_multiplier:.4g})"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: what trains is fixed by ``make_private``."""

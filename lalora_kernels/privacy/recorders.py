@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lalora_kernels import functional
+from lalora_kernels import functional, opaque
 
 if TYPE_CHECKING:
     from lalora_kernels.privacy.engine import Engine
@@ -61,6 +61,7 @@ class Recorder:
 
     def __init__(self, engine: Engine, name: str, sites: dict[str, Site]):
         self.engine, self.name, self.sites = engine, name, sites
+        self.handle, self.token = opaque.register(self), torch.zeros(1, device=next(iter(sites.values())).param.device)
 
     def __deepcopy__(self, memo) -> None:
         return None
@@ -75,6 +76,8 @@ class Recorder:
 
     def expand(self, x: Tensor) -> Tensor:
         """x with a row for each record where it came with one for all (position embeddings of batch 1)."""
+        if torch.compiler.is_compiling():  # one graph for every batch size; fold refuses what does not divide
+            return x
         batch = self.engine.batch
         if batch is None or batch.rows == 1 or x.dim() < 2 or x.shape[0] != 1 or not torch.is_grad_enabled():
             return x

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lalora_kernels.autograd import EmbeddingFunction, LayerNormFunction, LinearFunction, ScaleShiftFunction
+from lalora_kernels.autograd import EmbeddingFunction, LayerNormFunction, LinearFunction, ScaleShiftFunction, traced
 from lalora_kernels.privacy.recorders import Recorder
 
 # Relative to sum_t ||x_t|| ||dy_t||, the rounding that the float32 product of a clipped sum may add to a sample's
@@ -22,15 +22,15 @@ SLACK = 4e-7
 
 
 def _linear(m: nn.Linear, x: Tensor) -> Tensor:
-    return LinearFunction.apply(m._recorder.expand(x), m.weight, m.bias, m._recorder)
+    return LinearFunction.apply(m._recorder.expand(x), m.weight, m.bias, *traced(m._recorder))
 
 
 def _conv1d(m: nn.Module, x: Tensor) -> Tensor:  # Hugging Face's: a linear layer whose weight is stored (n,m)
-    return LinearFunction.apply(m._recorder.expand(x), m.weight.t(), m.bias, m._recorder)
+    return LinearFunction.apply(m._recorder.expand(x), m.weight.t(), m.bias, *traced(m._recorder))
 
 
 def _layer_norm(m: nn.LayerNorm, x: Tensor) -> Tensor:
-    return LayerNormFunction.apply(x, list(m.normalized_shape), m.weight, m.bias, m.eps, m._recorder)
+    return LayerNormFunction.apply(x, list(m.normalized_shape), m.weight, m.bias, m.eps, *traced(m._recorder))
 
 
 def _layer_norm_2d(m: nn.LayerNorm, x: Tensor) -> Tensor:  # timm's, over the channels of (N, C, H, W)
@@ -38,27 +38,29 @@ def _layer_norm_2d(m: nn.LayerNorm, x: Tensor) -> Tensor:  # timm's, over the ch
 
 
 def _group_norm(m: nn.GroupNorm, x: Tensor) -> Tensor:
-    return ScaleShiftFunction.apply(F.group_norm(x, m.num_groups, None, None, m.eps), m.weight, m.bias, 1, m._recorder)
+    return ScaleShiftFunction.apply(
+        F.group_norm(x, m.num_groups, None, None, m.eps), m.weight, m.bias, 1, *traced(m._recorder)
+    )
 
 
 def _rms_norm(m: nn.RMSNorm, x: Tensor) -> Tensor:
     normalized = F.rms_norm(x, m.normalized_shape, None, m.eps)
-    return ScaleShiftFunction.apply(normalized, m.weight, None, -m.weight.dim(), m._recorder)
+    return ScaleShiftFunction.apply(normalized, m.weight, None, -m.weight.dim(), *traced(m._recorder))
 
 
 def _hf_rms_norm(m: nn.Module, x: Tensor) -> Tensor:
     wide = x.float()  # whatever x is, as transformers computes it
     normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + m.variance_epsilon)
-    return ScaleShiftFunction.apply(normalized.to(x.dtype), m.weight, None, -1, m._recorder)
+    return ScaleShiftFunction.apply(normalized.to(x.dtype), m.weight, None, -1, *traced(m._recorder))
 
 
 def _convolution(m: nn.Conv2d, x: Tensor) -> Tensor:
     y = m._conv_forward(m._recorder.expand(x), m.weight, None)
-    return ScaleShiftFunction.apply(y, None, m.bias, 1, m._recorder)
+    return ScaleShiftFunction.apply(y, None, m.bias, 1, *traced(m._recorder))
 
 
 def _embedding(m: nn.Embedding, ids: Tensor) -> Tensor:
-    return EmbeddingFunction.apply(m.weight, m._recorder.expand(ids), m.padding_idx, m._recorder)
+    return EmbeddingFunction.apply(m.weight, m._recorder.expand(ids), m.padding_idx, *traced(m._recorder))
 
 
 @dataclass(frozen=True)

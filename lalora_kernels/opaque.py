@@ -1,0 +1,71 @@
+"""The recorders as operators that ``torch.compile`` does not look into.
+
+A recorder changes Python state, which a traced backward must not. While tracing, the autograd Functions call these
+operators instead: schemas for the compiler, the same recorder behind a handle. ``token`` is a tensor of the recorder's
+that the schema says is changed, so that no call is dropped, merged or moved across another.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+_recorders: "weakref.WeakValueDictionary[int, object]" = weakref.WeakValueDictionary()
+_next = 0
+
+
+def register(recorder) -> int:
+    """A handle by which the operators find ``recorder`` while it lives."""
+    global _next
+    _next += 1
+    _recorders[_next] = recorder
+    return _next
+
+
+def _find(handle: int):
+    recorder = _recorders.get(handle)
+    if recorder is None:
+        raise RuntimeError("a compiled model outlived its private optimizer; compile it again after make_private")
+    return recorder
+
+
+@torch.library.custom_op("lalora::record_lora", mutates_args=("token",))
+def record_lora(
+    token: Tensor,
+    dy: Tensor,
+    B: Tensor,
+    h: Tensor | None,
+    x: Tensor | None,
+    scaling: float,
+    need_bias: bool,
+    handle: int,
+) -> Tensor:
+    """``LoRARecorder.record_lora``: dy (..., m), B (m,r) -> dz (..., r)."""
+    return _find(handle).record_lora(dy, B, scaling, h, x, True, need_bias)
+
+
+@record_lora.register_fake
+def _(token, dy, B, h, x, scaling, need_bias, handle):
+    return dy.new_empty((*dy.shape[:-1], B.shape[1]))
+
+
+@torch.library.custom_op("lalora::record", mutates_args=("token",))
+def record(token: Tensor, dy: Tensor, x: Tensor | None, handle: int) -> None:
+    """``ExtraRecorder.record``."""
+    _find(handle).record(dy, x)
+
+
+@record.register_fake
+def _(token, dy, x, handle):
+    return None
+
+
+@torch.library.custom_op("lalora::record_scale", mutates_args=("token",))
+def record_scale(token: Tensor, dy: Tensor, normalized: Tensor | None, axis: int, handle: int) -> None:
+    """``ExtraRecorder.record_scale``."""
+    _find(handle).record_scale(dy, normalized, axis)
+
+
+@record_scale.register_fake
+def _(token, dy, normalized, axis, handle):
+    return None
