@@ -1,0 +1,50 @@
+"""What no other file checks and a planted fault (python_tests/planted) would otherwise get past the suite."""
+
+import pytest
+from small import digits_npz, vit_folder
+from test_private_step import private, toy, train
+from torch import nn
+
+from lalora_kernels.federated.config import make_config
+from lalora_kernels.federated.run import Run, prepare
+
+
+@pytest.mark.parametrize("kwargs", [{"sample_rate": 0.3}, {"expected_batch_size": 5}, {"batch_size": 3}])
+def test_the_ledger_is_charged_with_the_rate_at_which_records_are_drawn(kwargs):
+    model, data, loss = toy()
+    opt, loader = private(model, data, noise_multiplier=0.9, clipping="automatic", max_grad_norm=0.3, **kwargs)
+    train(model, loss, opt, loader, 3)
+    q = {"sample_rate": 0.3, "expected_batch_size": 5 / 12, "batch_size": 3 / 12}[next(iter(kwargs))]
+    assert loader.batch_sampler.sample_rate == pytest.approx(q, rel=1e-12)
+    assert opt.ledger.releases == ((0.9, loader.batch_sampler.sample_rate, 3),)
+    (entry,) = opt.ledger.entries
+    assert (entry.clipping, entry.max_grad_norm, entry.first_release) == ("automatic", 0.3, 0)
+    assert entry.expected_batch_size == pytest.approx(12 * q)
+
+
+def test_a_factor_that_falls_idle_has_no_gradient_left_to_step_on():
+    """Also where the user's loop forgets zero_grad."""
+    model, data, loss = toy()
+    opt, loader = private(model, data, noise_multiplier=1.0, method="la-lora")
+    for step, batch in enumerate(loader.steps(4), 1):
+        loss(model, batch).backward()
+        opt.step()
+        idle = "lora_A" if step % 2 else "lora_B"
+        assert all(p.grad is None for n, p in model.named_parameters() if n.endswith(idle))
+
+
+class Mixing(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0, keepdim=True)
+
+
+def test_a_run_refuses_a_model_that_mixes_records_before_it_has_a_folder(tmp_path):
+    config = make_config({
+        "model": vit_folder(tmp_path / "vit"), "dataset": digits_npz(tmp_path / "d.npz", 64, 20), "clients": 2,
+        "batch_size": 8, "partition": "iid", "rounds": 1, "local_steps": 1, "epsilon": 8.0, "device": "cpu",
+    })  # fmt: skip
+    task = prepare(config)
+    task.classifier.model.vit.layernorm = nn.Sequential(task.classifier.model.vit.layernorm, Mixing())
+    with pytest.raises(ValueError, match=r"vit\.layernorm.*depends on the other records"):
+        Run.start(task, tmp_path / "run")
+    assert not (tmp_path / "run/config.json").exists()
