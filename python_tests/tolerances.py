@@ -45,3 +45,15 @@ RESIZED_MEAN = {"rtol": 0.05, "atol": 0.0}
 ROUNDS_F32 = {"rtol": 1e-3, "atol": 2e-6}
 # A compiled float32 graph fuses and reorders what eager rounds in between.
 COMPILED_F32 = 1e-5
+# Norm of a released gradient's error under autocast: a handful of products with 8 (bfloat16) or 11 (float16) bits.
+AUTOCAST_BF16 = 3e-2
+AUTOCAST_F16 = 5e-3
+# One rounding to float16, at most 2^-11 relative each, of values above its subnormals.
+FLOAT16_ROUNDED = 2.0**-10
+# Triton's interpreter cuts bfloat16 off where a card rounds: at most 2^-7 relative.
+BFLOAT16_CUT = 2.0**-7
+# A gradient whose float32 factor entered the matrix units as the sum of two bfloat16: 2^-16 relative where the halves
+# are cut off (the interpreter), 2^-18 where they are rounded; errors add up at random. Measured: 1e-5 and 3e-6.
+GRADIENT_OF_HALVES = 2.0**-16
+# SPEC section 6: the same normals to 1e-5 on every backend. Measured: 5e-7.
+NORMAL_GPU = 1e-5

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lalora_kernels import functional
 from lalora_kernels.nn import LoRALinear
 from lalora_kernels.privacy.clipping import clip_weights, tensor_bound
+from lalora_kernels.privacy.distributed import Group, quiet_ddp
 from lalora_kernels.privacy.recorders import LoRARecorder, Recorder, Site
 from lalora_kernels.privacy.rules import ExtraRecorder, rule_of
 from lalora_kernels.privacy.sampling import BatchInfo
@@ -35,10 +36,14 @@ class Engine:
         charge,
         backend: str | None = None,
         check: bool = False,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        group: Group | None = None,
     ):
         self.model, self.clipping, self.max_grad_norm = model, clipping, max_grad_norm
         self.noise_std, self.noise, self.divisor = noise_std, noise, divisor
         self.smoothing, self.loss_reduction, self.charge, self.backend = smoothing, loss_reduction, charge, backend
+        self.grad_scaler, self.group = grad_scaler, group
+        self._ddp = quiet_ddp(model)
         self.check_pending = check  # compare per-sample gradients on two records of the first batch that has them
         self.sites: list[Site] = []
         self.recorders: list[Recorder] = []
@@ -117,6 +122,8 @@ class Engine:
         """Give the model back to ordinary training, trainable as it was found; the workspace is freed."""
         for site in self.sites:
             site.param.requires_grad_(site.trained)
+        if self._ddp:
+            self.model.require_backward_grad_sync = True
         for handle in self._handles:
             handle.remove()
         for recorder in self.recorders:
@@ -291,6 +298,8 @@ class Engine:
         for s in sites:
             if s.marked and s.deferred is not None:
                 self.sq[s.row].copy_(s.deferred.squared_norms())
+        if self.grad_scaler is not None:
+            self.grad_scale = self.grad_scale / self._loss_scale()
         weights, bad = clip_weights(
             self.sq,
             clipping=self.clipping,
@@ -300,18 +309,21 @@ class Engine:
             dtype=self.dtype,
         )
         self._count_nonfinite(bad)
+        self.overflowed = bad > 0
         for s in sites:
             if s.marked and s.deferred is not None:
                 s.deferred.add_weighted_sum(weights[s.row], self.sum_of(s))
-        if batch.last:
-            self._release(weights)
-            self._open = self._partial = False
-        else:
+        if not batch.last or self.group is not None:
             self._partial = True
             full = [s for s in sites if s.materialized]
             if full:
                 rows = weights[[s.row for s in full]]
                 functional.clip_reduce([s.G for s in full], rows, [self.sum_of(s) for s in full], backend=self.backend)
+                for s in full:
+                    s.fused = True
+        if batch.last:
+            self._release(weights)
+            self._open = self._partial = False
         self._clear_batch()
         self.batch = None
         return batch.last
@@ -321,21 +333,32 @@ class Engine:
         self.charge()
         sites = self.active
         out = self._carve("grad", sites, None)
+        release = self.noise.take_release()
+        if self.group is not None and sites:
+            self.sum_of(sites[0])
+            self.group.add_up(self._buffer("S", sum(s.param.numel() for s in sites)))
+        noisy = self.noise_std if self.group is None or self.group.rank == 0 else 0.0
         functional.privatize(
             [s.G if s.materialized else None for s in sites],
             [s.S for s in sites],
             weights,
             out,
-            noise_std=self.noise_std,
-            key=self.noise.key if self.noise_std else None,
-            release=self.noise.take_release(),
+            noise_std=noisy,
+            key=self.noise.key if noisy else None,
+            release=release,
             tensor_index=[s.index for s in sites],
             smooth_dim=[s.smooth_dim if self.smoothing else None for s in sites],
             divisor=self.divisor,
             backend=self.backend,
         )
+        if self.group is not None and sites:
+            self.group.send_released(self._buffer("grad", sum(s.param.numel() for s in sites)))
         for s, grad in zip(sites, out):
             s.param.grad = s.released = grad if grad.dtype == s.param.dtype else grad.to(s.param.dtype)
+
+    def _loss_scale(self) -> Tensor:
+        scale = self.grad_scaler._get_scale_async() if self.grad_scaler.is_enabled() else None
+        return torch.ones((), dtype=torch.float64) if scale is None else scale.double()
 
     def _count_nonfinite(self, bad: Tensor) -> None:
         self.nonfinite_samples = self.nonfinite_samples + bad

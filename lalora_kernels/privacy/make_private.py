@@ -3,12 +3,14 @@
 import math
 from numbers import Real
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lalora_kernels.privacy.accountant import get_noise_multiplier
 from lalora_kernels.privacy.clipping import CLIPPING
+from lalora_kernels.privacy.distributed import find_group
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.privacy.noise import NoiseSource
@@ -43,6 +45,8 @@ def make_private(
     backend: str | None = None,
     check: bool = True,
     poisson_sampling: bool = True,
+    grad_scaler: "torch.amp.GradScaler | None" = None,
+    distributed: bool | None = None,
 ) -> tuple[PrivateOptimizer, PrivateLoader | ShuffledLoader]:
     """Turn ``optimizer`` and ``data_loader`` private for an adapted ``model``, which is not wrapped or renamed.
 
@@ -65,6 +69,10 @@ def make_private(
         backend: force one kernel backend; None lets dispatch choose.
         check: at the first private batch of two records or more, compare per-sample gradients with single backwards on
             a float64 copy of the model (``check_per_sample``); False saves that time and memory.
+        grad_scaler: the loop's ``torch.amp.GradScaler``, so that norms are those of unscaled gradients. A record whose
+            scaled gradient overflows contributes nothing; the step is never skipped.
+        distributed: split each batch over the ranks of torch.distributed's process group, noise once; None: where one
+            of several ranks is initialized. ``expected_batch_size`` counts the records of all ranks.
         poisson_sampling: False keeps the loader's own batches: clipped and noised alike, but no ε is reported.
 
     Returns (optimizer, loader). The guarantee: record-level (ε, δ)-DP, add or remove one record, of everything computed
@@ -80,6 +88,13 @@ def make_private(
     if isinstance(optimizer, PrivateOptimizer):
         raise ValueError("this optimizer is private already; make_private takes the plain one")
     noise = NoiseSource() if noise is None else noise
+    group = find_group(distributed)
+    if group is not None:
+        if not poisson_sampling:
+            raise ValueError("distributed steps need Poisson sampling: the ranks share one draw")
+        device = next(model.parameters()).device
+        group.share_parameters([p for p in model.parameters() if p.requires_grad], device)
+        ranks = {"source": group.sampling_source(noise, device), "rank": group.rank, "world": group.world}
     if poisson_sampling:
         loader = PrivateLoader(
             data_loader,
@@ -87,6 +102,7 @@ def make_private(
             expected_batch_size=expected_batch_size,
             physical_batch_size=physical_batch_size,
             noise=noise,
+            **(ranks if group is not None else {}),
         )
     else:
         if target_epsilon is not None:
@@ -133,6 +149,8 @@ def make_private(
         charge=charge,
         backend=backend,
         check=check,
+        grad_scaler=grad_scaler,
+        group=group,
     )
     try:
         private = PrivateOptimizer(optimizer, engine, schedule, ledger, float(noise_multiplier), b, target_delta, check)

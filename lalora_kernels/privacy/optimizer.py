@@ -21,6 +21,8 @@ class PrivateOptimizer(Optimizer):
     learning-rate schedulers work on either.
     """
 
+    _step_supports_amp_scaling = True  # GradScaler.step leaves the unscaling to ``step``
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -139,12 +141,23 @@ class PrivateOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.engine.finish():
+        last = self.engine.finish()
+        self._tell_scaler()
+        if last:
             before = self._probe()
             self.original_optimizer.step()
             self._verify_moves(before)
             self.local_step += 1
         return loss
+
+    def _tell_scaler(self) -> None:
+        """GradScaler.update lowers its scale where a record overflowed."""
+        scaler = self.engine.grad_scaler
+        if scaler is not None and scaler.is_enabled():
+            overflowed = self.engine.overflowed.float()
+            scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = {overflowed.device: overflowed}
+        elif getattr(self, "grad_scale", None) is not None:
+            raise RuntimeError("GradScaler.step needs make_private(grad_scaler=...), or clipping sees scaled gradients")
 
     def _probe(self) -> list[tuple[int, torch.Tensor | None]]:
         """Of every site: its version, and until versions have proved to count steps, its first elements."""

@@ -114,7 +114,8 @@ class LoRARecorder(Recorder):
         if need_bias:
             e.add(self.sites["bias"], dy3.sum(1, dtype=e.dtype))
         again = any(s is not None and s.marked for s in (a, b))
-        if e.clipping == "per_layer" and self.calls == 1:
+        # The one-pass kernel clips during backward, when a GradScaler's scale is not the engine's to know yet.
+        if e.clipping == "per_layer" and self.calls == 1 and e.grad_scaler is None:
             if again:
                 raise RuntimeError(self.TWICE.format(self.name))
             self.summed = True

@@ -70,7 +70,10 @@ class PoissonBatchSampler(Sampler[list[int]]):
         *,
         physical_batch_size: int | None = None,
         source: UniformSource | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        self.rank, self.world = rank, world
         self.records, self.sample_rate = records, check_sample_rate(sample_rate)
         if records < 1:
             raise ValueError("the data set has no records; a client without data cannot train")
@@ -113,7 +116,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     def _physical(self, count: int, infos: deque[BatchInfo]) -> Iterator[list[int]]:
         for _ in range(count):
-            for part, info in self.split(self.draw()):
+            for part, info in self.split(self.draw()[self.rank :: self.world]):
                 infos.append(info)
                 yield part
 
@@ -133,6 +136,8 @@ class PrivateLoader:
         physical_batch_size: largest number of records in a yielded batch; None: a logical batch is never split.
         noise: the run's NoiseSource; where its key is fixed (tests) the draws are reproducible as well.
         on_batch: called with the BatchInfo of every batch.
+        source, rank, world: draw from this stream, and take every ``world``-th drawn record from the ``rank``-th on;
+            with one stream the ranks' batches are one Poisson batch.
 
     Raises ValueError for a data set that is iterable-only, of unknown length, empty or smaller than b, for rates out of
     range, and for a sampler that picks its records by another rule. While iterating: ValueError for a tensor whose
@@ -148,6 +153,9 @@ class PrivateLoader:
         physical_batch_size: int | None = None,
         noise: NoiseSource | None = None,
         on_batch: Callable[[BatchInfo], None] | None = None,
+        source: UniformSource | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if isinstance(data, PrivateLoader):
             raise ValueError("this loader is private already; PrivateLoader takes the plain DataLoader")
@@ -159,7 +167,12 @@ class PrivateLoader:
         self.on_batch = on_batch
         noise = NoiseSource() if noise is None else noise
         self.batch_sampler = PoissonBatchSampler(
-            records, self.sample_rate, physical_batch_size=physical_batch_size, source=noise.uniform_source()
+            records,
+            self.sample_rate,
+            physical_batch_size=physical_batch_size,
+            source=noise.uniform_source() if source is None else source,
+            rank=rank,
+            world=world,
         )
         inherited = {} if given is None else {name: getattr(given, name) for name in INHERITED}
         self._loader = DataLoader(self.dataset, batch_sampler=self.batch_sampler, **inherited)

@@ -1,0 +1,79 @@
+"""Two gloo processes make the step of one."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_private_step import KEY
+from tolerances import SPLIT_F32
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+import lalora_kernels as lk
+
+SETTINGS = {  # clipping, whether the model is wrapped in DistributedDataParallel, physical batch, fixed key
+    "flat": ("flat", True, None, True),
+    "per_layer": ("per_layer", False, None, True),
+    "split": ("automatic", False, 2, True),
+    "secret": ("flat", False, None, False),
+}
+
+
+def train(rank: int, clipping: str, ddp: bool, physical: int | None, fixed: bool) -> torch.Tensor:
+    """Parameters after five steps. Ranks begin with other factors, which make_private brings together."""
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(40, 6, generator=generator), torch.randint(0, 3, (40,), generator=generator))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.GELU(), nn.Linear(10, 3))
+    lk.adapt(model, r=2, target_modules=["0"], modules_to_save=["1", "3"], verbose=False)
+    torch.manual_seed(rank)
+    nn.init.normal_(model[0].lora_A)
+    nn.init.normal_(model[3].weight)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    forward = DistributedDataParallel(model) if ddp else model
+    optimizer, loader = lk.make_private(
+        forward, optimizer, DataLoader(data, batch_size=8), noise_multiplier=0.8, max_grad_norm=0.3, clipping=clipping,
+        physical_batch_size=physical, noise=lk.NoiseSource.fixed(KEY) if fixed else None,
+    )  # fmt: skip
+    for x, y in loader.steps(5):
+        nn.functional.cross_entropy(forward(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.ledger.steps == 5
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def worker(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save({name: train(rank, *settings) for name, settings in SETTINGS.items()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
+    """What two processes trained."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", ["flat", "per_layer", "split"])
+def test_two_processes_equal_one(ranks, name):
+    clipping, _, _, fixed = SETTINGS[name]
+    one = train(0, clipping, False, None, fixed)
+    assert torch.equal(ranks[0][name], ranks[1][name])
+    assert float((ranks[0][name] - one).norm() / one.norm()) < SPLIT_F32
+
+
+def test_ranks_with_a_secret_key_stay_together(ranks):
+    assert torch.equal(ranks[0]["secret"], ranks[1]["secret"])
+    assert not torch.equal(ranks[0]["secret"], ranks[0]["flat"])
+
+
+def test_a_group_that_is_not_there():
+    model = lk.adapt(nn.Sequential(nn.Linear(4, 4)), r=2, target_modules=["0"], verbose=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    loader = DataLoader(TensorDataset(torch.randn(8, 4)), batch_size=4)
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        lk.make_private(model, optimizer, loader, noise_multiplier=1.0, distributed=True)
