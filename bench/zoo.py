@@ -1,0 +1,109 @@
+"""The models of the step benchmarks: random weights from a configuration, the same data for every contender."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lalora_kernels.models import torchvision_beside_cpu_torch
+
+torchvision_beside_cpu_torch()  # before transformers, which imports torchvision
+
+CLASSES = 10
+HEAD = ["classifier"]
+IMAGE = 224
+# Short name -> (what it is, transformers' classes, configuration, tokens or None for images).
+MODELS = {
+    "bert": (
+        "BERT, MiniLM size (6 layers, 384 wide, T = 128)",
+        ("BertConfig", "BertForSequenceClassification"),
+        dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, vocab_size=30522,
+             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        128,
+    ),
+    "vit": (
+        "ViT-Tiny (12 layers, 192 wide, T = 197)",
+        ("ViTConfig", "ViTForImageClassification"),
+        dict(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, image_size=IMAGE),
+        None,
+    ),
+    "swin": (
+        "Swin-T (224 x 224)",
+        ("SwinConfig", "SwinForImageClassification"),
+        dict(image_size=IMAGE, drop_path_rate=0.0),
+        None,
+    ),
+    "roberta": (
+        "RoBERTa-base (12 layers, 768 wide, T = 64)",
+        ("RobertaConfig", "RobertaForSequenceClassification"),
+        dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
+             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        64,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One case: a model of ``MODELS``, which layers are adapted, the rank and the records of a batch."""
+
+    model: str
+    targets: str  # "qv" or "all-linear"
+    r: int
+    batch: int = 16
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.targets} r{self.r}"
+
+
+def base_model(spec: Spec) -> nn.Module:
+    """The model without adapters, in train mode; the same weights every time."""
+    import transformers
+
+    _, (config, kind), settings, _ = MODELS[spec.model]
+    torch.manual_seed(0)
+    return getattr(transformers, kind)(getattr(transformers, config)(num_labels=CLASSES, **settings)).train()
+
+
+def dataset(spec: Spec) -> TensorDataset:
+    """As many records as a batch has."""
+    tokens = MODELS[spec.model][3]
+    generator = torch.Generator().manual_seed(1)
+    if tokens is None:
+        inputs = torch.randn(spec.batch, 3, IMAGE, IMAGE, generator=generator)
+    else:
+        inputs = torch.randint(5, 30000, (spec.batch, tokens), generator=generator)
+    return TensorDataset(inputs, torch.randint(0, CLASSES, (spec.batch,), generator=generator))
+
+
+def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, labels)
+
+
+class BaseProducts:
+    """The products of the frozen linear layers alone, forward and input gradient: no method can do without them."""
+
+    def __init__(self, spec: Spec, model: nn.Module):
+        """``model`` is adapted: whether a layer's input needs a gradient is seen in its forward."""
+        self.products: list[tuple[int, int, int, bool]] = []
+        handles = [m.register_forward_hook(self._note) for m in model.modules() if isinstance(m, nn.Linear)]
+        model(dataset(spec).tensors[0])
+        for handle in handles:
+            handle.remove()
+        widest = max(max(n, m) for _, n, m, _ in self.products)
+        rows = max(rows * max(n, m) for rows, n, m, _ in self.products)
+        self._weight = torch.randn(widest * widest)
+        self._input, self._output = torch.randn(rows), torch.empty(rows)
+        self.flops = sum(2 * rows * n * m * (2 if back else 1) for rows, n, m, back in self.products)
+
+    def _note(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        n, m = module.in_features, module.out_features
+        self.products.append((inputs[0].numel() // n, n, m, inputs[0].requires_grad))
+
+    def __call__(self) -> None:
+        for rows, n, m, back in self.products:
+            w = self._weight[: n * m].view(m, n)
+            torch.mm(self._input[: rows * n].view(rows, n), w.t(), out=self._output[: rows * m].view(rows, m))
+            if back:
+                torch.mm(self._input[: rows * m].view(rows, m), w, out=self._output[: rows * n].view(rows, n))
