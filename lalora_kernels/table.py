@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,12 @@ def make_table(shared: dict[str, Any], grid: dict[str, Sequence], out: Path, job
     results = {}
     for name, config in configs.items():
         _check_same(out / name, config)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    # spawned, not forked: a forked process inherits torch's threads in an unusable state
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        started = {pool.submit(_one, config, out / name, threads): name for name, config in configs.items()}
-        for finished in as_completed(started):
-            name = started[finished]
-            results[name] = finished.result()
-            print(f"[{len(results)}/{len(configs)}] {name}: {100 * results[name]:.1f} %", flush=True)
+        if (done := _finished(out / name)) is not None:
+            results[name] = done
+    missing = {name: config for name, config in configs.items() if name not in results}
+    for name, accuracy in _train(missing, out, jobs):
+        results[name] = accuracy
+        print(f"[{len(results)}/{len(configs)}] {name}: {100 * accuracy:.1f} %", flush=True)
     text = _markdown(grid, results)
     (out / "table.md").write_text(text)
     return text
@@ -55,17 +53,37 @@ def _check_same(folder: Path, config: Config) -> None:
         raise BadInput(f"{folder} holds a run with another {', '.join(differ)}; remove it or choose another --out")
 
 
-def _one(config: Config, folder: Path, threads: int) -> float:
-    """Final test accuracy of one run, in [0, 1]."""
+def _finished(folder: Path) -> float | None:
+    """Test accuracy of a run that has written its adapter, the last thing it does; in [0, 1]."""
+    if not (folder / "adapter").exists():
+        return None
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["accuracy"]
+
+
+def _train(configs: dict[str, Config], out: Path, jobs: int) -> Iterator[tuple[str, float]]:
+    """(name, accuracy) of each run, as they end."""
+    if jobs == 1:
+        yield from ((name, _one(config, out / name, None)) for name, config in configs.items())
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    # spawned, not forked: a forked process inherits torch's threads in an unusable state
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        started = {pool.submit(_one, config, out / name, threads): name for name, config in configs.items()}
+        for finished in as_completed(started):
+            yield started[finished], finished.result()
+
+
+def _one(config: Config, folder: Path, threads: int | None) -> float:
+    """Train one run to its end, from where it stands; its test accuracy in [0, 1]."""
     import torch
 
     from lalora_kernels.federated.run import Run, prepare
 
-    torch.set_num_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
     there = (folder / "config.json").exists()
     run = Run.resume(folder) if there else Run.start(prepare(config), folder)
-    if not run.done or not (folder / "adapter").exists():
-        run.train()
+    run.train()
     return run.at.history[-1]["accuracy"]
 
 

@@ -1,0 +1,351 @@
+"""What does not fit is refused before the first step: exit code 2, one line that names the culprit and the cure."""
+
+import gzip
+import json
+import shutil
+
+import numpy as np
+import pytest
+from small import bert_folder, digits_npz, text_tsv, vit_folder
+
+from lalora_kernels.cli import main
+from lalora_kernels.data import BadInput, load_data
+from lalora_kernels.federated.config import make_config
+from lalora_kernels.federated.plan import make_plan
+from lalora_kernels.federated.run import Run, prepare
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return vit_folder(folder / "vit"), digits_npz(folder / "d.npz", 160, 40)
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert main([*flags(world), "--out", str(folder), "--quiet"]) == 0
+    return folder
+
+
+def flags(world, **changes) -> list[str]:
+    values = {
+        "model": world[0], "dataset": world[1], "clients": 4, "rounds": 1, "local_steps": 1, "rank": 2, "batch_size": 8,
+        "partition": "iid", "device": "cpu",
+    } | changes  # fmt: skip
+    return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in values.items())]
+
+
+def refused(capsys, args: list[str]) -> str:
+    """The one line on stderr of a command that exits with 2."""
+    capsys.readouterr()
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("lalora: ") and len(err.strip().splitlines()) == 1 and "Traceback" not in out
+    return err
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"epsilon": 0}, "--epsilon is a number > 0"),
+        ({"epsilon": -1.0}, "--epsilon is a number > 0"),
+        ({"epsilon": "nan"}, "--epsilon is a number > 0"),
+        ({"delta": 0}, "--delta is a number > 0 and < 1"),
+        ({"delta": 1}, "--delta is a number > 0 and < 1"),
+        ({"delta": 1e-30}, "delta"),
+        ({"max_grad_norm": 0}, "--max-grad-norm is a number > 0"),
+        ({"max_grad_norm": "inf"}, "--max-grad-norm is a number > 0"),
+        ({"fraction": 1.5}, "--fraction is a number > 0 and <= 1"),
+        ({"rounds": 0}, "--rounds is a whole number >= 1"),
+        ({"lr": "nan"}, "--lr is a number > 0"),
+        ({"momentum": 1.0}, "--momentum is a number >= 0 and < 1"),
+        ({"batch_size": 0}, "--batch-size is a whole number >= 1"),
+        ({"batch_size": 41, "min_records": 40}, "fewer than the batch of 41"),
+        ({"clients": 21}, "160 records cannot give each of 21 clients 16"),
+        ({"clients": 161, "min_records": 1}, "161 clients but only 160 records"),
+        ({"partition": "dirichlet", "dirichlet_alpha": 1e-3, "clients": 8, "min_records": 20}, "no Dirichlet(0.001)"),
+        ({"epsilon": 1e8}, "no noise_multiplier in"),
+        ({"rank": 0}, "--rank is a whole number >= 1"),
+        ({"targets": "nonesuch"}, "no module is named 'nonesuch'"),
+        ({"device": "moon"}, "--device moon"),
+        ({"model": "nonesuch"}, "unknown model 'nonesuch'"),
+        ({"model": "timm:nonesuch"}, "timm knows no model 'nonesuch'"),
+        ({"weights": "w.pth"}, "a weights file goes with a timm model"),
+        ({"model": "timm:test_vit", "weights": "missing.pth"}, "missing.pth: no such file"),
+        ({"dataset": "nonesuch"}, "unknown data set 'nonesuch'"),
+        ({"dataset": "missing.npz"}, "missing.npz: no such file"),
+        ({"test_dataset": "t.tsv"}, "a test file goes with a .tsv or .csv"),
+    ],
+)
+def test_settings_out_of_range(world, tmp_path, capsys, setting, message):
+    assert message in refused(capsys, [*flags(world, **setting), "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run/config.json").exists()
+
+
+@pytest.mark.parametrize("args", [["train", "--clients", "many"], ["train", "--method", "x"], ["fly"], []])
+def test_argparse_refuses_with_the_same_code(args):
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("clients = ", "not a readable TOML file"),
+        ("client = 3", "unknown setting 'client'; did you mean 'clients'?"),
+        ("clients = 3.5", "--clients is a whole number, got 3.5"),
+        ('lr = "fast"', "--lr is a number, got 'fast'"),
+        ("rank = true", "--rank is a whole number, got True"),
+        ("clients = 3\n[federation]\nclients = 4", "clients is given twice"),
+        ('method = "sgd"', "--method is one of dp-lora, ffa-lora, rolora, la-lora"),
+    ],
+)
+def test_toml_that_does_not_fit(tmp_path, capsys, text, message):
+    (tmp_path / "c.toml").write_text(text)
+    assert message in refused(capsys, ["train", "--config", str(tmp_path / "c.toml")])
+
+
+def test_resume_takes_no_other_settings(finished, capsys):
+    assert "with its own settings" in refused(capsys, ["train", "--resume", str(finished), "--rounds", "3"])
+
+
+def test_a_run_folder_is_not_overwritten(world, finished, capsys):
+    assert "holds a run already" in refused(capsys, [*flags(world), "--out", str(finished)])
+
+
+def test_a_client_without_data_or_with_less_than_a_batch_is_named():
+    config = make_config({"clients": 3, "batch_size": 8})
+    with pytest.raises(BadInput, match="client 1 has no data"):
+        make_plan(config, [20, 0, 9])
+    with pytest.raises(BadInput, match="client 2 has 7 records, fewer than the batch of 8"):
+        make_plan(config, [20, 9, 7])
+
+
+# ---------------------------------------------------------------- data files
+
+
+def npz(path, **arrays) -> str:
+    good = {"x_train": np.zeros((20, 8, 8), np.uint8), "y_train": np.arange(20) % 2}
+    np.savez(path, **{k: v for k, v in (good | arrays).items() if v is not None})
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"y_train": np.arange(19) % 2}, r"20 records but labels of shape \(19,\)"),
+        ({"y_train": np.zeros((20, 2), int)}, r"20 records but labels of shape \(20, 2\)"),
+        ({"y_train": np.arange(20) % 2 - 1}, "labels count from 0, found -1"),
+        ({"y_train": np.arange(20) / 7}, "labels are whole numbers from 0, got float64"),
+        ({"y_train": np.zeros(20, int)}, "one class only"),
+        ({"y_train": None}, "y_train missing"),
+        ({"x_train": np.zeros((20, 64), np.uint8)}, r"got shape \(20, 64\)"),
+        ({"x_train": np.zeros((20, 2, 8, 8), np.uint8)}, r"got shape \(20, 2, 8, 8\)"),
+        ({"x_train": np.zeros((20, 8, 8), np.int64)}, "got int64"),
+        ({"x_train": np.full((20, 8, 8), 7.0)}, r"lie in \[0, 1\], found 7 to 7"),
+        ({"x_train": np.zeros((0, 8, 8), np.uint8), "y_train": np.zeros(0, int)}, "no images"),
+        ({"x_test": np.zeros((4, 8, 8), np.uint8)}, "go together"),
+        ({"x_test": np.zeros((4, 9, 9), np.uint8), "y_test": np.arange(4) % 2}, r"differ in shape, \(1, 8, 8\) and"),
+        ({"classes": np.array(["only one"])}, "a label is 1, but there are only 1 classes"),
+        ({"x_train": np.array([[None]], dtype=object)}, "not a readable .npz"),
+    ],
+)
+def test_npz_that_does_not_fit(tmp_path, arrays, message):
+    with pytest.raises(BadInput, match=message):
+        load_data(npz(tmp_path / "a.npz", **arrays))
+
+
+@pytest.mark.parametrize("keep", [0, 10, 200, -40])
+def test_npz_cut_short(tmp_path, keep):
+    path = tmp_path / "a.npz"
+    npz(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(BadInput, match="a.npz: not a readable .npz"):
+        load_data(str(path))
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.tsv", "", "needs a header line"),
+        ("a.tsv", "label\ttext\n", "at least one record"),
+        ("a.tsv", "a\tb\tc\n1\t2\t3\n", "which column is the label"),
+        ("a.tsv", "label\tb\tc\n1\t2\t3\n", "which column is the text"),
+        ("a.tsv", "label\ttext\n1\tx\n2\n", "line 3: 1 columns where the header has 2"),
+        ("a.csv", 'label,text\n1,"never closed\n', "not a readable .csv"),
+        ("a.tsv", b"label\ttext\n1\t\xff\xfe\n", "not a readable .tsv"),
+        ("a.tsv", "label\ttext\n" + "1\tx\n" * 20, "one class only"),
+        ("a.tsv", "label\ttext\n1\tx\n0\ty\n", "too few records to set a fifth"),
+    ],
+)
+def test_tables_that_do_not_fit(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(BadInput, match=message):
+        load_data(str(tmp_path / name))
+
+
+def test_a_gz_cut_short(tmp_path):
+    packed = gzip.compress(("label\ttext\n" + "1\tx\n0\ty\n" * 500).encode())
+    (tmp_path / "a.tsv.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(BadInput, match="corrupt or truncated"):
+        load_data(str(tmp_path / "a.tsv.gz"))
+
+
+def test_a_label_of_the_test_file_that_training_never_shows(tmp_path):
+    (tmp_path / "a.tsv").write_text("label\ttext\n0\tx\n1\ty\n")
+    (tmp_path / "t.tsv").write_text("label\ttext\n2\tz\n")
+    with pytest.raises(BadInput, match="label '2' does not occur"):
+        load_data(str(tmp_path / "a.tsv"), test=str(tmp_path / "t.tsv"))
+
+
+def test_named_columns_that_are_not_there(tmp_path):
+    (tmp_path / "a.tsv").write_text("label\ttext\n0\tx\n1\ty\n")
+    with pytest.raises(BadInput, match="no column 'body'; the columns are label, text"):
+        load_data(str(tmp_path / "a.tsv"), text_column="body")
+
+
+# ---------------------------------------------------------------- models
+
+
+def test_a_text_model_for_images_and_the_other_way_round(world, tmp_path, capsys):
+    bert, tsv = bert_folder(tmp_path / "bert"), text_tsv(tmp_path / "t.tsv")
+    assert "is a bert model, which classifies text; the data are images" in refused(capsys, flags(world, model=bert))
+    assert "is a vit model, which classifies image; the data are texts" in refused(capsys, flags((world[0], tsv)))
+    assert "embedded classifies images, but the data are texts" in refused(capsys, flags(("embedded", tsv)))
+
+
+def test_a_model_folder_with_a_truncated_weights_file(world, tmp_path, capsys):
+    shutil.copytree(world[0], tmp_path / "vit")
+    path = tmp_path / "vit/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "could not be loaded" in refused(capsys, flags((str(tmp_path / "vit"), world[1])))
+
+
+def test_timm_weights_that_are_corrupt_or_another_models(world, tmp_path, capsys):
+    import timm
+    import torch
+
+    (tmp_path / "junk.pth").write_bytes(b"not a zip file")
+    torch.save(timm.create_model("test_vit2", num_classes=10).state_dict(), tmp_path / "other.pth")
+    model = {"model": "timm:test_vit", "image_size": 32}
+    assert "corrupt, truncated" in refused(capsys, flags(world, weights=tmp_path / "junk.pth", **model))
+    assert "could not be loaded" in refused(capsys, flags(world, weights=tmp_path / "other.pth", **model))
+
+
+def test_a_model_with_batchnorm_is_refused_before_anything_is_written(world, tmp_path, capsys):
+    import timm
+    import torch
+
+    torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), tmp_path / "w.pth")
+    args = flags(world, model="timm:test_resnet", weights=tmp_path / "w.pth", targets="fc", image_size=32)
+    message = refused(capsys, [*args, "--out", str(tmp_path / "run")])
+    assert "BatchNorm2d" in message and "mixes the records" in message
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_a_trainable_parameter_that_no_rule_covers(world, tmp_path):
+    task = prepare(make_config({"model": world[0], "dataset": world[1], "batch_size": 8, "device": "cpu"}))
+    next(p for n, p in task.classifier.model.named_parameters() if n.endswith("cls_token")).requires_grad_(True)
+    with pytest.raises(ValueError, match="cls_token is trainable, but no rule"):
+        Run.start(task, tmp_path / "run")
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_a_model_that_mixes_records(world, tmp_path):
+    import torch
+
+    class Mixing(torch.nn.Module):
+        def forward(self, x):
+            return x - x.mean(0, keepdim=True)
+
+    task = prepare(make_config({"model": world[0], "dataset": world[1], "batch_size": 8, "device": "cpu"}))
+    model = task.classifier.model
+    model.vit.layernorm = torch.nn.Sequential(model.vit.layernorm, Mixing())
+    with pytest.raises(ValueError, match="layernorm.1: the output for one record depends on the other records"):
+        Run.start(task, tmp_path / "run")
+
+
+# ---------------------------------------------------------------- run folders
+
+
+DAMAGE = {
+    "checkpoint.safetensors": "checkpoint.safetensors is corrupt or truncated",
+    "ledger.json": "ledger.json is corrupt or truncated",
+    "config.json": "config.json is corrupt or truncated",
+}
+
+
+@pytest.mark.parametrize("name, message", DAMAGE.items())
+@pytest.mark.parametrize("keep", [0, 0.5, -7])
+def test_files_of_a_run_cut_short(finished, tmp_path, capsys, name, message, keep):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / name
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))] if 0 <= keep < 1 else content[:keep])
+    assert message in refused(capsys, ["train", "--resume", str(tmp_path / "run")])
+
+
+def test_a_checkpoint_with_a_flipped_bit(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run/checkpoint.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    assert "checksum" in refused(capsys, ["train", "--resume", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_run_without_one_of_its_files(finished, tmp_path, capsys, name):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / name).unlink()
+    assert f"{name} is missing" in refused(capsys, ["train", "--resume", str(tmp_path / "run")])
+
+
+def test_a_ledger_that_was_edited(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run/ledger.json"
+    books = json.loads(path.read_text())
+    spent = next(b for b in books["clients"].values() if b["ledger"]["entries"])
+    spent["ledger"]["entries"][0]["noise_multiplier"] *= 2
+    path.write_text(json.dumps(books))
+    assert "changed after it was written" in refused(capsys, ["train", "--resume", str(tmp_path / "run")])
+
+
+def test_data_that_changed_since_the_run_began(world, tmp_path, capsys):
+    data = digits_npz(tmp_path / "d.npz", 160, 40)
+    assert main([*flags((world[0], data)), "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    digits_npz(tmp_path / "d.npz", 161, 40)
+    message = refused(capsys, ["train", "--resume", str(tmp_path / "run")])
+    assert "the data is not the one that this run was started with" in message
+
+
+def test_a_budget_that_is_spent_refuses_the_step_before_it_is_taken(world, tmp_path):
+    """More rounds than the plan calibrated for, by hand: the ledger stops the client."""
+    from lalora_kernels.privacy.ledger import BudgetExceeded
+
+    task = prepare(make_config({"model": world[0], "dataset": world[1], "batch_size": 8, "clients": 1, "fraction": 1.0,
+                                "rounds": 1, "local_steps": 2, "device": "cpu"}))  # fmt: skip
+    run = Run.start(task, tmp_path / "run")
+    run.plan.participation.append([0])
+    object.__setattr__(task.config, "rounds", 2)
+    with pytest.raises(BudgetExceeded, match="would exceed the budget"):
+        run.train()
+    assert run.at.round == 1 and run.clients[0].ledger.steps == 2 == run.clients[0].noise.next_release
+
+
+def test_a_table_folder_with_other_settings(world, tmp_path, capsys):
+    args = flags(world)[1:]
+    grid = ["--methods", "la-lora", "--smoothings", "none", "--epsilons", "3", "--seeds", "0", "--out", str(tmp_path)]
+    (tmp_path / "la-lora-none-eps3-seed0").mkdir()
+    settings = json.loads(make_config({}).to_json())
+    (tmp_path / "la-lora-none-eps3-seed0/config.json").write_text(json.dumps({"settings": settings}))
+    assert "holds a run with another model, dataset" in refused(capsys, ["table", *args, *grid])
+
+
+def test_report_of_something_that_is_no_run(tmp_path, capsys):
+    assert "is not a run: config.json is missing" in refused(capsys, ["report", str(tmp_path)])

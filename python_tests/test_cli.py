@@ -1,0 +1,183 @@
+"""The command as a user meets it: flags, TOML, exit codes, Ctrl-C in a real process, the table over seeds."""
+
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+from small import digits_npz, vit_folder
+
+from lalora_kernels.cli import FLAGS, build_parser, main
+from lalora_kernels.federated.config import NAMES, Config, make_config, read_toml
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return vit_folder(folder / "vit"), digits_npz(folder / "d.npz", 160, 40)
+
+
+def flags(world, *more: str) -> list[str]:
+    small = "--clients 4 --rounds 2 --local-steps 2 --rank 2 --batch-size 8 --partition iid --device cpu".split()
+    return ["train", "--model", world[0], "--dataset", world[1], *small, *more]
+
+
+def test_every_setting_is_a_flag_with_help_and_nothing_else_is():
+    named = [name for _, group in FLAGS for name, _ in group]
+    assert sorted(named) == sorted(NAMES) and len(set(named)) == len(named)
+    assert all(text for _, group in FLAGS for _, text in group)
+
+
+def test_help_names_what_a_newcomer_looks_for(capsys):
+    for command in ([], ["train"], ["table"], ["report"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--help"])
+        assert stop.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for words in ("--epsilon", "budget of each client", "(default: 3.0)", "--resume", "adapter/ in PEFT's format"):
+        assert words in out
+
+
+def test_flags_override_the_toml_file_which_overrides_the_defaults(tmp_path):
+    from lalora_kernels.cli import settings
+
+    (tmp_path / "c.toml").write_text(
+        'rank = 3\nepsilon = inf\n[federation]\nlocal-steps = 7\nclients = 5\n[data]\ndataset = "digits"\n'
+    )
+    args = build_parser().parse_args(["train", "--config", str(tmp_path / "c.toml"), "--clients", "6"])
+    config = make_config(settings(args))
+    assert (config.rank, config.local_steps, config.clients, config.dataset) == (3, 7, 6, "digits")
+    assert config.epsilon == math.inf and config.method == Config().method
+    assert make_config(json.loads(config.to_json())) == config
+    assert read_toml(tmp_path / "c.toml")["local_steps"] == 7
+
+
+def test_train_ends_with_the_line_that_says_it_all(world, tmp_path, capsys):
+    assert main(flags(world, "--out", str(tmp_path / "run"))) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    pattern = (
+        r"accuracy \d\.\d\d \(before \d\.\d\d\) · ε = (\d\.\d\d) for the most exposed client · "
+        rf"adapter in {re.escape(str(tmp_path / 'run' / 'adapter'))}"
+    )
+    assert 2.9 <= float(re.fullmatch(pattern, lines[-1])[1]) <= 3.0
+    assert [line.split()[0] for line in lines if re.match(r" +\d", line)] == ["0", "1", "2"]
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    assert files >= {"config.json", "metrics.jsonl", "ledger.json", "report.html", "adapter", "checkpoint.safetensors"}
+
+
+def test_quiet_says_one_line_and_no_noise_says_infinity(world, tmp_path, capsys):
+    assert main(flags(world, "--out", str(tmp_path / "run"), "--quiet", "--epsilon", "inf")) == 0
+    out = capsys.readouterr().out.strip()
+    assert len(out.splitlines()) == 1 and "· ε = ∞ ·" in out
+
+
+def test_report_is_written_anew(world, tmp_path, capsys):
+    assert main(flags(world, "--out", str(tmp_path / "run"), "--quiet")) == 0
+    (tmp_path / "run/report.html").unlink()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "What is guaranteed" in (tmp_path / "run/report.html").read_text()
+
+
+def test_ctrl_c_in_a_real_process_exits_130_and_resume_finishes(world, tmp_path):
+    command = [sys.executable, "-m", "lalora_kernels.cli"]
+    run = tmp_path / "run"
+    long = flags(world, "--out", str(run), "--rounds", "2000")
+    process = subprocess.Popen([*command, *long], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and f"lalora train --resume {run}" in out
+    before = len(metrics.read_text().splitlines())
+    # the rest would take minutes: a second Ctrl-C shows that it goes on from there
+    again = subprocess.Popen([*command, "train", "--resume", str(run)], stdout=subprocess.PIPE, text=True)
+    while len(metrics.read_text().splitlines()) < before + 2:
+        assert again.poll() is None and time.monotonic() < deadline + 60
+        time.sleep(0.05)
+    again.send_signal(signal.SIGINT)
+    assert again.wait(timeout=60) == 130
+    rounds = [json.loads(line)["round"] for line in metrics.read_text().splitlines()]
+    assert rounds == list(range(len(rounds)))
+
+
+def test_resume_finishes_an_interrupted_run(world, tmp_path, capsys, monkeypatch):
+    from lalora_kernels.federated.client import Client
+
+    train_round, calls = Client.train_round, []
+
+    def interrupted(self, *args):
+        calls.append(self.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train_round(self, *args)
+
+    monkeypatch.setattr(Client, "train_round", interrupted)
+    assert main(flags(world, "--out", str(tmp_path / "run"))) == 130
+    assert f"continue with: lalora train --resume {tmp_path / 'run'}" in capsys.readouterr().out
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert "for the most exposed client" in capsys.readouterr().out
+    assert len(calls) == 5  # 2 rounds of 2 clients, one of them twice
+
+
+def test_records_with_a_gradient_that_is_not_finite_are_counted_and_said(world, tmp_path, capsys):
+    import numpy as np
+
+    with np.load(world[1]) as arrays:
+        x = arrays["x_train"].astype(np.float32) / 255
+    x[5, 2, 3], x[77] = np.nan, np.inf
+    data = digits_npz(tmp_path / "nan.npz", 160, 40, x_train=x)
+    with np.load(data) as arrays:
+        kept = dict(arrays) | {"x_test": arrays["x_test"].astype(np.float32) / 255}
+    np.savez(data, **kept)
+    args = flags((world[0], data), "--out", str(tmp_path / "run"), "--batch-size", "40", "--min-records", "40")
+    with pytest.warns(UserWarning, match="contribute"):
+        assert main([*args, "--fraction", "1.0"]) == 0
+    # q = 1: both records are drawn in each of 2 rounds x 2 steps
+    books = json.loads((tmp_path / "run/ledger.json").read_text())["clients"].values()
+    assert sum(book["nonfinite_samples"] for book in books) == 8
+    assert "left out because their gradient was not finite" in capsys.readouterr().out
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(loss is not None for loss in losses)
+
+
+def test_table_is_mean_and_deviation_of_runs_that_are_kept(world, tmp_path, capsys):
+    args = ["table", *flags(world)[1:], "--methods", "la-lora", "ffa-lora", "--smoothings", "none", "--epsilons", "3",
+            "inf", "--seeds", "0", "1", "--rounds", "1", "--out", str(tmp_path)]  # fmt: skip
+    assert main(args) == 0
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
+    assert rows[0] == ["method", "smoothing", "ε = 3", "ε = inf"]
+    assert [row[0] for row in rows[2:]] == ["la-lora", "ffa-lora"]
+    for row in rows[2:]:
+        for cell, epsilon in zip(row[2:], ("3", "inf")):
+            found = []
+            for seed in (0, 1):
+                lines = (tmp_path / f"{row[0]}-none-eps{epsilon}-seed{seed}/metrics.jsonl").read_text().splitlines()
+                found.append(100 * json.loads(lines[-1])["accuracy"])
+            assert cell == f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}"
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/checkpoint.safetensors")}
+    assert len(stamps) == 8 and main(args) == 0
+    assert stamps == {p: p.stat().st_mtime_ns for p in stamps} and (tmp_path / "table.md").read_text() == table
+
+
+def test_table_in_two_processes(world, tmp_path, capsys):
+    grid = "--methods ffa-lora --smoothings none --epsilons inf --seeds 0 1 --rounds 1 --jobs 2 --out".split()
+    assert main(["table", *flags(world)[1:], *grid, str(tmp_path)]) == 0
+    assert len(list(tmp_path.glob("*/adapter"))) == 2 and "| ffa-lora | none |" in capsys.readouterr().out
+
+
+def test_the_command_is_installed(tmp_path):
+    script = os.path.join(os.path.dirname(sys.executable), "lalora")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("lalora_kernels ")
