@@ -5,7 +5,7 @@ JOBS   ?= 2
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 BUILD  := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: train test table bench lint clean
+.PHONY: train test table bench lint audit planted fuzz kill-test clean
 
 train: $(VENV)/.train
 	$(VENV)/bin/lalora train $(ARGS)
@@ -19,6 +19,26 @@ table: $(VENV)/.train
 
 bench: $(VENV)/.test
 	$(VENV)/bin/python -m pytest bench $(ARGS)
+
+# Attacks on the private step, at full size (minutes).
+audit: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(VENV)/bin/lalora audit --out bench/results $(ARGS)
+
+# Faults planted in copies of the package, one at a time, and the test that catches each (a quarter of an hour).
+planted: $(VENV)/.test
+	cd python_tests && $(CURDIR)/$(VENV)/bin/python -m planted --out ../bench/results/planted-cpu.md $(ARGS)
+
+# Every file reader and every operation on what nobody would pass, for so many minutes.
+FUZZ_MINUTES ?= 10
+fuzz: $(VENV)/.test
+	FUZZ_MINUTES=$(FUZZ_MINUTES) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --timeout 0 \
+		python_tests/test_fuzz.py $(ARGS)
+
+# kill -9 at 50 random times of a training run, each resumed to its end.
+KILLS ?= 50
+kill-test: $(VENV)/.test
+	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) python_tests/test_robustness.py \
+		-k "killed" $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -1,4 +1,4 @@
-"""The command ``lalora``: train, table, report.
+"""The command ``lalora``: train, table, report, ledger, audit.
 
 Exit codes: 0 done; 2 the input or the settings do not fit (one line says what); 130 interrupted; 1 anything else.
 """
@@ -14,6 +14,8 @@ from typing import Any
 from lalora_kernels import __version__
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import CHOICES, Config, make_config, read_toml, type_of
+from lalora_kernels.privacy.accountant import ACCOUNTANTS
+from lalora_kernels.privacy.ledger import BudgetExceeded
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -114,6 +116,30 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write a run's report.html anew")
     report.add_argument("run", metavar="FOLDER", help="run folder")
     report.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    ledger = commands.add_parser(
+        "ledger",
+        help="print what a run released, verify it, recompute its epsilon",
+        description="Print every release of every client, verify the hash chain over them, and compute epsilon from "
+        "them anew. Exit code 2 where a ledger is missing, edited or cut.",
+    )
+    ledger.add_argument("run", metavar="RUN", help="run folder, or a ledger's file")
+    ledger.add_argument("--accountant", choices=ACCOUNTANTS, default="pld", help="(default: pld)")
+    ledger.add_argument("--delta", type=float, metavar="X", help="(default: the run's)")
+    ledger.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    audit = commands.add_parser(
+        "audit",
+        help="attack the private step and show which epsilon that refutes",
+        description="Attack one release (two neighbouring inputs, many draws) and whole runs of the embedded default "
+        "(planted records, each there or not by a coin). Prints lower bounds of epsilon beside what is claimed. Exit "
+        "code 1 where a claim is refuted.",
+    )
+    audit.add_argument("--draws", type=int, metavar="N", default=100_000, help="of each hypothesis (default: 100000)")
+    audit.add_argument("--canaries", type=int, metavar="N", default=4000, help="planted records (default: 4000)")
+    audit.add_argument("--steps", type=int, metavar="N", default=100, help="private steps of a run (default: 100)")
+    audit.add_argument("--out", metavar="FOLDER", help="also write the results there, as JSON and Markdown")
+    audit.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -209,10 +235,35 @@ def report(args: argparse.Namespace) -> int:
     return OK
 
 
+def ledger(args: argparse.Namespace) -> int:
+    """``lalora ledger``."""
+    from lalora_kernels.federated.books import show_ledger
+
+    print(show_ledger(args.run, accountant=args.accountant, delta=args.delta))
+    return OK
+
+
+def audit(args: argparse.Namespace) -> int:
+    """``lalora audit``."""
+    from lalora_kernels.privacy import audit_report
+
+    def progress(what: str, done: int, all: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{what}: {done / all:4.0%} ", end="\n" if done == all else "", file=sys.stderr, flush=True)
+
+    singles, runs = audit_report.audit_all(
+        draws=args.draws, canaries=args.canaries, steps=args.steps, progress=progress
+    )
+    print(audit_report.table(singles, runs))
+    if args.out:
+        print("\nwritten:", *audit_report.write(singles, runs, args.out))
+    return FAILED if any(a.broken for a in (*singles, *runs)) else OK
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    command = {"train": train, "table": table, "report": report}[args.command]
+    command = {"train": train, "table": table, "report": report, "ledger": ledger, "audit": audit}[args.command]
     try:
         return command(args)
     except BadInput as error:
@@ -220,6 +271,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"lalora: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
+    except BudgetExceeded as error:
+        if args.debug:
+            raise
+        print(f"lalora: {error}", file=sys.stderr)
+        return FAILED
+    except OSError as error:  # a full disk, a folder that became read-only
+        if args.debug:
+            raise
+        print(f"lalora: {error}; what was saved before is whole, and --resume continues it", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:

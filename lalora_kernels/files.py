@@ -1,9 +1,10 @@
 """Files that are either the old ones or the new ones, never half of both, and checksums of tensors."""
 
+import glob
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -27,6 +28,13 @@ def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def remove_temporaries(folder: Path, names: Iterable[str]) -> None:
+    """Delete what a killed ``write_atomic`` of these files left; to be called while nobody else writes them."""
+    for name in names:
+        for stray in folder.glob(f".{glob.escape(name)}.????????"):
+            stray.unlink(missing_ok=True)
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -5,6 +5,7 @@ round in progress have sent. Round, history and counters are JSON in the file's 
 ``ledger.json``, and written first: a crash between the two files leaves a ledger that is ahead of the weights.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,9 +38,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     for client, update in checkpoint.updates.items():
         tensors |= {f"update/{client}/{key}": value for key, value in update.items()}
     tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
-    rest = {"round": checkpoint.round, "history": checkpoint.history, "seconds": checkpoint.seconds}
-    rest["sha256"] = tensor_digest(tensors)
-    write_atomic(folder / FILE, save(tensors, metadata={"lalora": json.dumps(rest)}))
+    rest = json.dumps({"round": checkpoint.round, "history": checkpoint.history, "seconds": checkpoint.seconds})
+    write_atomic(folder / FILE, save(tensors, metadata={"lalora": rest, "sha256": _digest(tensors, rest)}))
+
+
+def _digest(tensors: dict[str, Tensor], rest: str) -> str:
+    return hashlib.sha256(f"{tensor_digest(tensors)} {rest}".encode()).hexdigest()
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -50,10 +54,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-            rest = json.loads((file.metadata() or {})["lalora"])
-        if rest.pop("sha256") != tensor_digest(tensors):
+            about = file.metadata() or {}
+        if about["sha256"] != _digest(tensors, about["lalora"]):
             raise ValueError("its contents do not match its checksum")
-        checkpoint = Checkpoint(state={}, **rest)
+        checkpoint = Checkpoint(state={}, **json.loads(about["lalora"]))
+        if type(checkpoint.round) is not int or checkpoint.round < 0 or not isinstance(checkpoint.history, list):
+            raise ValueError("round or history is not one")
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             if kind == "state":
@@ -61,7 +67,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             else:
                 client, _, name = name.partition("/")
                 checkpoint.updates.setdefault(int(client), {})[name] = value
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         cure = "restore it from a copy, or start a new run"
         raise BadInput(f"{path} is corrupt or truncated ({error}); {cure}") from error
     return checkpoint

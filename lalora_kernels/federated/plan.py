@@ -8,7 +8,7 @@ import numpy as np
 
 from lalora_kernels.data import BadInput, partition_dirichlet, partition_iid
 from lalora_kernels.federated.config import Config
-from lalora_kernels.privacy.accountant import get_noise_multiplier
+from lalora_kernels.privacy.accountant import check_noise_multiplier, get_noise_multiplier
 
 PARTITION, PARTICIPATION = 0, 1  # streams of the public seed
 
@@ -97,3 +97,19 @@ def make_plan(config: Config, sizes: Sequence[int]) -> Plan:
             )
         clients.append(ClientPlan(client, int(records), q, steps, sigma))
     return Plan(rounds, clients)
+
+
+def read_plan(stored: dict, config: Config, sizes: Sequence[int]) -> Plan:
+    """The plan that a run stored, with its σ. Raises BadInput where it is not the one that ``config`` makes."""
+    plan = Plan(stored["participation"], [ClientPlan(**client) for client in stored["clients"]])
+    told = [(c.client, c.records, c.sample_rate) for c in plan.clients]
+    if plan.participation != participation(config) or told != [
+        (i, records, config.batch_size / records) for i, records in enumerate(sizes)
+    ]:
+        raise BadInput("the stored plan is not the one that the stored settings make; restore config.json from a copy")
+    for client in plan.clients:
+        try:
+            check_noise_multiplier(client.noise_multiplier)
+        except ValueError as error:
+            raise BadInput(f"config.json, client {client.client}: {error}") from error
+    return plan

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,19 @@ from torch.utils.data import Subset
 import lalora_kernels
 from lalora_kernels.adapt import adapt
 from lalora_kernels.data import BadInput, Data, load_data
+from lalora_kernels.federated.checkpoint import FILE as CHECKPOINT
 from lalora_kernels.federated.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lalora_kernels.federated.client import Client, get_state, set_state, trainable_tensors
 from lalora_kernels.federated.config import Config, make_config
+from lalora_kernels.federated.lock import RunLock
 from lalora_kernels.federated.methods import get_method
-from lalora_kernels.federated.plan import ClientPlan, Plan, deal, make_plan, partition_digest
+from lalora_kernels.federated.plan import ClientPlan, Plan, deal, make_plan, partition_digest, read_plan
 from lalora_kernels.federated.server import Server, update_bytes
-from lalora_kernels.files import tensor_digest, write_atomic
+from lalora_kernels.files import remove_temporaries, tensor_digest, write_atomic
 from lalora_kernels.models import Classifier, load_model
 from lalora_kernels.peft_io import save_adapter
 from lalora_kernels.privacy.checks import check_per_sample
-from lalora_kernels.privacy.ledger import Ledger
+from lalora_kernels.privacy.ledger import Ledger, LedgerError
 from lalora_kernels.privacy.noise import NoiseSource
 
 CONFIG, METRICS, LEDGERS, ADAPTER = "config.json", "metrics.jsonl", "ledger.json", "adapter"
@@ -114,13 +116,17 @@ def _base_digest(model: nn.Module) -> str:
 
 @dataclass
 class Run:
-    """A run and its folder. ``start`` makes one, ``resume`` finds one again; ``train`` brings it to its end."""
+    """A run and its folder. ``start`` makes one, ``resume`` finds one again; ``train`` brings it to its end.
+
+    From then until ``train`` returns or raises, no other process can use the folder.
+    """
 
     folder: Path
     task: Task
     plan: Plan
     clients: list[Client]
     at: Checkpoint
+    lock: RunLock
 
     @classmethod
     def start(
@@ -132,13 +138,22 @@ class Run:
         a folder that holds a run already, and as ``make_plan`` does.
         """
         folder = Path(folder)
+        with RunLock(folder).released_on_error() as lock:
+            return cls._start(task, folder, noise, watch, lock)
+
+    @classmethod
+    def _start(cls, task: Task, folder: Path, noise, watch: Watch, lock: RunLock) -> "Run":
         if (folder / CONFIG).exists():
             raise BadInput(f"{folder} holds a run already; --resume {folder} continues it, another --out starts anew")
+        if (folder / LEDGERS).exists() and any(ledger.steps for ledger in read_ledgers(folder).values()):
+            raise BadInput(
+                f"{folder} holds the ledger of a run that lost its {CONFIG}; restore that file, or choose another --out"
+            )
         plan = make_plan(task.config, [len(part) for part in task.parts])
         clients = [_client(task, one, Ledger(**_budget(task.config)), noise) for one in plan.clients]
         _refuse_unfit(task, clients[0])
         server = Server(get_method(task.config.method), get_state(task.classifier.model))
-        run = cls(folder, task, plan, clients, Checkpoint(0, server.state))
+        run = cls(folder, task, plan, clients, Checkpoint(0, server.state), lock)
         run._record(0, server, [], 0, 0.0, watch)
         about = {
             "settings": json.loads(task.config.to_json()),
@@ -156,31 +171,53 @@ class Run:
 
         A client whose ledger is ahead of the stored weights (a crash between the two files) has spent its share of
         that round: its update is lost and it is left out of that round's mean. Raises BadInput for a folder that is not
-        a run, for damaged files, and for data or base weights that are not those of the start.
+        a run or that another process uses, for files that are missing, damaged or edited, for a ledger that is behind
+        the weights, and for data or base weights that are not those of the start.
         """
         folder = Path(folder)
-        about = _read_json(folder / CONFIG)
-        at = load_checkpoint(folder)
-        books = _read_json(folder / LEDGERS)
+        if not folder.is_dir():
+            raise BadInput(f"{folder}: no such run folder")
+        if not (folder / CONFIG).exists():
+            raise BadInput(f"{folder}: not a run that can be resumed, {CONFIG} is missing")
+        with RunLock(folder).released_on_error() as lock:
+            remove_temporaries(folder, (CONFIG, METRICS, LEDGERS, CHECKPOINT))
+            return cls._resume(folder, watch, lock)
+
+    @classmethod
+    def _resume(cls, folder: Path, watch: Watch, lock: RunLock) -> "Run":
+        about, at, books = read_json(folder / CONFIG), load_checkpoint(folder), read_json(folder / LEDGERS)
         try:
             config = make_config(about["settings"], str(folder / CONFIG))
-            plan = Plan(about["plan"]["participation"], [ClientPlan(**c) for c in about["plan"]["clients"]])
             task = prepare(config, watch)
             for what, found in task.fingerprints.items():
                 if about["fingerprints"][what] != found:
                     raise BadInput(f"{folder}: the {what} is not the one that this run was started with")
-            clients = []
-            for one in plan.clients:
-                book = books["clients"][str(one.client)]
-                ledger = Ledger(**_budget(config))
-                ledger.load_state_dict(book["ledger"])
-                client = _client(task, one, ledger, None)
-                client.noise.load_state_dict(book["noise"])
-                client.nonfinite_samples = int(book["nonfinite_samples"])
-                clients.append(client)
-        except (KeyError, TypeError, AttributeError) as error:
+            plan = read_plan(about["plan"], config, [len(part) for part in task.parts])
+            clients = _with_ledgers(task, plan, folder, books)
+            run = cls(folder, task, plan, clients, at, lock)
+            run._refuse_strange_ledgers()
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise BadInput(f"{folder} is not a complete run: {type(error).__name__} {error}") from error
-        return cls(folder, task, plan, clients, at)
+        return run
+
+    def _refuse_strange_ledgers(self) -> None:
+        """Whatever the stored weights cost is in the ledgers, at each client's own noise and rate."""
+        steps = self.task.config.local_steps
+        for client, one in zip(self.clients, self.plan.clients):
+            owed = self.plan.steps_before(one.client, self.at.round + 1, steps)
+            owed += steps * (one.client in self.at.updates)
+            if client.ledger.steps < owed:
+                raise BadInput(
+                    f"{self.folder / LEDGERS}: client {one.client} has {client.ledger.steps} releases on record, but "
+                    f"the stored weights hold {owed}; this is an older ledger, restore the one that goes with the "
+                    f"checkpoint"
+                )
+            if any((e.noise_multiplier, e.sample_rate) != (one.noise_multiplier, one.sample_rate)
+                   for e in client.ledger.entries):  # fmt: skip
+                raise BadInput(
+                    f"{self.folder / LEDGERS}: the ledger of client {one.client} holds releases that are not this "
+                    f"client's; restore both {LEDGERS} and {CONFIG} from a copy"
+                )
 
     @property
     def done(self) -> bool:
@@ -188,7 +225,18 @@ class Run:
         return self.at.round >= self.task.config.rounds
 
     def train(self, watch: Watch = Watch()) -> None:
-        """Run the rounds that are left; the folder is resumable at any moment, however this ends."""
+        """Run the rounds that are left; the folder is resumable at any moment, however this ends.
+
+        Once: after it ended, ``resume`` continues, since another process may have gone on in the meantime.
+        """
+        if not self.lock.held:
+            raise RuntimeError(f"this run has ended; Run.resume({str(self.folder)!r}) continues it")
+        try:
+            self._train(watch)
+        finally:
+            self.lock.release()
+
+    def _train(self, watch: Watch) -> None:
         config, method = self.task.config, get_method(self.task.config.method)
         while not self.done:
             began = time.monotonic()
@@ -291,11 +339,46 @@ def _client(task: Task, plan: ClientPlan, ledger: Ledger, noise: Callable[[int],
     return Client(str(plan.client), records, plan.noise_multiplier, ledger, source)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _with_ledgers(task: Task, plan: Plan, folder: Path, books: Mapping[str, Any]) -> list[Client]:
+    """The clients with what they have spent and the numbers that their noise has used, under fresh keys."""
+    try:
+        ledgers, clients = read_ledgers(folder, books), []
+        for one in plan.clients:
+            name = str(one.client)
+            ledger = Ledger(**_budget(task.config))
+            ledger.load_state_dict(ledgers[name].state_dict())
+            client = _client(task, one, ledger, None)
+            client.noise.load_state_dict(books["clients"][name]["noise"])
+            client.nonfinite_samples = int(books["clients"][name]["nonfinite_samples"])
+            clients.append(client)
+    except (ValueError, OverflowError) as error:  # a LedgerError is one
+        raise BadInput(f"{folder / LEDGERS}: {error}") from error
+    return clients
+
+
+def read_ledgers(folder: Path, books: Mapping[str, Any] | None = None) -> dict[str, Ledger]:
+    """Every client's ledger by name, from the run folder. Raises BadInput for a file that is missing or no run's,
+    LedgerError, naming the client, where a hash chain does not hold."""
+    books = read_json(folder / LEDGERS) if books is None else books
+    try:
+        stored = {name: book["ledger"] for name, book in books["clients"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{folder / LEDGERS} is not a run's ledger file: {type(error).__name__} {error}") from error
+    ledgers = {name: Ledger() for name in stored}
+    for name, ledger in ledgers.items():
+        try:
+            ledger.load_state_dict(stored[name])
+        except LedgerError as error:
+            raise LedgerError(f"client {name}: {error}") from None
+    return ledgers
+
+
+def read_json(path: Path) -> Any:
+    """A file of the run folder. Raises BadInput where it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path.parent}: not a run that can be resumed, {path.name} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         cure = "restore it from a copy, or start a new run"
         raise BadInput(f"{path} is corrupt or truncated ({error}); {cure}") from error
