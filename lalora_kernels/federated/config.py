@@ -76,7 +76,7 @@ class Config:
     # the federation
     clients: int = 8
     fraction: float = 0.5
-    rounds: int = 20
+    rounds: int = 12
     local_steps: int = 20
     partition: str = "dirichlet"
     dirichlet_alpha: float = 0.5
