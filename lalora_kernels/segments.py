@@ -46,7 +46,7 @@ def _build(op: str, rows: Sequence[tuple], smallest_tile: int, device: torch.dev
     while tile < (16 if tile < 4096 else 4) * max(halos) and tile < MAX_TILE:
         tile *= 2
     if tile < 4 * max(halos):
-        raise ValueError(f"{op}: a filtered tensor of rank {max(halos) // 2}; the kernels take {MAX_TILE // 8} at most")
+        raise ValueError(f"{op}: a filtered tensor of rank {max(r[6] for r in rows)}; the kernels take {MAX_TILE // 8}")
     table, owner, aligned = [], [], True
     for l, ((g, g_stride, s, out, numel, length, inner, index, smooth), halo) in enumerate(zip(rows, halos)):
         if numel >= 1 << 31:

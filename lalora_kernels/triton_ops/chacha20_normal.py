@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lalora_kernels.gpu import DTYPES, refuse_capture
 from lalora_kernels.reference.chacha20_normal import MASK, MAX_ELEMENTS, key_words
-from lalora_kernels.triton_ops.common import DTYPES, inline, signed
+from lalora_kernels.triton_ops.common import inline, signed
 
 BLOCK = 256  # blocks of ChaCha20 a program
 
@@ -150,15 +151,6 @@ def chacha20_words_kernel(out, first, blocks, k0, k1, k2, k3, k4, k5, k6, k7, n0
 
 def stream_args(key: bytes, nonce: tuple[int, int, int]) -> list[int]:
     return [signed(w) for w in (*key_words(key), *nonce)]
-
-
-def refuse_capture(op: str, device: torch.device) -> None:
-    """A graph replays its arguments: the second replay would draw the noise of the first, and no epsilon would hold."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{op}: a captured CUDA graph would use one (key, release) pair at every replay; capture forward, backward "
-            f"and clipping, and release outside of the graph"
-        )
 
 
 def chacha20_normal(

@@ -8,10 +8,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # A function that kernels call. The interpreter needs no decorator there, and with one takes 4 ms a call.
@@ -48,44 +46,6 @@ def _chip(device: torch.device) -> Chip:
 
 def chip(device: torch.device) -> Chip:
     return assumed or _chip(device)
-
-
-def _check(op: str, name: str, t: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
-    if t.device != like.device:
-        raise ValueError(f"{op}: {name} is on {t.device}, expected {like.device}")
-    if t.dtype not in DTYPES:
-        raise TypeError(f"{op}: {name} is {t.dtype}, expected {', '.join(map(str, DTYPES))}")
-    if t.shape != tuple(shape):
-        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {tuple(shape)}")
-    # Inside a tile (at most 256 positions, all features) offsets are 32 bits wide.
-    return t if 256 * t.stride(-2) + t.shape[-1] * t.stride(-1) < 1 << 31 else t.contiguous()
-
-
-def layer_inputs(op: str, dy: Tensor, B: Tensor, h: Tensor | None, x: Tensor | None) -> list[Tensor | None]:
-    """Checked, and of one dtype: float32 where theirs differ, as the reference computes in float32 at least."""
-    if dy.dim() != 3 or B.dim() != 2 or B.shape[0] != dy.shape[2] or B.shape[1] < 1:
-        raise ValueError(
-            f"{op}: dy {tuple(dy.shape)} and B {tuple(B.shape)} do not fit; expected dy (N, T, m) and B (m, r), r >= 1"
-        )
-    N, T, m = dy.shape
-    r = B.shape[1]
-    given = [_check(op, "dy", dy, dy, (N, T, m)), _check(op, "B", B, dy, (m, r))]
-    given.append(None if h is None else _check(op, "h", h, dy, (N, T, r)))
-    given.append(None if x is None else _check(op, "x", x, dy, (N, T, x.shape[-1])))
-    dtypes = {t.dtype for t in given if t is not None}
-    return given if len(dtypes) == 1 else [None if t is None else t.float() for t in given]
-
-
-def gradient_out(op: str, name: str, given: Tensor | None, shape: tuple[int, int, int], device) -> Tensor:
-    """What a kernel writes: ``given``, or a copy where one of its samples has gaps."""
-    if given is None:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-    if given.dtype != torch.float32 or given.device != device or given.shape != shape:
-        raise ValueError(
-            f"{op}: {name} is {given.dtype} {tuple(given.shape)} on {given.device}, expected torch.float32 {shape} "
-            f"on {device}"
-        )
-    return given if given.stride(2) == 1 and given.stride(1) == shape[2] else given.contiguous()
 
 
 def signed(word: int) -> int:

@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lalora_kernels.gpu import refuse_capture
 from lalora_kernels.reference.chacha20_normal import MASK
 from lalora_kernels.segments import FIELDS as _FIELDS
 from lalora_kernels.segments import Release
-from lalora_kernels.triton_ops.chacha20_normal import STREAM, noise_tile, refuse_capture, stream_args
+from lalora_kernels.triton_ops.chacha20_normal import STREAM, noise_tile, stream_args
 from lalora_kernels.triton_ops.common import chip, inline, pick
 
 FIELDS = tl.constexpr(_FIELDS)

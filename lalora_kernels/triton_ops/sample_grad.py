@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lalora_kernels.triton_ops.common import chip, dot, gradient_out, inline, layer_inputs, pick, precision
+from lalora_kernels.gpu import gradient_out, layer_inputs
+from lalora_kernels.triton_ops.common import chip, dot, inline, pick, precision
 
 HALF = torch.float16
 FINISH = 1024  # elements a program of the finishing kernels

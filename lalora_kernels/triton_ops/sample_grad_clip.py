@@ -64,7 +64,7 @@ def sample_grad_clip_kernel(
         q = tl.sum(tl.sum(b_q * b_q, 1), 0)
         tl.store(sq + n, q)
         norm = grad_scale * tl.sqrt(q)
-        c = tl.where(norm > max_norm, max_norm / norm, 1.0) * grad_scale
+        c = tl.where(norm > max_norm, max_norm / tl.where(norm > max_norm, norm, 1.0), 1.0) * grad_scale
         safe = (norm - norm == 0.0) & (c >= SMALLEST)  # not NaN or Inf, and a factor that float32 can hold
         c = tl.where(safe, c, 0.0).to(tl.float32)
         c = tl.where(i_n < valid, c, 0.0)

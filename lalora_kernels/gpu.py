@@ -1,0 +1,85 @@
+"""What the GPU backends share: checks of their inputs, and which of their kernels have passed their tests on a card."""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("cuda", "triton")  # in order of preference, once proven
+_PROVEN = Path(__file__).with_name("proven.json")
+
+
+@cache
+def proven() -> dict[str, dict[str, dict[str, str]]]:
+    """backend -> operation -> architecture family -> the committed result of bench/gpu.sh in which its suite passed."""
+    return json.loads(_PROVEN.read_text())
+
+
+def family(device: torch.device | str | None = None) -> str:
+    """ "sm_90" for compute capability 9.0; on AMD the name that the runtime gives, such as "gfx942"."""
+    props = torch.cuda.get_device_properties(device)
+    return props.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{props.major}{props.minor}"
+
+
+def default_backend(op: str, architecture: str) -> str:
+    """What serves ``op`` on a GPU that nobody chose a backend for: a kernel proven on its family, or the reference."""
+    for name in BACKENDS:
+        if architecture in proven().get(name, {}).get(op, {}):
+            return name
+    return "reference"
+
+
+def _check(op: str, name: str, t: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
+    if t.device != like.device:
+        raise ValueError(f"{op}: {name} is on {t.device}, expected {like.device}")
+    if t.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} is {t.dtype}, expected {', '.join(map(str, DTYPES))}")
+    if t.shape != tuple(shape):
+        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {tuple(shape)}")
+    # Inside a tile (at most 256 positions, all features) offsets are 32 bits wide.
+    return t if 256 * t.stride(-2) + t.shape[-1] * t.stride(-1) < 1 << 31 else t.contiguous()
+
+
+def layer_inputs(op: str, dy: Tensor, B: Tensor, h: Tensor | None, x: Tensor | None) -> list[Tensor | None]:
+    """Checked, and of one dtype: float32 where theirs differ, as the reference computes in float32 at least."""
+    if dy.dim() != 3 or B.dim() != 2 or B.shape[0] != dy.shape[2] or B.shape[1] < 1:
+        raise ValueError(
+            f"{op}: dy {tuple(dy.shape)} and B {tuple(B.shape)} do not fit; expected dy (N, T, m) and B (m, r), r >= 1"
+        )
+    N, T, m = dy.shape
+    r = B.shape[1]
+    given = [_check(op, "dy", dy, dy, (N, T, m)), _check(op, "B", B, dy, (m, r))]
+    given.append(None if h is None else _check(op, "h", h, dy, (N, T, r)))
+    given.append(None if x is None else _check(op, "x", x, dy, (N, T, x.shape[-1])))
+    dtypes = {t.dtype for t in given if t is not None}
+    return given if len(dtypes) == 1 else [None if t is None else t.float() for t in given]
+
+
+def gradient_out(op: str, name: str, given: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """What a kernel writes: ``given`` (N, rows, columns), or a copy where one of its samples has gaps."""
+    if given is None:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    if given.dtype != torch.float32:
+        raise TypeError(f"{op}: {name} is {given.dtype}, expected torch.float32")
+    if given.device != device or given.shape != tuple(shape):
+        raise ValueError(f"{op}: {name} is {tuple(given.shape)} on {given.device}, expected {tuple(shape)} on {device}")
+    return given if given.stride(2) == 1 and given.stride(1) == shape[2] else given.contiguous()
+
+
+def sums(op: str, S: Tensor | None, name: str, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(what the caller gets, what the kernel adds to): ``S`` or zeros, and it or a copy without gaps."""
+    S = torch.zeros(shape, dtype=torch.float32, device=device) if S is None else S
+    return S, gradient_out(op, name, S.unsqueeze(0), (1, *shape), device)[0]
+
+
+def refuse_capture(op: str, device: torch.device) -> None:
+    """A graph replays its arguments: the second replay would draw the noise of the first, and no epsilon would hold."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{op}: a captured CUDA graph would use one (key, release) pair at every replay; capture forward, backward "
+            f"and clipping, and release outside of the graph"
+        )
