@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ class Config:
     # the federation
     clients: int = 8
     fraction: float = 0.5
-    rounds: int = 12
+    rounds: int = 8
     local_steps: int = 20
     partition: str = "dirichlet"
     dirichlet_alpha: float = 0.5
@@ -153,6 +154,8 @@ NAMES = tuple(field.name for field in dataclasses.fields(Config))
 
 def make_config(values: dict[str, Any], where: str = "settings") -> Config:
     """A Config from a flat mapping; ε = inf (JSON: "inf") means no noise. Raises BadInput for unknown names."""
+    if not isinstance(values, Mapping):
+        raise BadInput(f"{where}: settings are names with values, got {type(values).__name__}")
     if strange := sorted(set(values) - set(NAMES)):
         import difflib
 
