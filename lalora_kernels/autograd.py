@@ -31,11 +31,24 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
 
 
+def _merging_pays(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether x (W0 + s B A)^T beats x W0^T + s (x A^T) B^T.
+
+    Two passes over W0 (m n) against one over x (rows n) and two over y (rows m), once more in backward; three times
+    measured. In half precision W0 + s B A would round small updates away.
+    """
+    if torch.compiler.is_compiling() or dtype not in (torch.float32, torch.float64) or weight.dtype != dtype:
+        return False  # traced: one graph for every batch size
+    m, n = weight.shape
+    return x.numel() * (m + n) >= 3 * m * n * n
+
+
 class LoRAFunction(torch.autograd.Function):
     """y = x W0^T + b + s (x_lora A^T) B^T; x (..., n), W0 (m,n), A (r,n), B (m,r).
 
     ``x_lora`` is None where it is x itself (no dropout). Only what the active factors need is kept for backward:
-    h = x A^T (r wide) for B, x for A, neither when both are frozen. Computes in ``dtype``.
+    h = x A^T (r wide) for B, x for A, neither when both are frozen. Computes in ``dtype``. With many rows the products
+    are with W0 + s B A, formed for each of them and not kept.
     """
 
     @staticmethod
@@ -43,9 +56,16 @@ class LoRAFunction(torch.autograd.Function):
         _, _, _, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         xc = x.to(dtype)
         xl = xc if x_lora is None else x_lora.to(dtype)
-        y = _linear(xc, weight.to(dtype), None if bias is None else bias.to(dtype))
-        h = xl @ lora_A.to(dtype).t()
-        y.view(-1, y.shape[-1]).addmm_(_rows(h), lora_B.to(dtype).t(), alpha=scaling)
+        b = None if bias is None else bias.to(dtype)
+        A, B, h = lora_A.to(dtype), lora_B.to(dtype), None
+        ctx.merged = x_lora is None and _merging_pays(xc, weight, dtype)
+        if need_B or not ctx.merged:
+            h = xl @ A.t()
+        if ctx.merged:
+            y = _linear(xc, torch.addmm(weight, B, A, alpha=scaling), b)
+        else:
+            y = _linear(xc, weight.to(dtype), b)
+            y.view(-1, y.shape[-1]).addmm_(_rows(h), B.t(), alpha=scaling)
         ctx.save_for_backward(h if need_B else None, xl if need_A else None, weight, lora_A, lora_B)
         ctx.scaling, ctx.dtype, ctx.recorder, ctx.token = scaling, dtype, recorder, token
         ctx.dtypes = (x.dtype, None if x_lora is None else x_lora.dtype)
@@ -58,7 +78,8 @@ class LoRAFunction(torch.autograd.Function):
     def backward(ctx, dy):
         need_x, need_xl, _, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         h, xl, weight, lora_A, lora_B = ctx.saved_tensors
-        through_A = need_xl or (need_x and ctx.dtypes[1] is None)
+        separate = need_x and ctx.dtypes[1] is None and not ctx.merged  # dx takes its low-rank part from dz
+        through_A = need_xl or separate
         dx = dxl = dA = dB = db = dz = None
         if ctx.token is not None:
             B = lora_B.to(dy.dtype)
@@ -76,9 +97,12 @@ class LoRAFunction(torch.autograd.Function):
             if need_bias:
                 db = dy2.sum(0)
         if need_x:
-            dx = _rows(dy) @ weight.to(dy.dtype)
-            if ctx.dtypes[1] is None:
-                dx.addmm_(_rows(dz), lora_A.to(dy.dtype))
+            w, A = weight.to(dy.dtype), lora_A.to(dy.dtype)
+            if ctx.merged:
+                w = torch.addmm(w, lora_B.to(dy.dtype), A, alpha=ctx.scaling)
+            dx = _rows(dy) @ w
+            if separate:
+                dx.addmm_(_rows(dz), A)
             dx = dx.view(*dy.shape[:-1], weight.shape[1]).to(ctx.dtypes[0])
         if need_xl:
             dxl = (_rows(dz) @ lora_A.to(dy.dtype)).view(*dy.shape[:-1], weight.shape[1]).to(ctx.dtypes[1])
