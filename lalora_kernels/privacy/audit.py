@@ -231,21 +231,20 @@ def _statistic(
 
 
 def _filter_matrix(shapes: list[torch.Size], dims: list[int | None]) -> np.ndarray:
-    """The filter of all tensors side by side as a dense matrix, built from NumPy's convolution and not from ours."""
-    blocks = []
-    for shape, dim in zip(shapes, dims):
-        count = math.prod(shape)
-        basis = np.eye(count).reshape(count, *shape)
-        if dim is not None:
-            basis = np.apply_along_axis(_binomial, dim + 1, basis)
-        blocks.append(basis.reshape(count, count).T)
-    size = sum(len(b) for b in blocks)
+    """The filter of all tensors, flattened side by side, as one dense matrix."""
+    size = sum(math.prod(shape) for shape in shapes)
     M, at = np.zeros((size, size)), 0
-    for b in blocks:
-        M[at : at + len(b), at : at + len(b)] = b
-        at += len(b)
+    for shape, dim in zip(shapes, dims):
+        factors = [binomial_filter_matrix(n) if axis == dim else np.eye(n) for axis, n in enumerate(shape)]
+        block = np.eye(1)
+        for factor in factors:
+            block = np.kron(block, factor)
+        M[at : at + len(block), at : at + len(block)] = block
+        at += len(block)
     return M
 
 
-def _binomial(line: np.ndarray) -> np.ndarray:
-    return np.convolve(np.pad(line, 2, mode="symmetric"), np.array([1, 4, 6, 4, 1]) / 16, "valid")
+def binomial_filter_matrix(length: int) -> np.ndarray:
+    """[1,4,6,4,1]/16 with symmetric padding as a matrix (length, length), by NumPy's convolution and not by ours."""
+    pad = [np.pad(line, 2, mode="symmetric") for line in np.eye(length)]
+    return np.stack([np.convolve(line, np.array([1, 4, 6, 4, 1]) / 16, "valid") for line in pad], 1)
