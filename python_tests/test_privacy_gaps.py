@@ -7,6 +7,7 @@ from torch import nn
 
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.run import Run, prepare
+from lalora_kernels.nn import set_active
 
 
 @pytest.mark.parametrize("kwargs", [{"sample_rate": 0.3}, {"expected_batch_size": 5}, {"batch_size": 3}])
@@ -31,6 +32,16 @@ def test_a_factor_that_falls_idle_has_no_gradient_left_to_step_on():
         opt.step()
         idle = "lora_A" if step % 2 else "lora_B"
         assert all(p.grad is None for n, p in model.named_parameters() if n.endswith(idle))
+
+
+def test_set_active_leaves_the_idle_factor_no_gradient_in_ordinary_training_either():
+    """Else the next step of any optimizer would move a factor that is said to be frozen."""
+    model, data, loss = toy()
+    for factors, idle in (("AB", ""), ("A", "lora_B"), ("AB", ""), ("B", "lora_A")):
+        set_active(model, factors)
+        assert all(p.grad is None for n, p in model.named_parameters() if idle and n.endswith(idle))
+        loss(model, data.tensors).backward()
+        assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n and p.requires_grad)
 
 
 class Mixing(nn.Module):
