@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import math
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +131,7 @@ def _npz(path: Path) -> Data:
         raise BadInput(f"{path}: not a readable .npz of plain arrays, corrupt or truncated ({error})") from error
     if missing := [key for key in ("x_train", "y_train") if key not in arrays]:
         raise BadInput(f"{path}: holds {', '.join(arrays) or 'nothing'}; {' and '.join(missing)} missing")
-    classes = [str(c) for c in arrays["classes"].tolist()] if "classes" in arrays else []
+    classes = [str(c) for c in arrays["classes"].reshape(-1).tolist()] if "classes" in arrays else []
     if ("x_test" in arrays) != ("y_test" in arrays):
         raise BadInput(f"{path}: x_test and y_test go together, one is missing")
     if "x_test" not in arrays:
@@ -156,7 +157,7 @@ def _read_table(path: Path, text_column: str | None, label_column: str | None) -
             rows = list(csv.reader(file, **style))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
         kind = ".tsv" if tabs else ".csv"
         raise BadInput(f"{path}: not a readable {kind}, corrupt or truncated ({error})") from error
     if len(rows) < 2:

@@ -1,7 +1,8 @@
 """The public operations. Each runs on the backend that ``dispatch`` chooses; ``backend=`` forces one.
 
 All take and return plain tensors and record no autograd history. SPEC sections 2 to 6 define them; the reference
-(``lalora_kernels.reference``) is the oracle that every backend is tested against.
+(``lalora_kernels.reference``) is the oracle that every backend is tested against. It leaves shapes that do not fit to
+torch, which raises RuntimeError or IndexError; the compiled backends raise ValueError, and TypeError for dtypes.
 """
 
 import math
@@ -96,6 +97,8 @@ def sample_grad_clip(
         raise ValueError(f"sample_grad_clip: max_norm must be positive, got {max_norm}")
     if not (grad_scale > 0 and math.isfinite(grad_scale)):
         raise ValueError(f"sample_grad_clip: grad_scale must be positive and finite, got {grad_scale}")
+    if valid is not None and not 0 <= valid <= len(dy):
+        raise ValueError(f"sample_grad_clip: valid is between 0 and the {len(dy)} samples, got {valid}")
     op = dispatch.get("sample_grad_clip", dy, backend)
     return op(
         dy,

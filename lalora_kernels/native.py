@@ -50,6 +50,12 @@ def _check(op: str, name: str, t: Tensor, shape: Sequence[int] | None = None, dt
     return code
 
 
+def _written(op: str, name: str, t: Tensor) -> None:
+    """Refuse to write where two elements share one place in memory."""
+    if any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride())):
+        raise ValueError(f"{op}: {name} of shape {tuple(t.shape)} is expanded and cannot be written; clone() it")
+
+
 def _batch(op: str, name: str, t: Tensor, N: int, T: int) -> tuple:
     if t.dim() != 3 or t.shape[0] != N or t.shape[1] != T:
         raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected ({N}, {T}, features)")
@@ -64,7 +70,7 @@ def _shapes(op: str, dy: Tensor, B: Tensor, h: Tensor | None, x: Tensor | None):
         )
     N, T, m = dy.shape
     r = B.shape[1]
-    if h is not None and h.shape[-1] != r:
+    if h is not None and (h.dim() != 3 or h.shape[2] != r):
         raise ValueError(f"{op}: h has shape {tuple(h.shape)}, expected ({N}, {T}, {r})")
     args = (
         _batch(op, "dy", dy, N, T),
@@ -85,6 +91,7 @@ def _per_sample_out(op: str, name: str, given: Tensor | None, shape: tuple[int, 
         out = torch.empty(shape, dtype=torch.float32)
         return out, out
     _check(op, name, given, shape, torch.float32)
+    _written(op, name, given)
     samples = given.stride(2) == 1 and given.stride(1) == shape[2]
     return (given if samples or given.is_contiguous() else given.contiguous()), given
 
@@ -162,6 +169,7 @@ def sample_grad_clip(
             sums[k] = torch.zeros(size, dtype=torch.float32)
         else:
             _check("sample_grad_clip", name, given, size, torch.float32)
+            _written("sample_grad_clip", name, given)
             sums[k] = given.contiguous()
     require().sample_grad_clip(
         shape,
@@ -215,6 +223,7 @@ def _release(op: str, G, S, weights: Tensor | None, out, noise_std, key, release
     rows, keep, copies = [], [], []
     for l, o in enumerate(out):
         _check(op, f"out[{l}]", o, None, torch.float32)
+        _written(op, f"out[{l}]", o)
         target = o
         if not o.is_contiguous():
             target = o.contiguous()

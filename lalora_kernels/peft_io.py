@@ -191,7 +191,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} holds no adapter: {CONFIG} is missing")
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is corrupt or truncated: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -216,9 +216,15 @@ def _check_values(config: dict[str, Any]) -> None:
     for key, kind in kinds.items():
         if config.get(key) is not None and not isinstance(config[key], kind):
             raise ValueError(f"{key} cannot be {config[key]!r}")
+        if isinstance(config.get(key), list) and not all(isinstance(name, str) for name in config[key]):
+            raise ValueError(f"{key} holds names, got {config[key]!r}")
+    if not isinstance(config.get("task_type"), (str, type(None))):
+        raise ValueError(f"task_type cannot be {config['task_type']!r}")
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    for pattern in (config.get("target_modules"), config.get("exclude_modules"), *ranks, *alphas):
+    for pattern in (config.get("target_modules"), config.get("exclude_modules")):
         re.compile(pattern if isinstance(pattern, str) else "")
+    for pattern in (*(config.get("modules_to_save") or ()), *ranks, *alphas):
+        re.compile(rf"(^|.*\.)({pattern})($|\..*)")  # inside others, as they are used
     for r in (config.get("r"), *ranks.values()):
         for alpha in (config.get("lora_alpha"), *alphas.values()):
             check_settings(r, alpha, config.get("lora_dropout") or 0.0)
