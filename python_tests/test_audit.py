@@ -1,5 +1,8 @@
 """The audits: what they must show of a sound mechanism, and that they find a broken one."""
 
+import copy
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -7,10 +10,15 @@ import pytest
 import torch
 from scipy import stats
 
-from lalora_kernels import functional
+from lalora_kernels import embedded, functional
+from lalora_kernels.cli import main
+from lalora_kernels.data import Records
+from lalora_kernels.federated.config import make_config
+from lalora_kernels.federated.run import prepare
 from lalora_kernels.privacy import audit
 from lalora_kernels.privacy.accountant import compute_epsilon
 from lalora_kernels.privacy.audit import audit_privatize, clopper_pearson, gaussian_epsilon, gaussian_tradeoff
+from lalora_kernels.privacy.audit_run import audit_run, epsilon_lower_bound, p_value
 from lalora_kernels.privacy.noise import NoiseSource
 
 KEY = bytes(range(32))
@@ -121,7 +129,116 @@ def test_arguments_out_of_range(kwargs):
 
 
 def test_what_is_written_is_finite_json():
-    import json
-
     text = json.dumps(step_audit(draws=50).as_dict(), allow_nan=False)
     assert math.isfinite(json.loads(text)["mu"]) and KEY.hex() not in text
+
+
+# ---------------------------------------------------------------- one run
+
+
+def test_the_p_value_of_randomized_response():
+    """(ε, 0): right guesses of m coins of bias e^ε : 1, so the tail of a binomial law, by summing it."""
+    epsilon, r, v = 1.2, 40, 35
+    p = math.exp(epsilon) / (1 + math.exp(epsilon))
+    tail = sum(math.comb(r, k) * p**k * (1 - p) ** (r - k) for k in range(v, r + 1))
+    assert p_value(v, r, 100, epsilon, 0.0) == pytest.approx(tail, rel=1e-9)
+
+
+def test_the_p_value_with_delta_is_the_appendix_loop():
+    """2305.08846, appendix D, as it is printed."""
+
+    def printed(m, r, v, eps, delta):
+        q = 1 / (1 + math.exp(-eps))
+        beta = stats.binom.sf(v - 1, r, q)
+        alpha = total = 0.0
+        for i in range(1, v + 1):
+            total += stats.binom.pmf(v - i, r, q)
+            if total > i * alpha:
+                alpha = total / i
+        return min(beta + alpha * delta * 2 * m, 1)
+
+    for v, eps, delta in ((35, 1.2, 1e-3), (40, 0.3, 1e-5), (21, 0.0, 1e-4), (1, 2.0, 1e-2)):
+        assert p_value(v, 40, 100, eps, delta) == pytest.approx(printed(100, 40, v, eps, delta), rel=1e-9)
+
+
+def test_the_lower_bound_is_where_the_p_value_crosses():
+    epsilon = epsilon_lower_bound(58, 60, 300, 1e-7, FALSE_ALARM)
+    assert 1.0 < epsilon < 3.0
+    assert p_value(58, 60, 300, epsilon - 1e-6, 1e-7) < FALSE_ALARM <= p_value(58, 60, 300, epsilon + 1e-6, 1e-7)
+    assert epsilon_lower_bound(30, 60, 300, 1e-7, FALSE_ALARM) == 0.0
+    with pytest.raises(ValueError, match="no audit has"):
+        p_value(61, 60, 300, 1.0, 0.0)
+
+
+def test_randomized_response_is_not_refuted_more_often_than_the_false_alarm_allows():
+    """Guesses as right as (ε, 0)-DP lets them be are refuted at 5% with a probability of nearly that."""
+    refuting = [v for v in range(81) if epsilon_lower_bound(v, 80, 80, 0.0, 0.05) > 1.0]
+    assert 0.01 < stats.binom.pmf(refuting, 80, 1 / (1 + math.exp(-1.0))).sum() <= 0.05
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    """The embedded default, hardly pre-trained, and 60 MNIST records."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(embedded.RECIPE, "steps", 20)
+    task = prepare(make_config({"device": "cpu"}))
+    index = torch.randperm(len(task.data.train), generator=torch.Generator().manual_seed(0))[:60]
+    return task.classifier, Records(task.data.train.inputs[index], task.data.train.labels[index])
+
+
+def copy_of(world):
+    classifier, records = world
+    return dataclasses.replace(classifier, model=copy.deepcopy(classifier.model)), records
+
+
+def run_audit(world, **kwargs):
+    sizes = {"canaries": 300, "guesses": 80, "steps": 6, "sample_rate": 0.4, "target_epsilon": 1.0}
+    return audit_run(*world, noise=NoiseSource.fixed(KEY), **{**sizes, **kwargs})
+
+
+@pytest.mark.parametrize("smoothing", ["binomial5", None])
+def test_the_one_run_audit_stays_below_the_ledgers_epsilon(world, smoothing):
+    found = run_audit(world, target_epsilon=24.0, guesses=100, smoothing=smoothing)
+    assert 0.5 < found.epsilon < found.epsilon_theory <= 24.0 and not found.broken
+    assert found.confidence >= 1 - FALSE_ALARM
+
+
+def test_the_one_run_audit_finds_noise_that_was_left_out(world, monkeypatch):
+    privatize = functional.privatize
+    monkeypatch.setattr(
+        functional, "privatize", lambda *a, noise_std, **k: privatize(*a, noise_std=0.02 * noise_std, **k)
+    )
+    found = run_audit(world)
+    assert found.broken and found.epsilon > 1.5 > 1.0 >= found.epsilon_theory
+
+
+def test_mislabelled_canaries_are_remembered_without_noise_only(world):
+    sizes = {"kind": "mislabelled", "canaries": 60, "guesses": 30, "max_grad_norm": 50.0, "smoothing": None, "lr": 1.0}
+    assert run_audit(copy_of(world), **sizes, steps=30, method="dp-lora").epsilon == 0.0
+    found = run_audit(world, **sizes, steps=150, method="dp-lora", target_epsilon=None, noise_multiplier=0.0)
+    assert found.epsilon_theory == math.inf and found.correct >= 24  # a fair coin: 1 in 1,400
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"kind": "poison"}, "kind is one of"),
+        ({"guesses": 1}, "guesses lies between"),
+        ({"canaries": 10**6, "guesses": 9}, "need as many coordinates"),
+        ({"kind": "mislabelled"}, "need as many records; there are 60"),
+    ],
+)
+def test_run_audits_that_do_not_fit(world, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        run_audit(world, **kwargs)
+
+
+def test_the_command_prints_and_writes_what_it_found(world, tmp_path, capsys):
+    out = tmp_path / "results"
+    code = main(["audit", "--draws", "40", "--canaries", "30", "--steps", "2", "--out", str(out)])
+    shown = capsys.readouterr().out
+    assert code == 0 and "No claim is refuted." in shown and "μ claimed" in shown
+    stored = json.loads((out / "audit-cpu.json").read_text())
+    assert len(stored["one_release"]) == 3 and {a["kind"] for a in stored["one_run"]} == {"dirac", "mislabelled"}
+    assert not any(a["broken"] for a in stored["one_release"] + stored["one_run"])
+    assert main(["audit", "--draws", "0"]) == 2

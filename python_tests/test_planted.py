@@ -1,5 +1,7 @@
-"""The list of planted faults fits the product. The faults themselves are planted by ``make planted``."""
+"""The list of planted faults, and the tests that docs/privacy.md names, fit what is there. The faults themselves are
+planted by ``make planted``."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,14 @@ def test_the_tests_that_should_notice_exist(fault):
 def test_the_faults_are_many_and_told_apart():
     assert len(FAULTS) >= 20
     assert len({f.name for f in FAULTS}) == len({(f.file, f.old, f.new) for f in FAULTS}) == len(FAULTS)
+
+
+def test_every_test_that_the_privacy_page_names_exists():
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (ROOT / "docs/privacy.md").read_text(encoding="utf-8"))
+    assert len(named) > 30
+    missing = [
+        f"{file}::{name}"
+        for file, name in named
+        if not re.search(rf"^\s*(def|class) {name}\b", (ROOT / "python_tests" / file).read_text("utf-8"), re.MULTILINE)
+    ]
+    assert not missing

@@ -38,7 +38,7 @@ FAULTS = (
     _fault(
         "noise omitted",
         ENGINE,
-        "noise_std=self.noise_std,",
+        "noise_std=noisy,",
         "noise_std=0.0,",
         "private_step",
     ),
@@ -59,8 +59,8 @@ FAULTS = (
     _fault(
         "an empty batch is not noised",
         ENGINE,
-        "noise_std=self.noise_std,",
-        "noise_std=self.noise_std if self.batch.valid else 0.0,",
+        "noise_std=noisy,",
+        "noise_std=noisy if self.batch.valid else 0.0,",
         "private_step",
     ),
     _fault(
@@ -73,8 +73,8 @@ FAULTS = (
     _fault(
         "noise reused in the next step",
         ENGINE,
-        "release=self.noise.take_release(),",
-        "release=self.noise.next_release,",
+        "release = self.noise.take_release()",
+        "release = self.noise.next_release",
         "private_step",
     ),
     _fault(
@@ -369,8 +369,8 @@ FAULTS = (
     _fault(
         "a resumed run forgets what was spent",
         f"{FEDERATED}/run.py",
-        "                ledger.load_state_dict(ledgers[",
-        "                (lambda _: None)(ledgers[",
+        "ledger.load_state_dict(ledgers[name].state_dict())",
+        "pass",
         "federated",
     ),
     _fault(
