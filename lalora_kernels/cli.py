@@ -110,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
     sweep.add_argument("--config", metavar="FILE.toml", help="settings that all runs share")
     sweep.add_argument("--out", metavar="FOLDER", default="runs/table", help="(default: runs/table)")
+    sweep.add_argument("--into", metavar="PAGE.md", help="put the table between this page's accuracy marks")
     sweep.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _add_settings(table, leave_out=("method", "smoothing", "epsilon", "seed"))
 
@@ -213,11 +214,14 @@ class _setup:
 
 def table(args: argparse.Namespace) -> int:
     """``lalora table``."""
-    from lalora_kernels.table import make_table
+    from lalora_kernels.table import make_table, put_into
 
     grid = {"method": args.methods, "smoothing": args.smoothings, "epsilon": args.epsilons, "seed": args.seeds}
     try:
-        print(make_table(settings(args), grid, Path(args.out), args.jobs))
+        text = make_table(settings(args), grid, Path(args.out), args.jobs)
+        print(text)
+        if args.into:
+            put_into(Path(args.into), text)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return INTERRUPTED

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -12,6 +13,10 @@ from typing import Any
 
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import Config, make_config
+from lalora_kernels.files import write_atomic
+
+BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
+Accuracy = tuple[float, float]  # before and after, in [0, 1]
 
 
 def make_table(shared: dict[str, Any], grid: dict[str, Sequence], out: Path, jobs: int = 1) -> str:
@@ -34,10 +39,22 @@ def make_table(shared: dict[str, Any], grid: dict[str, Sequence], out: Path, job
     missing = {name: config for name, config in configs.items() if name not in results}
     for name, accuracy in _train(missing, out, jobs):
         results[name] = accuracy
-        print(f"[{len(results)}/{len(configs)}] {name}: {100 * accuracy:.1f} %", flush=True)
+        print(f"[{len(results)}/{len(configs)}] {name}: {100 * accuracy[1]:.1f} %", flush=True)
     text = _markdown(grid, results)
-    (out / "table.md").write_text(text)
+    write_atomic(out / "table.md", text)
     return text
+
+
+def put_into(page: Path, table: str) -> None:
+    """Replace what stands between the page's accuracy marks by ``table``. Raises BadInput for a page without them."""
+    try:
+        text = page.read_text(encoding="utf-8")
+        start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    except FileNotFoundError:
+        raise BadInput(f"{page}: no such file") from None
+    except ValueError:
+        raise BadInput(f"{page}: has no lines {BEGIN} and {END} to put the table between") from None
+    write_atomic(page, f"{text[:start]}\n{table}{text[end:]}")
 
 
 def _name(cell: dict[str, Any]) -> str:
@@ -53,15 +70,16 @@ def _check_same(folder: Path, config: Config) -> None:
         raise BadInput(f"{folder} holds a run with another {', '.join(differ)}; remove it or choose another --out")
 
 
-def _finished(folder: Path) -> float | None:
-    """Test accuracy of a run that has written its adapter, the last thing it does; in [0, 1]."""
+def _finished(folder: Path) -> Accuracy | None:
+    """The test accuracies of a run that has written its adapter, the last thing it does."""
     if not (folder / "adapter").exists():
         return None
-    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["accuracy"]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return json.loads(lines[0])["accuracy"], json.loads(lines[-1])["accuracy"]
 
 
-def _train(configs: dict[str, Config], out: Path, jobs: int) -> Iterator[tuple[str, float]]:
-    """(name, accuracy) of each run, as they end."""
+def _train(configs: dict[str, Config], out: Path, jobs: int) -> Iterator[tuple[str, Accuracy]]:
+    """(name, accuracies) of each run, as they end."""
     if jobs == 1:
         yield from ((name, _one(config, out / name, None)) for name, config in configs.items())
         return
@@ -73,8 +91,8 @@ def _train(configs: dict[str, Config], out: Path, jobs: int) -> Iterator[tuple[s
             yield started[finished], finished.result()
 
 
-def _one(config: Config, folder: Path, threads: int | None) -> float:
-    """Train one run to its end, from where it stands; its test accuracy in [0, 1]."""
+def _one(config: Config, folder: Path, threads: int | None) -> Accuracy:
+    """Train one run to its end, from where it stands; its test accuracies."""
     import torch
 
     from lalora_kernels.federated.run import Run, prepare
@@ -84,18 +102,24 @@ def _one(config: Config, folder: Path, threads: int | None) -> float:
     there = (folder / "config.json").exists()
     run = Run.resume(folder) if there else Run.start(prepare(config), folder)
     run.train()
-    return run.at.history[-1]["accuracy"]
+    return run.at.history[0]["accuracy"], run.at.history[-1]["accuracy"]
 
 
-def _markdown(grid: dict[str, Sequence], results: dict[str, float]) -> str:
-    head = ["method", "smoothing", *(f"ε = {e:g}" for e in grid["epsilon"])]
+def _markdown(grid: dict[str, Sequence], results: dict[str, Accuracy]) -> str:
+    head = ["method", "smoothing", *("ε = ∞ (no noise)" if e == math.inf else f"ε = {e:g}" for e in grid["epsilon"])]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * len(grid["epsilon"])]
     for method, smoothing in itertools.product(grid["method"], grid["smoothing"]):
         row = [method, smoothing]
         for epsilon in grid["epsilon"]:
             cell = {"method": method, "smoothing": smoothing, "epsilon": epsilon}
-            values = [100 * results[_name(cell | {"seed": seed})] for seed in grid["seed"]]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            row.append(f"{statistics.mean(values):.1f}{spread}")
+            row.append(_spread([results[_name(cell | {"seed": seed})][1] for seed in grid["seed"]]))
         lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+    before = [accuracy for accuracy, _ in results.values()]
+    seeds = ", ".join(map(str, grid["seed"]))
+    return "\n".join(lines) + f"\n\nBefore fine-tuning: {_spread(before)}. Seeds {seeds}.\n"
+
+
+def _spread(accuracies: Sequence[float]) -> str:
+    values = [100 * a for a in accuracies]
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.1f}" + (f" ± {spread:.1f}" if spread else "")

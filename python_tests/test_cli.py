@@ -157,17 +157,22 @@ def test_table_is_mean_and_deviation_of_runs_that_are_kept(world, tmp_path, caps
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
-    assert rows[0] == ["method", "smoothing", "ε = 3", "ε = inf"]
-    assert [row[0] for row in rows[2:]] == ["la-lora", "ffa-lora"]
-    for row in rows[2:]:
+    assert rows[0] == ["method", "smoothing", "ε = 3", "ε = ∞ (no noise)"]
+    assert [row[0] for row in rows[2:4]] == ["la-lora", "ffa-lora"]
+    assert re.fullmatch(r"Before fine-tuning: \d+\.\d( ± \d\.\d)?. Seeds 0, 1.", table.splitlines()[-1])
+    for row in rows[2:4]:
         for cell, epsilon in zip(row[2:], ("3", "inf")):
             found = []
             for seed in (0, 1):
                 lines = (tmp_path / f"{row[0]}-none-eps{epsilon}-seed{seed}/metrics.jsonl").read_text().splitlines()
                 found.append(100 * json.loads(lines[-1])["accuracy"])
-            assert cell == f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}"
+            spread = statistics.stdev(found)
+            assert cell == f"{statistics.mean(found):.1f}" + (f" ± {spread:.1f}" if spread else "")
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/checkpoint.safetensors")}
-    assert len(stamps) == 8 and main(args) == 0
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- accuracy:begin -->\nold\n<!-- accuracy:end -->\nbelow\n")
+    assert len(stamps) == 8 and main([*args, "--into", str(page)]) == 0
+    assert page.read_text() == f"above\n<!-- accuracy:begin -->\n{table}<!-- accuracy:end -->\nbelow\n"
     assert stamps == {p: p.stat().st_mtime_ns for p in stamps} and (tmp_path / "table.md").read_text() == table
 
 
