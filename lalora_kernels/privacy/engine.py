@@ -14,7 +14,7 @@ from lalora_kernels import functional
 from lalora_kernels.nn import LoRALinear
 from lalora_kernels.privacy.clipping import clip_weights, tensor_bound
 from lalora_kernels.privacy.distributed import Group, quiet_ddp
-from lalora_kernels.privacy.recorders import LoRARecorder, Recorder, Site
+from lalora_kernels.privacy.recorders import LoRARecorder, Recorder, Site, Undo
 from lalora_kernels.privacy.rules import ExtraRecorder, rule_of
 from lalora_kernels.privacy.sampling import BatchInfo
 
@@ -50,6 +50,7 @@ class Engine:
         self.active: list[Site] = []
         self.batch: BatchInfo | None = None
         self.nonfinite_samples = 0
+        self.adaptive = None  # an AdaptiveClipping, which then moves max_grad_norm between logical batches
         self.before_logical_batch = lambda: None  # the optimizer's schedule
         self._buffers: dict[str, Tensor] = {}
         self._handles: list = []
@@ -114,7 +115,7 @@ class Engine:
         if lora:
             module.recorder = LoRARecorder(self, name, sites)
             self.recorders.append(module.recorder)
-            self._handles.append(_Undo(module))
+            self._handles.append(Undo(module))
         else:
             self.recorders.append(ExtraRecorder(self, name, module, sites))
 
@@ -309,6 +310,8 @@ class Engine:
             dtype=self.dtype,
         )
         self._count_nonfinite(bad)
+        if self.adaptive is not None:
+            self.adaptive.count(self.sq, self.grad_scale, batch, self.max_grad_norm)
         self.overflowed = bad > 0
         for s in sites:
             if s.marked and s.deferred is not None:
@@ -355,6 +358,8 @@ class Engine:
             self.group.send_released(self._buffer("grad", sum(s.param.numel() for s in sites)))
         for s, grad in zip(sites, out):
             s.param.grad = s.released = grad if grad.dtype == s.param.dtype else grad.to(s.param.dtype)
+        if self.adaptive is not None:
+            self.adaptive.release(self, release)
 
     def _loss_scale(self) -> Tensor:
         scale = self.grad_scaler._get_scale_async() if self.grad_scaler.is_enabled() else None
@@ -385,13 +390,3 @@ class _InputCheck:
 
     def __reduce__(self):
         return _InputCheck, (None,)
-
-
-class _Undo:
-    """Clears a LoRA layer's recorder, in the shape of torch's removable handles."""
-
-    def __init__(self, layer: LoRALinear):
-        self.layer = layer
-
-    def remove(self) -> None:
-        self.layer.recorder = None

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lalora_kernels.privacy.accountant import get_noise_multiplier
+from lalora_kernels.privacy.adaptive import AdaptiveClipping
 from lalora_kernels.privacy.clipping import CLIPPING
 from lalora_kernels.privacy.distributed import find_group
 from lalora_kernels.privacy.engine import Engine
@@ -42,6 +43,11 @@ def make_private(
     loss_reduction: str = "mean",
     ledger: Ledger | None = None,
     noise: NoiseSource | None = None,
+    target_unclipped_quantile: float | None = None,
+    clipbound_learning_rate: float = 0.2,
+    min_clipbound: float = 1e-6,
+    max_clipbound: float = 1e6,
+    unclipped_num_std: float | None = None,
     backend: str | None = None,
     check: bool = True,
     poisson_sampling: bool = True,
@@ -66,6 +72,11 @@ def make_private(
         loss_reduction: how the user's loss treats a batch, "mean" or "sum". ``p.grad`` is the noisy sum divided by
             ``expected_batch_size`` in both.
         ledger, noise: continue with these (a resumed run, a federated client) instead of new ones.
+        target_unclipped_quantile: γ; with it C is adapted, from max_grad_norm on, so that a share γ of the records is
+            not clipped (Andrew et al. 2021, 1905.03871; privacy/adaptive.py). ``clipping`` is "flat" then. The noise on
+            the count that this needs is part of ``noise_multiplier``, so ledger and calibrated ε hold both.
+        clipbound_learning_rate, min_clipbound, max_clipbound: C's step on the log scale, and its ends.
+        unclipped_num_std: deviation of the noise on that count, in records; None: b / 20, or 2 σ where that is more.
         backend: force one kernel backend; None lets dispatch choose.
         check: at the first private batch of two records or more, compare per-sample gradients with single backwards on
             a float64 copy of the model (``check_per_sample``); False saves that time and memory.
@@ -126,13 +137,27 @@ def make_private(
     if not noise.is_secret:
         ledger.refuse_epsilon("the noise key is fixed")
 
+    adaptive = None
+    if target_unclipped_quantile is not None:
+        if clipping != "flat" or group is not None:
+            raise ValueError("target_unclipped_quantile needs clipping='flat', in one process")
+        adaptive = AdaptiveClipping(
+            target_unclipped_quantile=target_unclipped_quantile,
+            clipbound_learning_rate=clipbound_learning_rate,
+            min_clipbound=min_clipbound,
+            max_clipbound=max_clipbound,
+            unclipped_num_std=unclipped_num_std,
+            noise_multiplier=float(noise_multiplier),
+            expected_batch_size=b,
+        )
+
     def charge() -> None:
         ledger.charge(
             noise_multiplier,
             q,
             release=noise.next_release,
-            clipping=clipping,
-            max_grad_norm=max_grad_norm,
+            clipping=clipping if adaptive is None else "flat, adaptive",
+            max_grad_norm=max_grad_norm if adaptive is None else None,  # changes with every step
             expected_batch_size=b,
             sampling="poisson" if poisson_sampling else "shuffled",
         )
@@ -152,6 +177,9 @@ def make_private(
         grad_scaler=grad_scaler,
         group=group,
     )
+    if adaptive is not None:
+        engine.adaptive = adaptive
+        adaptive.set_bound(engine, max_grad_norm)
     try:
         private = PrivateOptimizer(optimizer, engine, schedule, ledger, float(noise_multiplier), b, target_delta, check)
     except BaseException:

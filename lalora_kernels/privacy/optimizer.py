@@ -85,6 +85,7 @@ class PrivateOptimizer(Optimizer):
 
     @property
     def max_grad_norm(self) -> float:
+        """C; with adaptive clipping that of the next logical batch, which is as private as all that is released."""
         return self.engine.max_grad_norm
 
     @property
@@ -202,6 +203,7 @@ class PrivateOptimizer(Optimizer):
                 "noise": self.engine.noise.state_dict(),
                 "round": self.round,
                 "local_step": self.local_step,
+                "max_grad_norm": self.max_grad_norm,
             },
         }
 
@@ -217,4 +219,6 @@ class PrivateOptimizer(Optimizer):
         self.engine.noise.load_state_dict(privacy["noise"])
         self.original_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "privacy"})
         self.round, self.local_step = privacy["round"], privacy["local_step"]
+        if self.engine.adaptive is not None:
+            self.engine.adaptive.set_bound(self.engine, privacy["max_grad_norm"])
         self._activate()

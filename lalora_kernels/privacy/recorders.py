@@ -156,3 +156,13 @@ class LoRARecorder(Recorder):
                 e.mark(site)
                 e.sq[site.row].copy_(sq)
         return None if dz is None else dz.view(*lead, -1)
+
+
+class Undo:
+    """Clears a LoRA layer's recorder, in the shape of torch's removable handles."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+
+    def remove(self) -> None:
+        self.layer.recorder = None
