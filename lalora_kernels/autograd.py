@@ -116,7 +116,9 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scaling, *, x_lora=None, record
     than x (float32 masters beside a bfloat16 base) are cast to x's for the products.
     """
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+    if not torch.is_autocast_enabled(x.device.type):
+        return LoRAFunction.apply(x, x_lora, weight, bias, lora_A, lora_B, scaling, dtype, *traced(recorder))
+    if dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     with torch.autocast(x.device.type, enabled=False):
         return LoRAFunction.apply(x, x_lora, weight, bias, lora_A, lora_B, scaling, dtype, *traced(recorder))
