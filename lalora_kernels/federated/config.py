@@ -73,7 +73,7 @@ class Config:
     rank: int = 8
     lora_alpha: float | None = None  # None: the rank, so s = 1
     targets: str = "all-linear"
-    train_head: str = "yes"  # auto: only a head without trained weights
+    train_head: str = "auto"  # auto: only a head without trained weights
     # the federation
     clients: int = 8
     fraction: float = 0.5
