@@ -88,3 +88,4 @@ def _write(folder: Path, now: datetime.datetime, result: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(report.markdown(result))
+    path.with_name(f"{path.stem}-summary.md").write_text(report.summary(result))

@@ -1,18 +1,16 @@
-"""Results to Markdown: ``python bench/report.py RESULTS.json [--into README.md]``.
+"""Results to Markdown: ``python bench/report.py RESULTS.json [--summary]``.
 
-``--into`` replaces what stands between the lines ``<!-- bench:begin -->`` and ``<!-- bench:end -->`` of that file.
 Every ratio is taken within a round and then summed up: median (lower quartile - upper quartile).
 """
 
-import argparse
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 GROUPS = ["ops", "step", "memory", "growth"]
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 LIMITS = ("read", "gemm", "copy", "base products")  # contenders that only measure the machine
 MB = 1e6
 
@@ -51,7 +49,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 
 class Report:
-    """``targets`` collects (what, figure, target, met) while the sections are written."""
+    """``targets`` collects (figure's name, case, value, bound, whether at least) while the sections are written."""
 
     def __init__(self, result: dict):
         self.result, self.targets = result, []
@@ -61,9 +59,8 @@ class Report:
     def cases(self, group: str, test: Callable[[dict], bool] = lambda facts: True) -> list[dict]:
         return [c for c in self.done if c["group"] == group and test(c["facts"])]
 
-    def target(self, what: str, figure: float, bound: float, *, at_least: bool) -> None:
-        met = figure >= bound if at_least else figure <= bound
-        self.targets.append((what, f"{figure:.2f}", f"{'>=' if at_least else '<='} {bound:g}", "yes" if met else "no"))
+    def target(self, what: str, case: str, value: float, bound: float, *, at_least: bool) -> None:
+        self.targets.append((what, case, value, bound, at_least))
 
     # ------------------------------------------------------------ operations
 
@@ -94,9 +91,13 @@ class Report:
         ]
         text = table(head, rows)
         if op == "sample_grad":
-            self.target("sample_grad, times faster than the best composition, geometric mean", mean, 1.5, at_least=True)
-            self.target("sample_grad, times faster, worst case", min(ups), 1.0, at_least=True)
-            self.target("sample_grad, share of roofline, worst case", min(shares), 0.6, at_least=True)
+            self.target(
+                f"`{op}`, times faster than the best composition, geometric mean", "all", mean, 1.5, at_least=True
+            )
+            for row, up, share in zip(rows, ups, shares):
+                case = f"{row[0]}, {row[1]} active"
+                self.target(f"`{op}`, times faster than the best composition", case, up, 1.0, at_least=True)
+                self.target(f"`{op}`, share of roofline", case, share, 0.6, at_least=True)
         return f"### `{op}`\n\n{text}\n\nGeometric mean: {mean:.2f} times the best composition.\n"
 
     def streams(self, op: str, limit: str) -> str:
@@ -109,8 +110,8 @@ class Report:
             what = f["model"] + (f", {f['factor']} active" if "factor" in f else "")
             rows.append([what, ms(s["ours"]), f"{ms(s[name])} ({name})", up, share])
             if op == "privatize":
-                self.target(f"privatize, {what}, times faster than the composition", up.median, 6.0, at_least=True)
-                self.target(f"privatize, {what}, share of copy bandwidth", share.median, 0.7, at_least=True)
+                self.target("`privatize`, times faster than the best composition", what, up.median, 6.0, at_least=True)
+                self.target("`privatize`, share of copy bandwidth", what, share.median, 0.7, at_least=True)
         if not rows:
             return ""
         head = ["step", "ms", "best composition, ms", "times faster", f"share of {limit} bandwidth"]
@@ -124,8 +125,9 @@ class Report:
             rows = [[name, ms(s[name]), up] for name, up in ups.items()]
             text = f"### `chacha20_normal`, {c['facts']['count']:,} normals in {ms(s['ours'])} ms\n\n"
             text += table(["against", "ms", "times faster"], rows) + "\n"
-            self.target("chacha20_normal against torch.randn", ups["torch.randn"].median, 1.0, at_least=True)
-            self.target("chacha20_normal against secure_mode", ups["Opacus secure_mode"].median, 8.0, at_least=True)
+            for name, bound in (("torch.randn", 1.0), ("Opacus secure_mode", 8.0)):
+                what = f"`chacha20_normal`, times faster than {name}"
+                self.target(what, "2^24 normals", ups[name].median, bound, at_least=True)
         return text
 
     # ------------------------------------------------------------ steps
@@ -140,11 +142,12 @@ class Report:
             others = {n: ratio(s[n], mine) for n in ("Opacus hooks", "Opacus ghost", "torch.func vmap")}
             rows.append([what, ms(s["ours, B active"]), ms(s["ours, A active"]), ms(s["PEFT, not private"]), to_peft])
             rows[-1] += others.values()
-            self.target(f"step, {what}, time over PEFT's", to_peft.median, 0.97, at_least=False)
+            self.target("private step, time over PEFT's (not private)", what, to_peft.median, 0.97, at_least=False)
             all_linear = f["targets"] == "all-linear"
             for name, up in others.items():
                 bound = {"Opacus hooks": 1.2, "Opacus ghost": 1.8}.get(name, 1.0) if all_linear else 1.0
-                self.target(f"step, {what}, times faster than {name}", up.median, bound, at_least=True)
+                layers = "all-linear" if all_linear else "q,v"
+                self.target(f"private step, {layers}, times faster than {name}", what, up.median, bound, at_least=True)
         if not rows:
             return ""
         head = ["model", "B active, ms", "A active, ms", "PEFT, not private, ms", "mean of B and A over PEFT"]
@@ -160,8 +163,8 @@ class Report:
             hooks, ghost = (ratio(mine, s[n]) for n in ("Opacus hooks", "Opacus ghost"))
             base = ratio(s["base products"], mine)
             rows.append([what, ms(mine), hooks, ghost, base])
-            self.target(f"round, {what}, time over Opacus hooks", hooks.median, 0.8, at_least=False)
-            self.target(f"round, {what}, time over Opacus ghost", ghost.median, 0.5, at_least=False)
+            self.target("round, time over DP-LoRA in Opacus hooks", what, hooks.median, 0.8, at_least=False)
+            self.target("round, time over DP-LoRA in Opacus ghost", what, ghost.median, 0.5, at_least=False)
         if not rows:
             return ""
         head = ["model", "LA-LoRA, ms a step", "over DP-LoRA, hooks", "over DP-LoRA, ghost"]
@@ -187,14 +190,14 @@ class Report:
         if peft and f["targets"] == "all-linear" and f["model"] in ("bert", "vit"):
             for factor, bound in (("B", 0.6), ("A", 0.8)):
                 share = b[f"ours, {factor} active"]["forward"] / peft["forward"]
-                label = f"memory, {what}, kept by the forward, {factor} active, over PEFT"
-                self.target(label, share, bound, at_least=False)
+                label = f"memory kept by the forward, {factor} active, over PEFT's"
+                self.target(label, what, share, bound, at_least=False)
         for name in ("Opacus hooks", "Opacus ghost"):
             for kind in ("rss", "peak"):
                 if b["ours"][kind] is not None:
                     label = "resident" if kind == "rss" else "allocated"
                     share = b["ours"][kind] / b[name][kind]
-                    self.target(f"memory, {what}, {label}, over {name}", share, 0.5, at_least=False)
+                    self.target(f"peak memory, {label}, over {name}", what, share, 0.5, at_least=False)
 
     def growth(self) -> str:
         rows = []
@@ -205,9 +208,9 @@ class Report:
             extra = max(f["gradient_bytes"][k] / wanted[k] for k in wanted)
             rows.append([f["size"], f["factor"], ms(s["ours"]), *grown.values(), f"{extra:.3f}"])
             worst = max(g.median for g in grown.values())
-            what = f"growth in {f['size']}, {f['factor']} active"
-            self.target(f"{what}, time over linear", worst, 1.15, at_least=False)
-            self.target(f"{what}, G's memory over 4 N r f bytes", extra, 1.01, at_least=False)
+            what = f"in {f['size']}, {f['factor']} active"
+            self.target("growth, time over linear", what, worst, 1.15, at_least=False)
+            self.target("growth, G's memory over 4 N r f bytes", what, extra, 1.01, at_least=False)
         if not rows:
             return ""
         head = ["size", "active", "ms at x1", "x2: time over twice", "x4", "x8", "G's memory over 4 N r f bytes"]
@@ -215,17 +218,19 @@ class Report:
 
     # ------------------------------------------------------------ all of it
 
-    def __str__(self) -> str:
+    def head(self) -> str:
         m = self.result["machine"]
-        head = (
+        rounds = min((c["rounds"] for c in self.done if "rounds" in c), default=0)
+        return (
             f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads ({m['instruction_set']}); torch {m['torch']}, "
             f"Opacus {m['opacus']}, PEFT {m['peft']}, transformers {m['transformers']}, Python {m['python']}; "
             f"OMP_WAIT_POLICY {m['omp_wait_policy']}; commit {m['commit']}"
             f"{' with uncommitted changes' if m['uncommitted_changes'] else ''}; {self.result['date']}.\n\n"
-            "Contenders take turns in one process, after the results of each were checked; a ratio is the median over "
-            f"{min((c['rounds'] for c in self.done if 'rounds' in c), default=0)} or more rounds of the ratio within a "
-            "round (quartiles in parentheses).\n"
+            f"Contenders take turns in one process, after the results of each were checked; a ratio is the median over "
+            f"{rounds} or more rounds of the ratio within a round (quartiles in parentheses).\n"
         )
+
+    def sections(self) -> list[str]:
         sections = [
             self.gradients("sample_grad"),
             self.gradients("sample_grad_clip"),
@@ -240,14 +245,29 @@ class Report:
         if self.failed:
             rows = [[c["group"], c["name"], c["failed"].replace("|", "/").replace("\n", " ")] for c in self.failed]
             sections.append(f"### Failed, not timed\n\n{table(['group', 'case', 'why'], rows)}\n")
-        if self.targets:
-            missed = sum(t[3] == "no" for t in self.targets)
-            sections.append(
-                f"### Targets: {len(self.targets) - missed} of {len(self.targets)} met\n\n"
-                + table(["target", "measured", "wanted", "met"], self.targets)
-                + "\n"
-            )
-        return "\n".join([head, *filter(None, sections)])
+        return [s for s in sections if s]
+
+    def summary(self) -> str:
+        """One row a target: over its cases the median and the worst. Call it after ``sections``."""
+        rows = []
+        for (what, bound), cases in self._by_target().items():
+            values, at_least = [c[2] for c in cases], cases[0][4]
+            met = sum(v >= bound if at_least else v <= bound for v in values)
+            worst = min(values) if at_least else max(values)
+            wanted = f"{'at least' if at_least else 'at most'} {bound:g}"
+            rows.append([what, f"{statistics.median(values):.2f}", f"{worst:.2f}", wanted, f"{met} of {len(values)}"])
+        return table(["figure", "median of the cases", "worst case", "wanted", "cases that meet it"], rows) + "\n"
+
+    def missed(self) -> str:
+        rows = [[what, case, f"{v:.2f}", f"{bound:g}"] for what, case, v, bound, up in self.targets
+                if (v < bound if up else v > bound)]  # fmt: skip
+        return f"### Missed\n\n{table(['figure', 'case', 'measured', 'wanted'], rows)}\n" if rows else ""
+
+    def _by_target(self) -> dict[tuple[str, float], list[tuple]]:
+        grouped: dict[tuple[str, float], list[tuple]] = {}
+        for target in self.targets:
+            grouped.setdefault((target[0], target[3]), []).append(target)
+        return grouped
 
 
 def roofline_share(case: dict) -> tuple[Ratio, str]:
@@ -260,29 +280,18 @@ def roofline_share(case: dict) -> tuple[Ratio, str]:
 
 
 def markdown(result: dict) -> str:
-    return str(Report(result))
+    """Everything."""
+    report = Report(result)
+    sections = report.sections()
+    return "\n".join([report.head(), report.summary(), *sections, report.missed()])
 
 
-def into(path: Path, text: str) -> None:
-    """Replace what stands between the two marks. Raises ValueError where they are not there once each, in order."""
-    old = path.read_text()
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise ValueError(f"{path.name} needs one line {BEGIN} and, after it, one line {END}")
-    before, after = old.split(BEGIN)[0], old.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--into", type=Path, help="file to paste the tables into")
-    arguments = parser.parse_args()
-    text = markdown(json.loads(arguments.results.read_text()))
-    if arguments.into is None:
-        print(text)
-    else:
-        into(arguments.into, text)
+def summary(result: dict) -> str:
+    """The machine and one row a target: what the README shows."""
+    report = Report(result)
+    report.sections()
+    return f"{report.head()}\n{report.summary()}"
 
 
 if __name__ == "__main__":
-    main()
+    print((summary if "--summary" in sys.argv else markdown)(json.loads(Path(sys.argv[1]).read_text())), end="")
