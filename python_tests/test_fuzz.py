@@ -48,14 +48,17 @@ def fuzz(strategy, examples: int = 60):
     def decorate(body):
         def test(tmp_path_factory):
             folder = tmp_path_factory.mktemp(body.__name__)
-            check = given(strategy())(lambda case: body(case, folder))
             quiet = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+
+            def run(decorator, **options):
+                decorator(settings(**quiet, **options)(given(strategy())(lambda case: body(case, folder))))()
+
             if not MINUTES:
-                settings(max_examples=examples, derandomize=True, **quiet)(check)()
+                run(lambda check: check, max_examples=examples, derandomize=True)
                 return
             end = time.monotonic() + 60 * MINUTES / len(TARGETS)
             while time.monotonic() < end:
-                hypothesis.seed(random.getrandbits(64))(settings(max_examples=200, **quiet)(check))()
+                run(hypothesis.seed(random.getrandbits(64)), max_examples=50)
 
         TARGETS.append(test)
         test.__name__, test.__doc__ = body.__name__, body.__doc__

@@ -312,10 +312,10 @@ class Ledger:
             raise LedgerError(f"the ledger was changed after it was written: its hash chain does not hold; {cure}")
         try:
             ledger = cls(**{name: state[name] for name in ("target_epsilon", "target_delta", "neighboring_relation")})
-            ledger.id, ledger._refusals = state["id"], state["refusals"]
-            if not isinstance(ledger.id, str) or not isinstance(ledger._refusals, list):
+            refusals = state["refusals"]
+            if not isinstance(refusals, list) or not all(isinstance(s, str) for s in [state["id"], *refusals]):
                 raise ValueError("id is a string, refusals are a list of them")
-            ledger._refusals = [str(reason) for reason in ledger._refusals]
+            ledger.id, ledger._refusals = state["id"], list(refusals)
             names = {field.name for field in fields(LedgerEntry)} | {"hash"}
             for raw in state["entries"]:
                 if set(raw) != names:
