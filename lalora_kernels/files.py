@@ -26,7 +26,7 @@ def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)  # Ctrl-C may come right after the renaming
         raise
 
 

@@ -23,6 +23,7 @@ from lalora_kernels.data import BadInput
 from lalora_kernels.federated.checkpoint import load_checkpoint
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.run import Run, Watch, prepare
+from lalora_kernels.files import write_atomic
 from lalora_kernels.privacy.ledger import BudgetExceeded, Ledger, LedgerError
 
 K, EPSILON, DELTA = 2, 8.0, 1e-4
@@ -165,6 +166,19 @@ if KILLS:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         finishes(folder, task)
+
+
+def test_ctrl_c_right_after_a_renaming_is_a_ctrl_c(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def interrupted(source, target):
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(tmp_path / "a", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "whole"
 
 
 # ---------------------------------------------------------------- no room, no right to write
