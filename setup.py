@@ -46,7 +46,8 @@ def find_nvcc() -> str | None:
 
 
 def cuda_sources() -> list[Path]:
-    return sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    folder = ROOT / "csrc/cuda"
+    return sorted(folder.glob("*.cu")) if (folder / "bindings.cpp").exists() else []
 
 
 def gencode(archs: str) -> str:

@@ -8,12 +8,29 @@
 
 namespace lalora {
 
+template <int n, class U>
+LALORA_FN U rotate(U x) {
+    return (x << n) | (x >> (32 - n));
+}
+
 template <class U>
 static LALORA_FN void quarter_round(U& a, U& b, U& c, U& d) {
-    a += b, d ^= a, d = (d << 16) | (d >> 16);
-    c += d, b ^= c, b = (b << 12) | (b >> 20);
-    a += b, d ^= a, d = (d << 8) | (d >> 24);
-    c += d, b ^= c, b = (b << 7) | (b >> 25);
+    a += b, d = rotate<16>(d ^ a);
+    c += d, b = rotate<12>(b ^ c);
+    a += b, d = rotate<8>(d ^ a);
+    c += d, b = rotate<7>(b ^ c);
+}
+
+template <class U>
+static LALORA_FN void double_round(U* x) {
+    quarter_round(x[0], x[4], x[8], x[12]);
+    quarter_round(x[1], x[5], x[9], x[13]);
+    quarter_round(x[2], x[6], x[10], x[14]);
+    quarter_round(x[3], x[7], x[11], x[15]);
+    quarter_round(x[0], x[5], x[10], x[15]);
+    quarter_round(x[1], x[6], x[11], x[12]);
+    quarter_round(x[2], x[7], x[8], x[13]);
+    quarter_round(x[3], x[4], x[9], x[14]);
 }
 
 // RFC 8439, section 2.3: x holds the initial state and receives the block.
@@ -21,16 +38,7 @@ template <class U>
 static LALORA_FN void chacha20_block(U* x) {
     U initial[16];
     for (int i = 0; i < 16; ++i) initial[i] = x[i];
-    for (int round = 0; round < 10; ++round) {
-        quarter_round(x[0], x[4], x[8], x[12]);
-        quarter_round(x[1], x[5], x[9], x[13]);
-        quarter_round(x[2], x[6], x[10], x[14]);
-        quarter_round(x[3], x[7], x[11], x[15]);
-        quarter_round(x[0], x[5], x[10], x[15]);
-        quarter_round(x[1], x[6], x[11], x[12]);
-        quarter_round(x[2], x[7], x[8], x[13]);
-        quarter_round(x[3], x[4], x[9], x[14]);
-    }
+    for (int round = 0; round < 10; ++round) double_round(x);
     for (int i = 0; i < 16; ++i) x[i] += initial[i];
 }
 
@@ -42,53 +50,56 @@ static LALORA_FN void chacha20_state(U* x, const uint32_t* key, U counter, uint3
     x[12] = counter, x[13] = zero + n0, x[14] = zero + n1, x[15] = zero + n2;
 }
 
-// -log(u), u = (w + 1/2) 2^-32. Above one half the float u would have lost the digits of 1 - u, so v = 1 - u, whose
-// integer is ~w, is converted instead. Minimax polynomial of log(1 + f), relative error 3.2e-8 on [sqrt(1/2), sqrt 2].
+// -log(u), u = (w + 1/2) 2^-32. For u >= 1/2 the float v = 1 - u, whose integer is ~w, has the digits that the float u
+// has lost: a = 1 - v is corrected by what its rounding left over. Minimax polynomial of log(1 + f), relative error
+// 3.2e-8 on [sqrt(1/2) - 1, sqrt 2 - 1].
 template <class Ops>
 static LALORA_FN typename Ops::F minus_log(typename Ops::U w) {
     using F = typename Ops::F;
     using I = typename Ops::I;
-    const I i = (I)w, upper = i >> 31;  // all ones where u >= 1/2
-    const F v = (Ops::to_float(i ^ upper) + 0.5f) * 0x1p-32f;
-    const I bits = Ops::bits(v);
-    const I e = (bits - 0x3f3504f3) >> 23;  // v = 2^e (1 + f)
-    const F f_low = Ops::from_bits(bits - (e << 23)) - 1.0f;
-    const I e_high = (0x3e95f619 - bits) >> 31;                // -1 where v > 1 - sqrt(1/2)
-    const F f_high = e_high != 0 ? 1.0f - 2.0f * v : -v;       // 1 - v = 2^e_high (1 + f)
-    const F f = upper != 0 ? f_high : f_low;
-    const F k = Ops::to_float(upper != 0 ? e_high : e);
+    const I i = (I)w;  // negative where u >= 1/2
+    const F v = Ops::to_float(i ^ (i >> 31)) * 0x1p-32f + 0x1p-33f, zero = {};
+    const F a = i < 0 ? 1.0f - v : v;
+    const F rest = i < 0 ? 1.0f - a - v : zero;
+    const I bits = Ops::bits(a), e = (bits - 0x3f3504f3) >> 23;  // a = 2^e (1 + f)
+    const F f = Ops::from_bits(bits - (e << 23)) - 1.0f;
     F p = f * 0.08700434863567352f - 0.14267486333847046f;
     p = p * f + 0.14914768934249878f;
     p = p * f - 0.1657758504152298f;
     p = p * f + 0.19963063299655914f;
     p = p * f - 0.2500133812427521f;
     p = p * f + 0.3333390951156616f;
-    const F q = (p * f - 0.5f) * (f * f) + f;
-    return (k * -0.693145751953125f) - (k * 1.42860677e-6f + q);
+    const F q = (p * f - 0.5f) * (f * f) + (f + rest);
+    return Ops::to_float(e) * -0.6931471824645996f - q;
 }
 
-// sin(2 pi (w + 1/2) 2^-32 + pi / 4): the angle is folded to [-pi/2, pi/2] on the integer, so no digit is lost.
-// Minimax polynomial of sin(pi z), absolute error 3.4e-9.
+// sin(2 pi (w + 1/2) 2^-32 + pi / 4) = cos(t), t's integer b; folded to sin(pi / 2 - |t|) on the integer, so that no
+// digit is lost. Minimax polynomial of sin(pi z), |z| <= 1/2, absolute error 7.6e-9; pi z last, so that near 1 only its
+// rounding counts.
 template <class Ops>
 static LALORA_FN typename Ops::F sin_turn(typename Ops::U w) {
     using F = typename Ops::F;
     using I = typename Ops::I;
-    const I a = (I)(w + 0x20000000u);
-    const I outside = (a ^ (I)((typename Ops::U)a << 1)) >> 31;
-    const F z = (Ops::to_float(a ^ (outside & 0x7fffffff)) + 0.5f) * 0x1p-31f;
+    const I b = (I)(w - 0x20000000u);
+    const F z = Ops::to_float(0x40000000 - (b ^ (b >> 31))) * 0x1p-31f - 0x1p-32f;
     const F z2 = z * z;
-    F p = z2 * 0.0772201269865036f - 0.5980451703071594f;
-    p = p * z2 + 2.5500314235687256f;
-    p = p * z2 - 5.1677069664001465f;
-    p = p * z2 + 3.141592502593994f;
-    return p * z;
+    F p = z2 * 0.07802014797925949f - 0.5985169410705566f;
+    p = p * z2 + 2.55012583732605f;
+    p = p * z2 - 5.1677141189575195f;
+    return z * 3.1415927410125732f + p * (z * z2);
 }
 
-// Four words to one normal. cos t + sin t = sqrt 2 sin(t + pi/4), so each Box-Muller pair takes one sine.
+// cos t + sin t = sqrt 2 sin(t + pi/4): half the sum of a Box-Muller pair takes one sine.
+template <class Ops>
+static LALORA_FN typename Ops::F half_pair(typename Ops::U w0, typename Ops::U w1) {
+    return Ops::sqrt(minus_log<Ops>(w0)) * sin_turn<Ops>(w1);
+}
+
+// Four words to one normal.
 template <class Ops>
 static LALORA_FN typename Ops::F normal_from_words(typename Ops::U w0, typename Ops::U w1, typename Ops::U w2,
                                                    typename Ops::U w3) {
-    return Ops::sqrt(minus_log<Ops>(w0)) * sin_turn<Ops>(w1) + Ops::sqrt(minus_log<Ops>(w2)) * sin_turn<Ops>(w3);
+    return half_pair<Ops>(w0, w1) + half_pair<Ops>(w2, w3);
 }
 
 struct ScalarOps {

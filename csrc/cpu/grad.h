@@ -28,14 +28,22 @@ struct Operands {  // of one factor's gradient: G = w^T v; with b, dz = v b^T to
 inline int64_t work_floats(int64_t r) { return kBlockFloats + kTime * r; }
 
 // Features f0 .. f0+count-1 (at most kFeatures) of one sample, over all of T: every value is read from memory once.
-// acc (r, acc_stride) is written where given, dz (T, r) is written or added to where given.
-inline void feature_block(const Operands& o, int64_t sample, int64_t f0, int64_t count, float* acc, int64_t acc_stride,
-                          float* dz, bool dz_add, float* work) {
+// acc (r, acc_stride) is written where given, dz (T, r) is written or added to where given. Feature next_f of sample
+// next_sample is where the thread will read next.
+inline void feature_block(const Operands& o, int64_t sample, int64_t f0, int64_t count, int64_t next_sample,
+                          int64_t next_f, float* acc, int64_t acc_stride, float* dz, bool dz_add, float* work) {
     if (acc && o.T == 0)
         for (int64_t j = 0; j < o.r; ++j) memset(acc + j * acc_stride, 0, round_up(count, W) * sizeof(float));
-    for (int64_t t0 = 0; t0 < o.T; t0 += kTime) {
-        const int64_t time = at_most(kTime, o.T - t0);
-        const Block v = load_block(o.v, sample, t0, time, f0, count, work);
+    const int64_t blocks = (o.T + kTime - 1) / kTime, even = blocks ? (o.T + blocks - 1) / blocks : 1;
+    for (int64_t t0 = 0; t0 < o.T; t0 += even) {
+        const int64_t time = at_most(even, o.T - t0);
+        // Projecting brings the block into L2, so that its gradient can fetch the next block meanwhile. Without it,
+        // the gradient fetches its own next tile.
+        int64_t ahead = kTile * W;
+        if (dz && acc)
+            ahead = t0 + time < o.T ? time * o.v.stride1
+                                    : (next_sample - sample) * o.v.stride0 + next_f - f0 - t0 * o.v.stride1;
+        const Block v = load_block(o.v, sample, t0, time, f0, count, ahead, work);
         if (dz) {
             project(v.main, o.b + f0, o.b_stride, o.r, time, dz + t0 * o.r, o.r, dz_add);
             if (v.tail.vectors)

@@ -3,49 +3,73 @@
 #include "../chacha20.h"
 #include "vec.h"
 
+namespace lalora {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // no rotation instruction: whole bytes move by one shuffle
+template <>
+LALORA_FN LALORA_ISA::vu rotate<16>(LALORA_ISA::vu x) {
+    const __m256i order = _mm256_set_epi64x(0x0d0c0f0e09080b0a, 0x0504070601000302, 0x0d0c0f0e09080b0a, 0x0504070601000302);
+    return (LALORA_ISA::vu)_mm256_shuffle_epi8((__m256i)x, order);
+}
+template <>
+LALORA_FN LALORA_ISA::vu rotate<8>(LALORA_ISA::vu x) {
+    const __m256i order = _mm256_set_epi64x(0x0e0d0c0f0a09080b, 0x0605040702010003, 0x0e0d0c0f0a09080b, 0x0605040702010003);
+    return (LALORA_ISA::vu)_mm256_shuffle_epi8((__m256i)x, order);
+}
+#endif
+}  // namespace lalora
+
 LALORA_BEGIN
 
 constexpr int64_t kGroup = 4 * W;  // elements of W blocks
 
-struct Noise {
-    uint32_t key[8];
-    uint32_t tensor_index, release_low, release_high;
-};
+// The integer work of a group's words and the floating-point work of the group before it are independent: in turns
+// they fill execution units that one of them leaves idle. Pays where registers suffice for both.
+constexpr bool kInTurns = kRegisters == 32;
 
-inline Noise noise_of(const ChaChaStream& s, uint32_t tensor_index) {
-    Noise n;
-    memcpy(n.key, s.key, sizeof n.key);
-    n.tensor_index = tensor_index, n.release_low = s.release_low, n.release_high = s.release_high;
-    return n;
-}
-
-// Elements 4 block .. 4 block + kGroup - 1.
-LALORA_FN void noise_group(const Noise& n, uint64_t block, float* out) {
-    vu x[16], lane;
-    for (int i = 0; i < W; ++i) lane[i] = i;
-    chacha20_state(x, n.key, lane + (uint32_t)block, n.tensor_index, n.release_low, n.release_high);
-    chacha20_block(x);
-    vf normals[4];  // element 4 lane + k
-    for (int k = 0; k < 4; ++k)
-        normals[k] = normal_from_words<VectorOps>(x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]);
-    interleave<4>(normals);
-    for (int k = 0; k < 4; ++k) store(out + k * W, normals[k]);
-}
-
-// out[e] (+)= std * element start + e, e < count. An element is the same number whatever range it is asked in.
-inline void noise(const Noise& n, int64_t start, int64_t count, float std, bool add, float* out) {
-    int64_t block = start / 4, skip = start % 4;
-    for (int64_t e = 0; e < count; block += W) {
-        float group[kGroup];
-        noise_group(n, block, group);
-        const int64_t here = kGroup - skip < count - e ? kGroup - skip : count - e;
-        if (add)
-            for (int64_t i = 0; i < here; ++i) out[e + i] += std * group[skip + i];
-        else
-            for (int64_t i = 0; i < here; ++i) out[e + i] = std * group[skip + i];
-        e += here;
-        skip = 0;
+// Groups of one stream, one after another.
+class NoiseGroups {
+  public:
+    NoiseGroups(const ChaChaStream& s, uint32_t tensor_index, uint64_t first_block, bool wanted = true) {
+        if (!wanted) return;
+        vu counter;
+        for (int i = 0; i < W; ++i) counter[i] = i + (uint32_t)first_block;
+        chacha20_state(initial_, s.key, counter, tensor_index, s.release_low, s.release_high);
+        if (kInTurns) {
+            vf none[8];
+            memset(words_, 0, sizeof words_);
+            advance(none, [](int) {});
+        }
     }
-}
+
+    // The next 4 W elements, in order. between(k), k < 8, is called in the course of it: memory requests spread over
+    // this long stretch of arithmetic cost nothing, in a burst after it they would stall.
+    template <class Between>
+    LALORA_FN void next(vf* normals, const Between& between) {
+        vf halves[8];
+        advance(halves, between);
+        if constexpr (!kInTurns)
+            for (int k = 0; k < 8; ++k) halves[k] = half_pair<VectorOps>(words_[2 * k], words_[2 * k + 1]);
+        for (int k = 0; k < 4; ++k) normals[k] = halves[2 * k] + halves[2 * k + 1];  // of element 4 lane + k
+        interleave<4>(normals);
+    }
+
+  private:
+    template <class Between>
+    LALORA_FN void advance(vf* halves, const Between& between) {
+        vu x[16];
+        for (int i = 0; i < 16; ++i) x[i] = initial_[i];
+        for (int k = 0; k < 8; ++k) {
+            double_round(x);
+            between(k);
+            if constexpr (kInTurns) halves[k] = half_pair<VectorOps>(words_[2 * k], words_[2 * k + 1]);
+        }
+        double_round(x);
+        double_round(x);
+        for (int i = 0; i < 16; ++i) words_[i] = x[i] + initial_[i];
+        initial_[12] += (uint32_t)W;
+    }
+
+    vu initial_[16], words_[16];
+};
 
 LALORA_END

@@ -38,19 +38,69 @@ inline int64_t pad_index(int64_t i, int64_t length, int32_t padding) {
     return i < length ? i : (padding == kSymmetric ? 2 * length - 1 : period) - i;
 }
 
-// total[e] = S[e] + sum_i w_i G_i[e] + noise, e in a contiguous run of the tensor. `total` may be S itself.
-inline void fill(const Privatize& p, const Segment& s, int64_t start, int64_t count, float* total) {
-    if (!s.S)
-        memset(total, 0, count * sizeof(float));
-    else if (s.S + start != total)
-        memcpy(total, s.S + start, count * sizeof(float));
-    for (int64_t i = 0; s.G && i < p.N; ++i) {
-        const float w = s.weights[i * s.weights_stride];
-        if (w == 0.0f) continue;
-        const float* g = s.G + i * s.G_stride + start;
-        for (int64_t e = 0; e < count; ++e) total[e] += w * g[e];
+// Floats between what is summed and what is fetched meanwhile, in each of N samples: together a quarter of L2.
+inline int64_t distance(int64_t N) { return N <= 64 ? 512 : N <= 512 ? 32768 / N : 64; }
+
+LALORA_FN void prefetch_group(const float* g) {
+    for (int e = 0; e < kGroup; e += 16) prefetch(g + e);
+}
+
+// v[k] += sum_i w_i G_i over the group at `at`: one pass over the samples, the sum in registers.
+template <bool Prefetch>
+LALORA_FN void add_samples(const Privatize& p, const Segment& s, int64_t at, int64_t ahead, vf* v) {
+    const float* g = s.G + at;
+    const float* w = s.weights;
+    for (int64_t i = 0; i < p.N; ++i, g += s.G_stride, w += s.weights_stride) {
+        if (*w == 0.0f) continue;  // what it holds may not be a number
+        for (int k = 0; k < 4; ++k) v[k] += *w * load(g + k * W);
+        if (Prefetch) prefetch_group(g + ahead);
     }
-    if (p.noise_std != 0.0f) noise(noise_of(p.stream, s.tensor_index), start, count, p.noise_std, true, total);
+}
+
+// total[e] = S[e] + sum_i w_i G_i[e] + noise, for `count` < kGroup elements at `at` that end a run or begin one.
+inline void sum_edge(const Privatize& p, const Segment& s, int64_t at, int64_t count, const float* noise, float* total) {
+    for (int64_t e = 0; e < count; ++e) {
+        float sum = (noise ? p.noise_std * noise[e] : 0.0f) + (s.S ? s.S[at + e] : 0.0f);
+        for (int64_t i = 0; s.G && i < p.N; ++i) {
+            const float w = s.weights[i * s.weights_stride];
+            if (w != 0.0f) sum += w * s.G[i * s.G_stride + at + e];
+        }
+        total[e] = sum;
+    }
+}
+
+// total[e] = S[e] + sum_i w_i G_i[e] + noise, e in a run start .. start + count - 1 of the tensor. `total` may be S's own.
+template <bool Noise>
+inline void sum_run(const Privatize& p, const Segment& s, int64_t start, int64_t count, float* total) {
+    const int64_t ahead = distance(p.N);
+    NoiseGroups groups(p.stream, s.tensor_index, start / 4, Noise);
+    int64_t skip = start % 4;  // of the first group's elements
+    for (int64_t e = 0; e < count;) {
+        vf v[4] = {};
+        if (Noise)
+            groups.next(v, [&](int k) {
+                for (int64_t i = p.N * k / 8; s.G && i < p.N * (k + 1) / 8; ++i)
+                    prefetch_group(s.G + i * s.G_stride + start + e + ahead);
+            });
+        if (skip == 0 && count - e >= kGroup) {
+            for (int k = 0; k < 4; ++k) v[k] *= p.noise_std;
+            if (s.S)
+                for (int k = 0; k < 4; ++k) v[k] += load(s.S + start + e + k * W);
+            if (s.G) add_samples<!Noise>(p, s, start + e, ahead, v);
+            for (int k = 0; k < 4; ++k) store(total + e + k * W, v[k]);
+            e += kGroup;
+            continue;
+        }
+        float noise[kGroup];
+        memcpy(noise, v, sizeof noise);
+        const int64_t here = kGroup - skip < count - e ? kGroup - skip : count - e;
+        sum_edge(p, s, start + e, here, Noise ? noise + skip : nullptr, total + e);
+        e += here, skip = 0;
+    }
+}
+
+inline void fill(const Privatize& p, const Segment& s, int64_t start, int64_t count, float* total) {
+    (p.noise_std != 0.0f ? sum_run<true> : sum_run<false>)(p, s, start, count, total);
 }
 
 // in[0] is position `first`; out[0] is position `begin`. Rows of `columns` values.

@@ -14,7 +14,7 @@ static void run(const SampleGrad& p) {
     if (wanted || p.sq_B) project_all(p, z, wanted, p.sq_B ? squares : nullptr);
     if (p.sq_A) {
         const Operands o = {p.x, z.rows(p), p.T, p.r, nullptr, 0};
-#pragma omp parallel for num_threads(p.num_threads) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(p.num_threads) schedule(static)
         for (int64_t task = 0; task < squares_n; ++task) {
             const int64_t i = task / by_n.count, begin = task % by_n.count * by_n.size;
             const int64_t end = at_most(p.n, begin + by_n.size);
@@ -23,7 +23,10 @@ static void run(const SampleGrad& p) {
             double sum = 0;
             for (int64_t f = begin; f < end; f += kFeatures) {
                 const int64_t count = at_most(kFeatures, end - f), stride = padded_stride(count);
-                feature_block(o, i, f, count, acc, stride, nullptr, false, work);
+                const bool more = f + kFeatures < end, last = task + 1 == squares_n;
+                const int64_t next_i = more || last ? i : (task + 1) / by_n.count;
+                const int64_t next_f = more ? f + kFeatures : (task + 1) % by_n.count * by_n.size;
+                feature_block(o, i, f, count, next_i, next_f, acc, stride, nullptr, false, work);
                 for (int64_t j = 0; j < p.r; ++j)
                     sum += emit_row(acc + j * stride, count, 1.0f, p.accumulate,
                                     p.G_A + i * p.G_A_stride + j * p.n + f);

@@ -37,7 +37,7 @@ inline Chunks task_chunks(int64_t features, int64_t N) {
 inline void project_all(const SampleGrad& p, const Projection& z, bool wanted, double* squares) {
     const Operands o = {p.dy, p.h, p.T, p.r, z.b, z.b_stride};
     const int64_t values = p.T * p.r;
-#pragma omp parallel for num_threads(p.num_threads) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(p.num_threads) schedule(static)
     for (int64_t task = 0; task < p.N * z.chunks.count; ++task) {
         const int64_t i = task / z.chunks.count, begin = task % z.chunks.count * z.chunks.size;
         const int64_t end = at_most(p.m, begin + z.chunks.size);
@@ -47,7 +47,10 @@ inline void project_all(const SampleGrad& p, const Projection& z, bool wanted, d
         double sum = 0;
         for (int64_t f = begin; f < end; f += kFeatures) {
             const int64_t count = at_most(kFeatures, end - f), stride = padded_stride(count);
-            feature_block(o, i, f, count, acc, stride, dz, f > begin, work);
+            const bool more = f + kFeatures < end, last = task + 1 == p.N * z.chunks.count;
+            const int64_t next_i = more || last ? i : (task + 1) / z.chunks.count;
+            const int64_t next_f = more ? f + kFeatures : (task + 1) % z.chunks.count * z.chunks.size;
+            feature_block(o, i, f, count, next_i, next_f, acc, stride, dz, f > begin, work);
             if (acc)
                 sum += emit_transposed(acc, stride, p.r, count, p.scaling, p.accumulate,
                                        p.G_B + i * p.G_B_stride + f * p.r);

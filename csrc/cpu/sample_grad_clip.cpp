@@ -54,7 +54,7 @@ static void clipped_sum(const SampleGradClip& q, const Factor& f, const Projecti
                     if (with_dz)
                         dz = z.parts == z.dz32 ? z.dz32 + (i0 + i) * values : z.parts + (i * c.count + k) * values;
                     for (int64_t b = begin; b < end; b += kFeatures)
-                        feature_block(f.o, i0 + i, b, at_most(kFeatures, end - b), acc + (b - begin), width, dz,
+                        feature_block(f.o, i0 + i, b, at_most(kFeatures, end - b), i0 + i + (i0 + i + 1 < p.N), begin, acc + (b - begin), width, dz,
                                       b > begin, work);
                     double sum = 0;
                     for (int64_t j = 0; j < r; ++j)

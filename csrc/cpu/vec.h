@@ -43,7 +43,22 @@ typedef float vf_any __attribute__((vector_size(4 * W), aligned(4)));
 
 LALORA_FN vf load(const float* p) { return *(const vf_any*)p; }
 LALORA_FN void store(float* p, vf v) { *(vf_any*)p = v; }
+LALORA_FN void prefetch(const float* p) {  // into L2
+    __builtin_prefetch(p, 0, 2);
+    asm volatile("");  // GCC holds a function that only prefetches for one without effect, and drops its calls
+}
 LALORA_FN vf splat(float f) { return f - (vf){}; }
+
+// Keeps a value that several products share in a register: GCC would load it again for each of them.
+LALORA_FN void in_register(vf& v) {
+#if defined(__x86_64__)
+    asm("" : "+v"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#else
+    (void)v;
+#endif
+}
 
 LALORA_FN float from_bfloat16(uint16_t b) {
     const uint32_t bits = (uint32_t)b << 16;
