@@ -59,7 +59,7 @@ FLAGS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         ("batch_size", "expected size of a private batch (b); each record joins with probability b / records"),
         ("physical_batch_size", "most records in memory at once (default: the whole batch)"),
         ("optimizer", "local optimizer, new in each round"),
-        ("lr", "learning rate"),
+        ("lr", "learning rate (default: 0.5, behind the filter 1.0; 0.01 for adamw)"),
         ("lr_b_ratio", "learning rate of the B factors, as a multiple of lr"),
         ("lr_schedule", "over the rounds"),
         ("momentum", "of sgd, within a round"),

@@ -92,7 +92,7 @@ class Config:
     batch_size: int = 64
     physical_batch_size: int | None = None
     optimizer: str = "sgd"
-    lr: float = 0.5
+    lr: float | None = None  # None: see client.base_rate
     lr_b_ratio: float = 1.0
     lr_schedule: str = "cosine"
     momentum: float = 0.0
