@@ -242,7 +242,9 @@ def test_a_model_with_batchnorm_is_refused_before_anything_is_written(world, tmp
     import torch
 
     torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), tmp_path / "w.pth")
-    args = flags(world, model="timm:test_resnet", weights=tmp_path / "w.pth", targets="fc", image_size=32)
+    args = flags(
+        world, model="timm:test_resnet", weights=tmp_path / "w.pth", targets="fc", train_head="auto", image_size=32
+    )
     message = refused(capsys, [*args, "--out", str(tmp_path / "run")])
     assert "BatchNorm2d" in message and "mixes the records" in message
     assert not (tmp_path / "run/config.json").exists()
