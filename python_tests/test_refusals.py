@@ -86,6 +86,13 @@ class TestTheCheckOfTheFirstBatch:
         one_step(model, classify, opt, loader)
         assert opt.per_sample_checked and opt.ledger.steps == 1
 
+    def test_a_record_that_is_not_finite_is_passed_over(self):
+        model, opt, loader = self.make(nn.ReLU())
+        loader.dataset.tensors[0][0, 2] = math.nan
+        with pytest.warns(UserWarning, match="1 record"):
+            one_step(model, classify, opt, loader)
+        assert opt.per_sample_checked
+
     def test_warns_of_an_adapter_that_nothing_reaches(self):
         class Bypass(nn.Module):
             def __init__(self):

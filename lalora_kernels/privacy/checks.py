@@ -202,14 +202,21 @@ def _is_share(whole: Tensor, alone: Tensor, i: int, rows: int) -> bool:
     return torch.allclose(whole[i * k : (i + 1) * k], alone, rtol=RTOL, atol=1e-10)
 
 
-def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> None:
-    """``check_per_sample`` of a forward's arguments, on their first two records, with a loss of its own.
+def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> bool:
+    """``check_per_sample`` of a forward's arguments, on their first two finite records; False where there are not two.
 
     What make_private runs at the first private step. The loss is a random projection of every output that has a row for
     each record, so it shows what the model mixes, not what the user's criterion couples. Raises as check_per_sample;
     warns of adapters that the two records never reached, which would train on noise alone.
     """
-    two = tree_map(lambda t: t[:2] if t.dim() and t.shape[0] == rows else t, (args, kwargs))
+    finite = torch.ones(rows, dtype=torch.bool)
+    for t in _leaves((args, kwargs)):
+        if t.dim() and t.shape[0] == rows and t.is_floating_point():
+            finite &= t.isfinite().flatten(1).all(1).cpu() if t.dim() > 1 else t.isfinite().cpu()
+    chosen = finite.nonzero().flatten()[:2]
+    if len(chosen) < 2:
+        return False
+    two = tree_map(lambda t: t[chosen.to(t.device)] if t.dim() and t.shape[0] == rows else t, (args, kwargs))
 
     def project(m: nn.Module, inputs: tuple) -> Tensor:
         outputs = [t for t in _leaves(m(*inputs[0], **inputs[1])) if t.is_floating_point() and t.dim()]
@@ -221,3 +228,4 @@ def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> None
         return torch.stack(terms).sum()
 
     check_per_sample(model, two, project, loss_reduction="sum")
+    return True

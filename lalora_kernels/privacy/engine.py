@@ -173,10 +173,9 @@ class Engine:
                 f"pass the batch as the loader yields it, batch axis first"
             )
         if self.check_pending and self.batch.valid >= 2:
-            self.check_pending = False
             from lalora_kernels.privacy.checks import check_inputs  # it builds an Engine of its own
 
-            check_inputs(model, args, kwargs, self.batch.rows)
+            self.check_pending = not check_inputs(model, args, kwargs, self.batch.rows)
 
     def fold(self, t: Tensor, name: str, features: int = 1) -> Tensor:
         """(k*N, ..., features) -> (N, T, features...): the rows of one record side by side (batch-major)."""
