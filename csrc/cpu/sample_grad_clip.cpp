@@ -1,11 +1,12 @@
-// sample_grad_clip: samples go by one after another (or a few, where they are small) and all threads share a sample's
-// chunks of features. Its gradient stays in L2 between the norm and the clipped sum and never reaches memory.
+// sample_grad_clip: a few samples at a time, as many as have gradients that fit the cache together (one, where a single
+// one is that large). All threads share their chunks of features, meet, and share the clipped sum; a gradient that has
+// been added is overwritten by a later sample's and never reaches memory.
 #include "../clip.h"
 #include "sample_grad.h"
 
 LALORA_BEGIN
 
-constexpr int64_t kGroupFloats = 65536;  // gradients of the samples that go by together
+constexpr int64_t kGroupFloats = 262144;  // of gradients at a time
 
 struct Factor {
     Operands o;
@@ -16,67 +17,65 @@ struct Factor {
     double* sq;
 };
 
-static Chunks clip_chunks(int64_t features) { return split(features, 16, 4 * 3 * W); }
+struct Plan {
+    int64_t group;   // samples at a time
+    Chunks chunks;   // of features, for the gradients
+    Chunks columns;  // of features, for the sum
+    int64_t width;   // of a row of gradients
 
-static int64_t group_size(int64_t features, int64_t r, int64_t N) {
-    const Chunks c = clip_chunks(features);
-    return at_least(1, at_most(N, kGroupFloats / (r * c.count * c.size)));
-}
+    Plan(int64_t features, int64_t r, int64_t N)
+        : group(at_least(1, at_most(N, kGroupFloats / (r * at_least(features, 1))))),
+          chunks(split(features, (16 + group - 1) / group, 512 / (kTile * W) * kTile * W)),
+          columns(split(features, 16, kTile * W)),
+          width(round_up(features, W)) {}
+    int64_t floats(int64_t r) const { return (group + 1) * r * width + round_up(2 * group * chunks.count, 16); }
+};
 
-// Floats of `rest` that `clipped_sum` needs.
-static int64_t clip_floats(int64_t features, int64_t r, int64_t N) {
-    const Chunks c = clip_chunks(features);
-    const int64_t group = group_size(features, r, N);
-    return (group + 1) * r * c.count * c.size + 2 * group * c.count + 32;
-}
-
-static void clipped_sum(const SampleGradClip& q, const Factor& f, const Projection& z, bool with_dz, float* rest) {
+static void clipped_sum(const SampleGradClip& q, const Factor& f, const Plan& plan, const Projection& z, bool with_dz) {
     const SampleGrad& p = q.grad;
-    const Chunks c = clip_chunks(f.features);
-    const int64_t r = p.r, width = c.count * c.size, group = group_size(f.features, r, p.N), values = p.T * r;
-    double* squares = (double*)rest;                                  // (group, chunks)
-    float* G = rest + round_up(2 * group * c.count, 16);              // (group, r, width)
-    float* S = f.transposed ? G + group * r * width : f.S;            // (r, width) or (r, features)
+    const Chunks c = plan.chunks;
+    const int64_t r = p.r, width = plan.width, values = p.T * r;
+    double* squares = (double*)z.rest;                                  // (group, chunks)
+    float* G = z.rest + round_up(2 * plan.group * c.count, 16);         // (group, r, width)
+    float* S = f.transposed ? G + plan.group * r * width : f.S;         // (r, width) or (r, features)
     const int64_t S_stride = f.transposed ? width : f.features;
     if (f.transposed) memset(S, 0, r * width * sizeof(float));
 
 #pragma omp parallel num_threads(p.num_threads)
     {
         float* work = scratch(kWork, work_floats(r));
-        for (int64_t i0 = 0; i0 < p.N; i0 += group) {
-            const int64_t here = at_most(group, p.N - i0);
+        for (int64_t i0 = 0; i0 < p.N; i0 += plan.group) {
+            const int64_t here = at_most(plan.group, p.N - i0);
 #pragma omp for schedule(static)
-            for (int64_t k = 0; k < c.count; ++k) {
-                const int64_t begin = k * c.size, end = at_most(f.features, begin + c.size);
-                for (int64_t i = 0; i < here; ++i) {
-                    float* acc = G + i * r * width + begin;
-                    float* dz = nullptr;
-                    if (with_dz)
-                        dz = z.parts == z.dz32 ? z.dz32 + (i0 + i) * values : z.parts + (i * c.count + k) * values;
-                    for (int64_t b = begin; b < end; b += kFeatures)
-                        feature_block(f.o, i0 + i, b, at_most(kFeatures, end - b), i0 + i + (i0 + i + 1 < p.N), begin, acc + (b - begin), width, dz,
-                                      b > begin, work);
-                    double sum = 0;
-                    for (int64_t j = 0; j < r; ++j)
-                        sum += emit_row(acc + j * width, end - begin, f.scale, false, acc + j * width);
-                    squares[i * c.count + k] = sum;
+            for (int64_t task = 0; task < here * c.count; ++task) {
+                const int64_t i = task / c.count, begin = task % c.count * c.size;
+                const int64_t end = at_most(f.features, begin + c.size);
+                float* acc = G + i * r * width + begin;
+                float* dz = nullptr;
+                if (with_dz) dz = z.parts + (z.parts == z.dz32 ? i0 + i : task) * values;
+                for (int64_t b = begin; b < end; b += kFeatures) {
+                    const bool more = b + kFeatures < end, last = task + 1 == here * c.count;
+                    const int64_t next_i = i0 + (more || last ? i : (task + 1) / c.count);
+                    const int64_t next_b = more ? b + kFeatures : (task + 1) % c.count * c.size;
+                    feature_block(f.o, i0 + i, b, at_most(kFeatures, end - b), next_i, next_b, acc + (b - begin), width,
+                                  dz, b > begin, work);
                 }
+                double sum = 0;
+                for (int64_t j = 0; j < r; ++j)
+                    sum += emit_row(acc + j * width, end - begin, f.scale, false, acc + j * width);
+                squares[task] = sum;
             }
-            // The same static schedule: a thread finds its chunks in its own cache.
 #pragma omp for schedule(static) nowait
-            for (int64_t k = 0; k < c.count; ++k) {
-                const int64_t begin = k * c.size, end = at_most(f.features, begin + c.size);
+            for (int64_t k = 0; k < plan.columns.count; ++k) {
+                const int64_t begin = k * plan.columns.size, end = at_most(f.features, begin + plan.columns.size);
                 for (int64_t i = 0; i < here; ++i) {
                     double sq = 0;
-                    for (int64_t other = 0; other < c.count; ++other) sq += squares[i * c.count + other];
+                    for (int64_t part = 0; part < c.count; ++part) sq += squares[i * c.count + part];
                     if (k == 0) f.sq[i0 + i] = sq;
                     const float factor = i0 + i < q.valid ? (float)clip_factor(sq, q.max_norm, q.grad_scale) : 0.0f;
                     if (factor == 0.0f) continue;
-                    for (int64_t j = 0; j < r; ++j) {
-                        const float* g = G + (i * r + j) * width + begin;
-                        float* s = S + j * S_stride + begin;
-                        for (int64_t e = 0; e < end - begin; ++e) s[e] += factor * g[e];
-                    }
+                    for (int64_t j = 0; j < r; ++j)
+                        emit_row(G + (i * r + j) * width + begin, end - begin, factor, true, S + j * S_stride + begin);
                 }
             }
             if (with_dz && (z.parts != z.dz32 || p.dy.dtype == kBFloat16)) {
@@ -94,8 +93,8 @@ static void clipped_sum(const SampleGradClip& q, const Factor& f, const Projecti
         }
         if (f.transposed) {
 #pragma omp for schedule(static)
-            for (int64_t k = 0; k < c.count; ++k) {
-                const int64_t begin = k * c.size, end = at_most(f.features, begin + c.size);
+            for (int64_t k = 0; k < plan.columns.count; ++k) {
+                const int64_t begin = k * plan.columns.size, end = at_most(f.features, begin + plan.columns.size);
                 emit_transposed(S + begin, width, r, end - begin, 1.0f, true, f.S + begin * r);
             }
         }
@@ -105,19 +104,19 @@ static void clipped_sum(const SampleGradClip& q, const Factor& f, const Projecti
 static void run(const SampleGradClip& q) {
     const SampleGrad& p = q.grad;
     const bool wanted = p.dz || p.sq_A;
-    const int64_t group = group_size(p.m, p.r, p.N);
-    const int64_t extra = at_least(clip_floats(p.m, p.r, p.N), p.sq_A ? clip_floats(p.n, p.r, p.N) : 0);
-    const Projection z(p, wanted, p.sq_B ? clip_chunks(p.m) : task_chunks(p.m, p.N), p.sq_B ? group : p.N, extra);
+    const Plan by_m(p.m, p.r, p.N), by_n(p.n, p.r, p.N);
+    const int64_t extra = at_least(p.sq_B ? by_m.floats(p.r) : 0, p.sq_A ? by_n.floats(p.r) : 0);
+    const Projection z(p, wanted, p.sq_B ? by_m.chunks : task_chunks(p.m, p.N), p.sq_B ? by_m.group : p.N, extra);
 
     if (p.sq_B) {
         const Factor B = {{p.dy, p.h, p.T, p.r, z.b, z.b_stride}, p.m, p.scaling, true, q.S_B, p.sq_B};
-        clipped_sum(q, B, z, wanted, z.rest);
+        clipped_sum(q, B, by_m, z, wanted);
     } else if (wanted) {
         project_all(p, z, true, nullptr);
     }
     if (p.sq_A) {
         const Factor A = {{p.x, z.rows(p), p.T, p.r, nullptr, 0}, p.n, 1.0f, false, q.S_A, p.sq_A};
-        clipped_sum(q, A, z, false, z.rest);
+        clipped_sum(q, A, by_n, z, false);
     }
 }
 
