@@ -5,6 +5,7 @@ accumulation, squared norms in float64, gradients and sums always float32. Resul
 threads, bit for bit. ``LALORA_CPU_ISA`` = avx512, avx2 or baseline forces an instruction set.
 """
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ import torch  # before _C: both then share torch's OpenMP runtime
 from torch import Tensor
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_NONE3, _NO_KEY = (0, 0, 0, 0, 0), b""
+_NOT_ASKED = (0, 0, 0, 0, 0)
 MAX_ELEMENTS = 4 << 32  # of one noise stream: a 32-bit block counter, 4 elements a block
 _module = None
 
@@ -38,16 +39,13 @@ def require():
     return _module
 
 
-def _check(op: str, name: str, t: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> int:
-    """Code of the dtype of an argument that lies on the CPU and has this shape."""
-    if t.device.type != "cpu":
+def _refuse(op: str, name: str, t: Tensor, shape: Sequence[int] | None, dtype: torch.dtype | None) -> None:
+    if not t.is_cpu:
         raise ValueError(f"{op}: {name} is on {t.device}, backend 'cpp' takes CPU tensors")
-    code = _DTYPES.get(t.dtype)
-    if code is None or (dtype is not None and t.dtype != dtype):
+    if t.dtype not in _DTYPES or (dtype is not None and t.dtype != dtype):
         raise TypeError(f"{op}: {name} is {t.dtype}, expected {dtype or 'torch.float32 or torch.bfloat16'}")
     if shape is not None and t.shape != shape:
         raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {tuple(shape)}")
-    return code
 
 
 def _written(op: str, name: str, t: Tensor) -> None:
@@ -56,27 +54,37 @@ def _written(op: str, name: str, t: Tensor) -> None:
         raise ValueError(f"{op}: {name} of shape {tuple(t.shape)} is expanded and cannot be written; clone() it")
 
 
-def _batch(op: str, name: str, t: Tensor, N: int, T: int) -> tuple:
-    if t.dim() != 3 or t.shape[0] != N or t.shape[1] != T:
-        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected ({N}, {T}, features)")
-    return (t.data_ptr(), *t.stride(), _check(op, name, t))
+def _is_float32(t: Tensor, shape: Sequence[int]) -> bool:
+    return t.is_cpu and t.dtype is torch.float32 and t.shape == shape
+
+
+def _dtype(op: str, name: str, t: Tensor) -> int:
+    code = _DTYPES.get(t.dtype)
+    if code is None or not t.is_cpu:
+        _refuse(op, name, t, None, None)
+    return code
+
+
+def _batch(op: str, name: str, t: Tensor, N: int, T: int, features: int | None = None) -> tuple:
+    shape = t.shape
+    if len(shape) != 3 or shape[0] != N or shape[1] != T or features not in (None, shape[2]):
+        raise ValueError(f"{op}: {name} has shape {tuple(shape)}, expected ({N}, {T}, {features or 'features'})")
+    return (t.data_ptr(), *t.stride(), _dtype(op, name, t))
 
 
 def _shapes(op: str, dy: Tensor, B: Tensor, h: Tensor | None, x: Tensor | None):
-    """((N, T, m, n, r), dy, B, h, x as the bindings take them)."""
+    """((N, T, m, n, r), (dy, B, h, x) as the bindings take them)."""
     if dy.dim() != 3 or B.dim() != 2 or B.shape[0] != dy.shape[2] or B.shape[1] < 1:
         raise ValueError(
             f"{op}: dy {tuple(dy.shape)} and B {tuple(B.shape)} do not fit; expected dy (N, T, m) and B (m, r), r >= 1"
         )
     N, T, m = dy.shape
     r = B.shape[1]
-    if h is not None and (h.dim() != 3 or h.shape[2] != r):
-        raise ValueError(f"{op}: h has shape {tuple(h.shape)}, expected ({N}, {T}, {r})")
     args = (
-        _batch(op, "dy", dy, N, T),
-        (B.data_ptr(), *B.stride(), _check(op, "B", B)),
-        _NONE3 if h is None else _batch(op, "h", h, N, T),
-        _NONE3 if x is None else _batch(op, "x", x, N, T),
+        (dy.data_ptr(), *dy.stride(), _dtype(op, "dy", dy)),
+        (B.data_ptr(), *B.stride(), _dtype(op, "B", B)),
+        _NOT_ASKED if h is None else _batch(op, "h", h, N, T, r),
+        _NOT_ASKED if x is None else _batch(op, "x", x, N, T),
     )
     return (N, T, m, 0 if x is None else x.shape[2], r), args
 
@@ -90,10 +98,12 @@ def _per_sample_out(op: str, name: str, given: Tensor | None, shape: tuple[int, 
     if given is None:
         out = torch.empty(shape, dtype=torch.float32)
         return out, out
-    _check(op, name, given, shape, torch.float32)
+    if not _is_float32(given, shape):
+        _refuse(op, name, given, shape, torch.float32)
+    if given.is_contiguous():
+        return given, given
     _written(op, name, given)
-    samples = given.stride(2) == 1 and given.stride(1) == shape[2]
-    return (given if samples or given.is_contiguous() else given.contiguous()), given
+    return (given if given.stride(2) == 1 and given.stride(1) == shape[2] else given.contiguous()), given
 
 
 def _ptr(t: Tensor | None) -> int:
@@ -168,7 +178,7 @@ def sample_grad_clip(
         if given is None:
             sums[k] = torch.zeros(size, dtype=torch.float32)
         else:
-            _check("sample_grad_clip", name, given, size, torch.float32)
+            _refuse("sample_grad_clip", name, given, size, torch.float32)
             _written("sample_grad_clip", name, given)
             sums[k] = given.contiguous()
     require().sample_grad_clip(
@@ -189,23 +199,28 @@ def sample_grad_clip(
     return dz, sums[0], squares[0], sums[1], squares[1]
 
 
-def _as_lines(op: str, l: int, t: Tensor, dim: int | None) -> tuple[int, int, int]:
+def _lines(op: str, l: int, t: Tensor, dim: int | None) -> tuple[int, int, int]:
     """(outer, length, inner) of a contiguous tensor with the filter along ``dim``."""
     if dim is None:
         return 1, 1, t.numel()
-    if not -t.dim() <= dim < t.dim():
-        raise ValueError(f"{op}: smooth_dim[{l}] = {dim} is no axis of a tensor of shape {tuple(t.shape)}")
-    dim %= t.dim()
-    outer = inner = 1
-    for size in t.shape[:dim]:
-        outer *= size
-    for size in t.shape[dim + 1 :]:
-        inner *= size
-    return outer, t.shape[dim], inner
+    shape = t.shape
+    if len(shape) == 2 and 0 <= dim < 2:
+        return (1, shape[0], shape[1]) if dim == 0 else (shape[0], shape[1], 1)
+    if not -len(shape) <= dim < len(shape):
+        raise ValueError(f"{op}: smooth_dim[{l}] = {dim} is no axis of a tensor of shape {tuple(shape)}")
+    dim %= len(shape)
+    return math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
 
 
-def _release(op: str, G, S, weights: Tensor | None, out, noise_std, key, release, tensor_index, smooth_dim, divisor,
-             padding) -> None:
+def _weights(op: str, weights: Tensor | None, L: int) -> Tensor:
+    if weights is None or weights.dim() != 2 or weights.shape[0] != L:
+        raise ValueError(f"{op}: weights must have shape ({L}, N)")
+    if not weights.is_cpu:
+        raise ValueError(f"{op}: weights are on {weights.device}, backend 'cpp' takes CPU tensors")
+    return weights.to(torch.float32)
+
+
+def _release(op, G, S, weights, out, noise_std, key, release, tensor_index, smooth_dim, divisor, padding) -> None:
     """``privatize`` over one table of tensors; see there."""
     L = len(out)
     for name, given in (("G", G), ("S", S), ("tensor_index", tensor_index), ("smooth_dim", smooth_dim)):
@@ -213,51 +228,41 @@ def _release(op: str, G, S, weights: Tensor | None, out, noise_std, key, release
             raise ValueError(f"{op}: {len(given)} entries in {name} for {L} tensors in out")
     N = w_row = w_step = w_data = 0
     if any(g is not None for g in G):
-        if weights is None or weights.dim() != 2 or weights.shape[0] != L:
-            raise ValueError(f"{op}: weights must have shape ({L}, N)")
-        if weights.device.type != "cpu":
-            raise ValueError(f"{op}: weights are on {weights.device}, backend 'cpp' takes CPU tensors")
-        weights = weights.to(torch.float32)
-        N = weights.shape[1]
-        w_row, w_step, w_data = weights.stride(0) * 4, weights.stride(1), weights.data_ptr()
+        weights = _weights(op, weights, L)
+        N, w_row, w_step, w_data = weights.shape[1], 4 * weights.stride(0), weights.stride(1), weights.data_ptr()
     rows, keep, copies = [], [], []
-    for l, o in enumerate(out):
-        _check(op, f"out[{l}]", o, None, torch.float32)
-        _written(op, f"out[{l}]", o)
+    for l, (o, g, s, dim) in enumerate(zip(out, G, S, smooth_dim)):
+        shape = o.shape
+        if not _is_float32(o, shape):
+            _refuse(op, f"out[{l}]", o, None, torch.float32)
         target = o
         if not o.is_contiguous():
+            _written(op, f"out[{l}]", o)
             target = o.contiguous()
             copies.append((o, target))
-        g, s, g_step = G[l], S[l], 0
+        g_data = g_step = s_data = 0
         if g is not None:
-            _check(op, f"G[{l}]", g, (N, *o.shape), torch.float32)
+            if not _is_float32(g, (N, *shape)):
+                _refuse(op, f"G[{l}]", g, (N, *shape), torch.float32)
             if not g.is_contiguous() and not (N and g[0].is_contiguous()):
                 g = g.contiguous()
                 keep.append(g)
-            g_step = g.stride(0)
-        if s is o:
-            s = target
+            g_data, g_step = g.data_ptr(), g.stride(0)
         if s is not None:
-            _check(op, f"S[{l}]", s, o.shape, torch.float32)
-            if not s.is_contiguous() or (smooth_dim[l] is not None and s.data_ptr() == target.data_ptr()):
-                s = s.clone(memory_format=torch.contiguous_format)  # the filter reads neighbours of what it writes
+            s = target if s is o else s
+            if not _is_float32(s, shape):
+                _refuse(op, f"S[{l}]", s, shape, torch.float32)
+            s_data = s.data_ptr()
+            # The filter reads neighbours of what it writes.
+            if not s.is_contiguous() or (dim is not None and s_data == target.data_ptr()):
+                s = s.clone(memory_format=torch.contiguous_format)
                 keep.append(s)
-        rows.append(
-            (
-                _ptr(g),
-                g_step,
-                _ptr(s),
-                target.data_ptr(),
-                *_as_lines(op, l, o, smooth_dim[l]),
-                w_data + l * w_row,
-                w_step,
-                tensor_index[l],
-                smooth_dim[l] is not None,
-            )
-        )
-    require().privatize(
-        rows, N, noise_std, key or _NO_KEY, release, divisor, padding == "reflect", torch.get_num_threads()
-    )
+                s_data = s.data_ptr()
+        lines = _lines(op, l, o, dim)
+        w = w_data + l * w_row
+        rows.append((g_data, g_step, s_data, target.data_ptr(), *lines, w, w_step, tensor_index[l], dim is not None))
+    threads = torch.get_num_threads()
+    require().privatize(rows, N, noise_std, key or b"", release, divisor, padding == "reflect", threads)
     for o, target in copies:
         o.copy_(target)
 
