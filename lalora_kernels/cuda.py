@@ -1,0 +1,193 @@
+"""GPU backend "cuda": checks, allocates outputs, hands device pointers to ``lalora_kernels._cuda``.
+
+Signatures and meaning are the reference's (SPEC section 9). Everything runs on torch's current stream; nothing waits
+for the device. ``sample_grad_clip`` needs thread-block clusters (sm_90) and a rank of at most 64.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lalora_kernels.gpu import layer_inputs, refuse_capture, sums
+from lalora_kernels.reference.chacha20_normal import MAX_ELEMENTS
+from lalora_kernels.segments import Release
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NONE = (0, 0, 0)
+_TILE = 2048  # elements: two vectors of four a thread
+_module = None
+_plans: dict[tuple, object] = {}
+
+
+def require():
+    """The compiled module, loaded at the first call. Raises ImportError saying how to build it."""
+    global _module
+    if _module is None:
+        try:
+            from lalora_kernels import _cuda
+        except ImportError as error:
+            raise ImportError(
+                f"lalora_kernels._cuda is not built for this Python ({error}); install the CUDA toolkit (nvcc) and run "
+                f"`pip install .` in the source folder"
+            ) from error
+        _module = _cuda
+    return _module
+
+
+def _place(t: Tensor) -> tuple[int, int]:
+    """(device, stream) of a launch."""
+    if t.device.type != "cuda":
+        return 0, 0  # the emulated machine of the tests
+    return t.device.index, torch.cuda.current_stream(t.device).cuda_stream
+
+
+def _pointers(release: Release) -> tuple[tuple, tuple]:
+    table = release.table(_TILE)
+    tiles = (table.rows.data_ptr(), table.tiles.data_ptr(), len(table.tiles), table.tile, table.aligned, table.smooth)
+    return tiles, (release.weights.data_ptr(), *release.strides, release.N)
+
+
+def clip_reduce(G: Sequence[Tensor], weights: Tensor, out: Sequence[Tensor]) -> None:
+    """See ``lalora_kernels.reference.clip_reduce``. Tensors are float32, of fewer than 2^31 elements each."""
+    if not out:
+        return
+    L = len(out)
+    release = Release("clip_reduce", G, out, weights, out, [0] * L, [None] * L)
+    require().clip_reduce(*_pointers(release), *_place(out[0]))
+    release.finish()
+
+
+def privatize(
+    G: Sequence[Tensor | None],
+    S: Sequence[Tensor | None],
+    weights: Tensor,
+    out: Sequence[Tensor],
+    *,
+    noise_std: float,
+    key: bytes | None,
+    release: int,
+    tensor_index: Sequence[int],
+    smooth_dim: Sequence[int | None],
+    divisor: float,
+    padding: str = "symmetric",
+) -> None:
+    """See ``lalora_kernels.reference.privatize``. Tensors are float32, of fewer than 2^31 elements each."""
+    if padding not in ("symmetric", "reflect"):
+        raise ValueError(f"padding is 'symmetric' or 'reflect', got {padding!r}")
+    if noise_std and key is None:
+        raise ValueError("privatize: noise_std > 0 needs a key")
+    if not out:
+        return
+    if noise_std:
+        refuse_capture("privatize", out[0].device)
+    tensors = Release("privatize", G, S, weights, out, tensor_index, smooth_dim)
+    stream = noise_std, key or b"", release if noise_std else 0
+    require().privatize(*_pointers(tensors), *stream, divisor, padding == "reflect", *_place(out[0]))
+    tensors.finish()
+
+
+def smooth(t: Tensor, dim: int, padding: str = "symmetric") -> Tensor:
+    """See ``lalora_kernels.reference.smooth``. float32."""
+    out = torch.empty(t.shape, dtype=torch.float32, device=t.device)
+    privatize(
+        [None], [t], None, [out], noise_std=0.0, key=None, release=0, tensor_index=[0], smooth_dim=[dim], divisor=1.0,
+        padding=padding,
+    )  # fmt: skip
+    return out
+
+
+def chacha20_normal(
+    count: int,
+    *,
+    key: bytes,
+    release: int,
+    tensor_index: int,
+    start: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cuda",
+) -> Tensor:
+    """See ``lalora_kernels.reference.chacha20_normal``. Evaluated in float32, to 1e-5; rounded to ``dtype``."""
+    if count < 0 or start < 0 or start + count > MAX_ELEMENTS:
+        raise ValueError(f"elements {start}..{start + count} lie outside a noise stream of {MAX_ELEMENTS}")
+    if dtype not in _DTYPES:
+        raise TypeError(f"chacha20_normal: backend 'cuda' makes {', '.join(map(str, _DTYPES))}, not {dtype}")
+    out = torch.empty(count, dtype=torch.float32, device=device)
+    refuse_capture("chacha20_normal", out.device)
+    require().chacha20_normal(out.data_ptr(), start, count, key, release, tensor_index, *_place(out))
+    return out.to(dtype)
+
+
+def chacha20_words(
+    key: bytes, nonce: tuple[int, int, int], start: int, blocks: int, device: torch.device | str = "cuda"
+) -> Tensor:
+    """See ``lalora_kernels.reference.chacha20_words``."""
+    if start < 0 or blocks < 0 or start + blocks > 1 << 32:
+        raise ValueError(f"ChaCha20's block counter has 32 bits; blocks {start}..{start + blocks} do not fit")
+    out = torch.empty(blocks, 16, dtype=torch.int64, device=device)
+    require().chacha20_words(out.data_ptr(), key, tuple(w & 0xFFFFFFFF for w in nonce), start, blocks, *_place(out))
+    return out
+
+
+def _rows(t: Tensor | None) -> tuple[int, int, int]:
+    return _NONE if t is None else (t.data_ptr(), t.stride(0), t.stride(1))
+
+
+def _dense_rows(t: Tensor | None) -> Tensor | None:
+    """The kernel reads rows of features without gaps, any distance apart."""
+    return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def sample_grad_clip(
+    dy: Tensor,
+    B: Tensor,
+    scaling: float,
+    *,
+    max_norm: float,
+    grad_scale: float = 1.0,
+    valid: int | None = None,
+    h: Tensor | None = None,
+    x: Tensor | None = None,
+    need_dz: bool = True,
+    S_B: Tensor | None = None,
+    S_A: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See ``lalora_kernels.reference.sample_grad_clip``. Sums are float32; needs h or x, and sm_90.
+
+    With both factors active dy is read twice, once for each.
+    """
+    op, dtype, module = "sample_grad_clip", dy.dtype, require()
+    if h is None and x is None:
+        raise ValueError(f"{op}: backend 'cuda' needs h or x; sample_grad gives dz alone")
+    dy, B, h, x = map(_dense_rows, layer_inputs(op, dy, B, h, x))
+    B = B.contiguous()
+    (N, T, m), r, device = dy.shape, B.shape[1], dy.device
+    dz = torch.empty(N, T, r, dtype=dy.dtype, device=device) if need_dz else None
+    if dz is not None and not m:
+        dz.zero_()
+    results: list[Tensor | None] = []
+    for given, name, wide, features in ((S_B, "S_B", h, m), (S_A, "S_A", x, 0 if x is None else x.shape[2])):
+        if wide is None:
+            results += [None, None]
+            continue
+        factor = name[-1]
+        S, target = sums(op, given, name, (m, r) if factor == "B" else (r, features), device)
+        sq = torch.zeros(N, dtype=torch.float64, device=device)
+        if N and features and m:
+            write = None if factor == "A" and h is not None else dz
+            call = module.ClipGrad(
+                (N, T, m, features if factor == "A" else 0, r), _DTYPES[dy.dtype], scaling, max_norm, grad_scale,
+                N if valid is None else valid, _rows(dy), _rows(h) if factor == "B" else _NONE,
+                _rows(x) if factor == "A" else _NONE, B.data_ptr(), 0 if write is None else write.data_ptr(),
+                target.data_ptr(), sq.data_ptr(),
+            )  # fmt: skip
+            key = (N, T, m, features, r, dy.dtype, factor, write is None, device)
+            plan = _plans.get(key)
+            if plan is None:
+                plan = _plans[key] = module.plan_sample_grad_clip(call, _place(dy)[0])
+            partial = torch.empty(plan.clusters, features * r, dtype=torch.float32, device=device)
+            module.sample_grad_clip(call, plan, partial.data_ptr(), *_place(dy))
+        if target.data_ptr() != S.data_ptr():
+            S.copy_(target)
+        results += [S, sq]
+    return (dz if dz is None else dz.to(dtype)), *results

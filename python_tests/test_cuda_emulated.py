@@ -1,0 +1,193 @@
+"""The CUDA kernels' own code on an emulated machine (csrc/cuda/emulate), against the reference in float64.
+
+The machine is a hard one: threads run between barriers in any order, shared memory starts as NaN, asynchronous copies
+arrive at the last moment, barriers must be reached by all.
+"""
+
+import shutil
+
+import emulated
+import pytest
+import torch
+from cases import BF16, GRAD_CASES, GradCase
+from gpu_suite import (
+    F16,
+    SCALING,
+    Target,
+    call,
+    check_bad_record,
+    check_clip_reduce,
+    check_layouts,
+    check_masked_samples,
+    check_normals,
+    check_outputs,
+    check_privatize,
+    check_repeats,
+    check_sample_grad_clip,
+    check_scales,
+    check_words,
+)
+
+from lalora_kernels import cuda
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+TARGET = Target(cuda, "cpu")
+HALVES = [GradCase(3, 19, 41, 35, 6, F16), GradCase(2, 70, 150, 130, 20, F16), GradCase(2, 40, 40, 300, 33, F16)]
+# N = 1: a cluster of eight, two tiles long, the last rank without features
+CLUSTERS = [GradCase(1, 70, 460, 530, r, dtype) for r in (3, 17, 64) for dtype in (torch.float32, BF16, F16)]
+
+
+@pytest.fixture(scope="session")
+def machine():
+    return emulated.load(emulated.build())
+
+
+@pytest.fixture(autouse=True)
+def emulation(machine, monkeypatch):
+    monkeypatch.setattr(cuda, "_module", machine)
+    monkeypatch.setattr(cuda, "_plans", {})
+    machine.set_order(0)
+    yield machine
+    machine.set_order(0)
+    machine.fail_after(-1)
+
+
+def held(case: GradCase) -> bool:
+    return case.r <= 64
+
+
+@pytest.mark.parametrize("case", [*filter(held, GRAD_CASES), *HALVES], ids=str)
+def test_sample_grad_clip(case):
+    check_sample_grad_clip(TARGET, case)
+
+
+@pytest.mark.parametrize("case", CLUSTERS, ids=str)
+def test_sample_grad_clip_of_a_large_cluster(case):
+    check_sample_grad_clip(TARGET, case, ("h", "x"))
+    plans = list(cuda._plans.values())
+    assert {p.cluster for p in plans} == {8} and {p.positions for p in plans} <= {32, 64}
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("case", [GradCase(1, 70, 460, 260, 17, F16), GradCase(23, 40, 90, 70, 5, BF16)], ids=str)
+def test_the_order_of_threads_changes_no_bit(case, order, emulation):
+    """A missing barrier shows as a difference between orders."""
+    inputs = {"dy": torch.randn(case.N, case.T, case.m), "B": torch.randn(case.m, case.r)}
+    inputs.update(h=torch.randn(case.N, case.T, case.r), x=torch.randn(case.N, case.T, case.n))
+    inputs = {k: t.to(case.dtype) for k, t in inputs.items()}
+    first = call(TARGET, "sample_grad_clip", inputs, "hx", max_norm=3.0)[0]
+    emulation.set_order(order)
+    again = call(TARGET, "sample_grad_clip", inputs, "hx", max_norm=3.0)[0]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    check_privatize(TARGET, 2, 0.6, "reflect")
+
+
+@pytest.mark.parametrize("case", [GradCase(3, 7, 11, 13, 5), GradCase(2, 0, 5, 4, 3)], ids=str)
+def test_sums_are_added_to_and_returned(case):
+    check_outputs(TARGET, case, "sample_grad_clip")
+
+
+def test_results_repeat():
+    check_repeats(TARGET, GradCase(23, 40, 90, 70, 5), "sample_grad_clip")
+
+
+def test_every_scale():
+    check_scales(TARGET, GradCase(3, 5, 17, 19, 4), "sample_grad_clip")
+
+
+def test_half_precision_keeps_dz_beyond_its_range():
+    """dz of 1e6 in a float16 model: G_A is exact where dz itself overflows; tiles of very different sizes."""
+    dy, B, x = torch.randn(2, 130, 40) * 300, torch.randn(40, 6) * 1000, torch.randn(2, 130, 30)
+    dy[:, :40] *= 1e-4
+    dy[1, 80:] *= 1e-2
+    inputs = {"dy": dy.to(F16), "B": B.to(F16), "x": x.to(F16)}
+    got, want = call(TARGET, "sample_grad_clip", inputs, "x", max_norm=1e30, need_dz=False)
+    assert (SCALING * inputs["dy"].float() @ inputs["B"].float()).abs().max() > 65504
+    torch.testing.assert_close(got[3].double(), want[3], rtol=1e-5, atol=1e-6 * want[3].abs().max().item())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, F16])
+def test_a_bad_record_spoils_no_other(bad, dtype):
+    check_bad_record(TARGET, GradCase(12, 5, 17, 19, 4, dtype), "sample_grad_clip", bad)
+
+
+def test_what_no_cluster_holds_is_refused():
+    def ask(m: int, r: int):
+        cuda.sample_grad_clip(torch.zeros(1, 1, m), torch.zeros(m, r), 1.0, h=torch.zeros(1, 1, r), max_norm=1.0)
+
+    with pytest.raises(RuntimeError, match="sample_grad_clip: backend 'cuda' takes ranks to 64, got 65"):
+        ask(8, 65)
+    with pytest.raises(RuntimeError, match="cannot hold a gradient of 40000 x 16"):
+        ask(40_000, 16)
+    with pytest.raises(ValueError, match="needs h or x"):
+        cuda.sample_grad_clip(torch.zeros(1, 1, 4), torch.zeros(4, 2), 1.0, max_norm=1.0)
+
+
+def test_words_are_the_same_bit_for_bit():
+    check_words(TARGET)
+
+
+def test_normals():
+    check_normals(TARGET)
+
+
+@pytest.mark.parametrize("padding", ["symmetric", "reflect"])
+@pytest.mark.parametrize("noise_std", [0.0, 0.8])
+def test_privatize(noise_std, padding):
+    for N in (0, 1, 9):
+        check_privatize(TARGET, N, noise_std, padding)
+    for parts in ("g", "s", ""):
+        check_privatize(TARGET, 2, noise_std, padding, parts=parts)
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.5])
+def test_privatize_aligned(noise_std):
+    """Every pointer and size a multiple of 16 bytes: the vectorized form; more tiles than the grid has blocks."""
+    cases = [((16, 768), 1), ((300, 4), 0), ((100,), None), ((64, 64), 0), ((30_000,), None), ((5, 4000), 1)]
+    check_privatize(TARGET, 9, noise_std, "reflect", cases=cases)
+    check_privatize(TARGET, 3, noise_std, "symmetric", cases=cases[2:3])
+
+
+def test_masked_samples_are_not_read():
+    check_masked_samples(TARGET)
+
+
+def test_clip_reduce():
+    for N in (0, 1, 9):
+        check_clip_reduce(TARGET, N)
+
+
+def test_views_and_strides():
+    check_layouts(TARGET)
+
+
+OPERATIONS = {
+    "privatize": lambda: cuda.smooth(torch.zeros(8, 2), 0),
+    "clip_reduce": lambda: cuda.clip_reduce([torch.zeros(2, 8)], torch.zeros(1, 2), [torch.zeros(8)]),
+    "chacha20_normal": lambda: cuda.chacha20_normal(8, key=bytes(32), release=0, tensor_index=0, device="cpu"),
+    "chacha20_words": lambda: cuda.chacha20_words(bytes(32), (0, 0, 0), 0, 2, device="cpu"),
+    "sample_grad_clip": lambda: cuda.sample_grad_clip(
+        torch.zeros(1, 1, 8), torch.zeros(8, 2), 1.0, h=torch.zeros(1, 1, 2), max_norm=1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_failing_call_becomes_an_exception_that_names_the_operation(op, emulation):
+    """The runtime's calls fail one after another: each is checked."""
+    failures = 0
+    for calls in range(30):
+        cuda._plans.clear()
+        emulation.fail_after(calls)
+        try:
+            OPERATIONS[op]()
+        except RuntimeError as error:
+            assert str(error).startswith(f"{op}: cuda") and "unspecified launch failure" in str(error)
+            failures += 1
+        else:
+            break
+        finally:
+            emulation.fail_after(-1)
+    assert failures >= 3, "set the device, ask for its size, launch"
+    OPERATIONS[op]()
