@@ -105,6 +105,20 @@ FAULTS = (
         "(noise && count >= kGroup ? p.noise_std * noise[e] : 0.0f)",
         "privatize",
     ),
+    _fault(
+        "adaptive clipping counts without noise",
+        "lalora_kernels/privacy/adaptive.py",
+        "noise = self.std * float(",
+        "noise = 0.0 * float(",
+        "adaptive",
+    ),
+    _fault(
+        "the noise does not follow an adapted C",
+        "lalora_kernels/privacy/adaptive.py",
+        "engine.noise_std = self.sum_multiplier * engine.max_grad_norm",
+        "engine.noise_std = engine.noise_std or self.sum_multiplier * engine.max_grad_norm",
+        "adaptive",
+    ),
     # ---- keys
     _fault(
         "resumed with the same key",
