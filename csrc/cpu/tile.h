@@ -158,6 +158,8 @@ inline Block load_block(const Batch& b, int64_t sample, int64_t t0, int64_t time
     float* tail = buffer + kTime * padded_stride(kFeatures);
     for (int64_t t = 0; t < time; ++t) {
         const int64_t row = origin + t * b.stride1;
+        if (b.dtype == kBFloat16 && b.stride2 == 1)
+            for (int64_t f = 0; f < count; f += 32) prefetch((const uint16_t*)b.data + row + 8 * b.stride1 + f);
         if (!direct) convert_row(b.data, b.dtype, row, b.stride2, whole, buffer + t * stride);
         if (!rest) continue;
         convert_row(b.data, b.dtype, row + whole * b.stride2, b.stride2, rest, tail + t * W);

@@ -43,7 +43,7 @@ typedef float vf_any __attribute__((vector_size(4 * W), aligned(4)));
 
 LALORA_FN vf load(const float* p) { return *(const vf_any*)p; }
 LALORA_FN void store(float* p, vf v) { *(vf_any*)p = v; }
-LALORA_FN void prefetch(const float* p) {  // into L2
+LALORA_FN void prefetch(const void* p) {  // into L2
     __builtin_prefetch(p, 0, 2);
     asm volatile("");  // GCC holds a function that only prefetches for one without effect, and drops its calls
 }
