@@ -59,6 +59,7 @@ def main() -> int:
         print(f"{op:<17}" + "".join(cells) + ", ".join(row["available"]))
     for error in errors:
         print(error)
+    print("unproven: no committed result of bench/gpu.sh shows that it passed its tests on a card; chosen only by name")
     return 1 if errors else 0
 
 

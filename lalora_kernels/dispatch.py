@@ -1,18 +1,20 @@
 """Which backend serves an operation: explicit argument > ``use_backend`` > ``LALORA_BACKEND`` > the device's default.
 
 Nothing falls back silently: a backend that was asked for and lacks the operation, device or dtype is an error, and so
-is a default whose compiled module is missing. The default for float64 on CPU is the reference by design, and so is
-every CUDA tensor's while no other backend is asked for.
+is a default whose compiled module is missing. The reference is the default for float64, by design, and for CUDA tensors
+wherever no kernel has passed its tests on a card of their family (``gpu.py``).
 """
 
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+
+from lalora_kernels import gpu
 
 OPS = ("sample_grad", "sample_grad_clip", "clip_reduce", "privatize", "smooth", "chacha20_normal", "chacha20_words")
 SMALL, HALF = (torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16, torch.float16)
@@ -21,7 +23,7 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...] | None, tuple[torch.dtype, ...] |
     "reference": ("lalora_kernels.reference", None, None),
     "cpp": ("lalora_kernels.native", ("cpu",), SMALL),
     "triton": ("lalora_kernels.triton_ops", ("cuda",), HALF),
-    "cuda": ("lalora_kernels.cuda_ops", ("cuda",), SMALL),
+    "cuda": ("lalora_kernels.cuda", ("cuda",), HALF),
 }
 _chosen: ContextVar[str | None] = ContextVar("lalora_backend", default=None)
 
@@ -46,11 +48,12 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def choose(device: str, dtype: torch.dtype, backend: str | None = None) -> str:
-    """Name of the backend that serves ``dtype`` on ``device``."""
-    asked = backend or _chosen.get() or os.environ.get("LALORA_BACKEND")
-    if asked:
+def choose(device: str, dtype: torch.dtype, backend: str | None = None, op: str = "") -> str:
+    """Name of the backend that serves ``dtype`` on ``device``; on a GPU it depends on the operation."""
+    if asked := backend or _chosen.get() or os.environ.get("LALORA_BACKEND"):
         return _known(asked)
+    if device == "cuda" and dtype in HALF:
+        return gpu.default_backend(op)
     return "cpp" if device == "cpu" and dtype in SMALL else "reference"
 
 
@@ -75,22 +78,20 @@ def get(op: str, like: Tensor | tuple[torch.device | str, torch.dtype], backend:
     """The function that serves ``op`` for tensors like ``like``. Raises BackendError where the choice cannot."""
     device, dtype = (like.device, like.dtype) if isinstance(like, Tensor) else like
     kind = device.type if isinstance(device, torch.device) else torch.device(device).type
-    return _load(op, choose(kind, dtype, backend), kind, dtype)
+    return _load(op, choose(kind, dtype, backend, op), kind, dtype)
 
 
 def explain(devices: tuple[str, ...] = ("cpu", "cuda"), dtypes: tuple[torch.dtype, ...] = SMALL + (torch.float64,)):
     """op -> {"available": [backend, ...], (device, dtype): the backend chosen now or "error: why"}."""
     table: dict[str, dict] = {op: {"available": []} for op in OPS}
     for op, row in table.items():
-        for name, (_, kinds, types) in BACKENDS.items():
-            try:
-                _load(op, name, kinds[0] if kinds else "cpu", types[0] if types else torch.float32)
-                row["available"].append(name)
-            except BackendError:
-                continue
+        for name, (_, kinds, _) in BACKENDS.items():
+            with suppress(BackendError):
+                _load(op, name, kinds[0] if kinds else "cpu", torch.float32)
+                row["available"].append(gpu.marked(name, op))
         for device in devices:
             for dtype in dtypes:
-                row[device, dtype] = choose(device, dtype)
+                row[device, dtype] = choose(device, dtype, op=op)
                 try:
                     get(op, (device, dtype))
                 except BackendError as error:

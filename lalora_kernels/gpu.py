@@ -19,18 +19,28 @@ def proven() -> dict[str, dict[str, dict[str, str]]]:
     return json.loads(_PROVEN.read_text())
 
 
-def family(device: torch.device | str | None = None) -> str:
-    """ "sm_90" for compute capability 9.0; on AMD the name that the runtime gives, such as "gfx942"."""
-    props = torch.cuda.get_device_properties(device)
+def family() -> str | None:
+    """ "sm_90" for compute capability 9.0; on AMD the runtime's name, such as "gfx942"; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    props = torch.cuda.get_device_properties(torch.cuda.current_device())
     return props.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{props.major}{props.minor}"
 
 
-def default_backend(op: str, architecture: str) -> str:
-    """What serves ``op`` on a GPU that nobody chose a backend for: a kernel proven on its family, or the reference."""
-    for name in BACKENDS:
-        if architecture in proven().get(name, {}).get(op, {}):
+def default_backend(op: str) -> str:
+    """What serves ``op`` on this GPU when nobody asks for more: a kernel proven on its family, or the reference."""
+    # The cluster kernel does not hold every shape.
+    for name in BACKENDS[1:] if op == "sample_grad_clip" else BACKENDS:
+        if family() in proven().get(name, {}).get(op, {}):
             return name
     return "reference"
+
+
+def marked(name: str, op: str) -> str:
+    """A backend's name, with the mark of those that have not passed their tests on a card like this one (or any)."""
+    shown = proven().get(name, {}).get(op, {})
+    unproven = name in BACKENDS and (not shown if family() is None else family() not in shown)
+    return f"{name} (unproven)" if unproven else name
 
 
 def _check(op: str, name: str, t: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:

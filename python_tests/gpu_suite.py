@@ -75,8 +75,9 @@ def check_sample_grad_clip(target: Target, case: GradCase, asked=("h", "x", "hx"
     typical = SCALING * max(case.T * case.m * case.r, 1) ** 0.5
     bound = dict(max_norm=0.7 * typical, grad_scale=1.5, valid=max(case.N - 1, 0))
     for factors in asked:
-        got, want = call(target, "sample_grad_clip", inputs, factors, **bound)
-        compare(target, case.dtype, got, want, f"{case} {factors}")
+        for need_dz in (True, False) if factors == "h" else (True,):
+            got, want = call(target, "sample_grad_clip", inputs, factors, need_dz=need_dz, **bound)
+            compare(target, case.dtype, got, want, f"{case} {factors}")
 
 
 def check_outputs(target: Target, case: GradCase, op: str = "sample_grad") -> None:
@@ -234,11 +235,12 @@ def check_normals(target: Target) -> None:
             torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=NORMAL_GPU)
 
 
-def check_repeats(target: Target, case: GradCase, op: str, times: int = 2) -> None:
+def check_repeats(target: Target, case: GradCase, op: str, times: int = 2, between=lambda: None, **kwargs) -> None:
     """The same bits at every run."""
     inputs = grad_inputs(case)
-    kwargs = {} if op == "sample_grad" else dict(max_norm=3.0)
+    kwargs.update({} if op == "sample_grad" else dict(max_norm=3.0))
     first = call(target, op, inputs, "hx", **kwargs)[0]
     for _ in range(times - 1):
+        between()
         again = call(target, op, inputs, "hx", **kwargs)[0]
         assert all(a is None or torch.equal(a, b) for a, b in zip(first, again, strict=True)), "bits differ"
