@@ -10,6 +10,7 @@ import torch
 
 import lalora_kernels
 from lalora_kernels.data import BadInput, Records
+from lalora_kernels.federated.client import base_rate
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.run import prepare
 from lalora_kernels.files import write_atomic
@@ -52,7 +53,7 @@ def audit_all(
             try:
                 runs.append(
                     audit_run(
-                        task.classifier, records, kind=kind, steps=steps, target_epsilon=epsilon, lr=config.lr,
+                        task.classifier, records, kind=kind, steps=steps, target_epsilon=epsilon, lr=base_rate(config),
                         canaries=canaries if kind == "dirac" else min(canaries, len(records)),
                         sample_rate=config.batch_size / RECORDS, max_grad_norm=config.max_grad_norm,
                         progress=lambda done, all, k=kind: progress(f"one run, {k} canaries", done, all),
