@@ -189,9 +189,11 @@ class Report:
         peft = b.get("PEFT, not private")
         if peft and f["targets"] == "all-linear" and f["model"] in ("bert", "vit"):
             for factor, bound in (("B", 0.6), ("A", 0.8)):
-                share = b[f"ours, {factor} active"]["forward"] / peft["forward"]
-                label = f"memory kept by the forward, {factor} active, over PEFT's"
-                self.target(label, what, share, bound, at_least=False)
+                mine = b[f"ours, {factor} active"]
+                for kind, label in (("rss", "peak memory, resident"), ("forward", "memory kept by the forward")):
+                    if mine[kind] is not None:
+                        share = mine[kind] / peft[kind]
+                        self.target(f"{label}, {factor} active, over PEFT's", what, share, bound, at_least=False)
         for name in ("Opacus hooks", "Opacus ghost"):
             for kind in ("rss", "peak"):
                 if b["ours"][kind] is not None:
