@@ -97,7 +97,7 @@ PYBIND11_MODULE(LALORA_MODULE, module) {
         cuda::chacha20_words(p, device, pointer<void>(stream));
     });
 
-    py::class_<cuda::ClipGrad>(module, "ClipGrad")
+    py::class_<cuda::ClipGrad>(module, "ClipGrad", py::module_local())
         .def(py::init([](std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> shape, int dtype, float scaling,
                          double max_norm, double grad_scale, int64_t valid, const Rows& dy, const Rows& h, const Rows& x,
                          uintptr_t B, uintptr_t dz, uintptr_t S, uintptr_t sq) {
@@ -111,7 +111,7 @@ PYBIND11_MODULE(LALORA_MODULE, module) {
             g.S = pointer<float>(S), g.sq = pointer<double>(sq);
             return g;
         }));
-    py::class_<cuda::ClipPlan>(module, "ClipPlan")
+    py::class_<cuda::ClipPlan>(module, "ClipPlan", py::module_local())
         .def_readonly("cluster", &cuda::ClipPlan::cluster)
         .def_readonly("positions", &cuda::ClipPlan::positions)
         .def_readonly("stages", &cuda::ClipPlan::stages)
