@@ -23,6 +23,7 @@ ISA_FLAGS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = "-mavx2 -mfma"
     ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma"
+    ISA_FLAGS["avx512bf16"] = ISA_FLAGS["avx512"] + " -mavx512bf16"
 COMMON = ("isa",)  # csrc/cpu sources that are compiled once, for any CPU
 
 
@@ -35,6 +36,16 @@ def find_cxx() -> str:
         "lalora_kernels needs a C++17 compiler with OpenMP and found none. Install one (Debian, Ubuntu: "
         "apt install g++; Fedora: dnf install gcc-c++; conda: conda install gxx) or name it in CXX."
     )
+
+
+def instruction_sets(cxx: str) -> dict[str, str]:
+    """Name and flags of those that this compiler knows (bfloat16 products: g++ 10)."""
+    known = {}
+    for isa, flags in ISA_FLAGS.items():
+        probe = [cxx, *flags.split(), "-x", "c++", "-E", os.devnull]
+        if not flags or subprocess.run(probe, capture_output=True).returncode == 0:
+            known[isa] = flags
+    return known
 
 
 def find_nvcc() -> str | None:
@@ -99,7 +110,7 @@ class build_kernels(build_ext):
         ninja.rule("link", f"{cxx} -shared -fopenmp {flags} $in -o $out")
         target = f"{folder}/{module}.so"
         build = self.cuda_module if module == "_cuda" else self.cpu_module
-        build(ninja, folder, target, version)
+        build(ninja, folder, target, cxx, version)
         # The headers' place differs between isolated builds: in the command line it would rebuild everything.
         import pybind11
 
@@ -113,22 +124,24 @@ class build_kernels(build_ext):
         os.replace(staged, out)
 
     @staticmethod
-    def cpu_module(ninja: Ninja, folder: Path, target: str, compiler: str) -> None:
+    def cpu_module(ninja: Ninja, folder: Path, target: str, cxx: str, compiler: str) -> None:
+        isas = instruction_sets(cxx)
+        compiled = " ".join(f"-DLALORA_WITH_{isa}" for isa in isas)
         quoted = "-DLALORA_COMPILER='\"" + compiler.replace("$", "$$").replace("'", "") + "\"'"
         objects = [ninja.build(f"{folder}/bindings.o", "cxx", ["csrc/bindings.cpp"], flags=quoted)]
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
             slug, path = source.stem, f"csrc/cpu/{source.name}"
             if slug in COMMON:
-                objects.append(ninja.build(f"{folder}/{slug}.o", "cxx", [path]))
+                objects.append(ninja.build(f"{folder}/{slug}.o", "cxx", [path], flags=compiled))
                 continue
-            for isa, isa_flags in ISA_FLAGS.items():
+            for isa, isa_flags in isas.items():
                 objects.append(
                     ninja.build(f"{folder}/{slug}.{isa}.o", "cxx", [path], flags=f"-DLALORA_ISA={isa} {isa_flags}")
                 )
         ninja.build(target, "link", objects)
 
     @staticmethod
-    def cuda_module(ninja: Ninja, folder: Path, target: str, compiler: str) -> None:
+    def cuda_module(ninja: Ninja, folder: Path, target: str, cxx: str, compiler: str) -> None:
         """csrc/cuda; the runtime is static, so a machine without a driver can import the module."""
         nvcc = find_nvcc()
         archs = gencode(os.environ.get("LALORA_CUDA_ARCHS", "80;90a"))

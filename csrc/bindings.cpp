@@ -64,6 +64,9 @@ py::dict cpu_features() {
     LALORA_FEATURE("avx512bw");
     LALORA_FEATURE("avx512vl");
     LALORA_FEATURE("avx512dq");
+#if __GNUC__ >= 10 || defined(__clang__)
+    LALORA_FEATURE("avx512bf16");
+#endif
 #elif defined(__aarch64__)
     d["neon"] = true;
 #endif

@@ -3,6 +3,7 @@
 #pragma once
 #include "scratch.h"
 #include "tile.h"
+#include "tile_bf16.h"
 
 LALORA_BEGIN
 
@@ -23,7 +24,21 @@ struct Operands {  // of one factor's gradient: G = w^T v; with b, dz = v b^T to
     int64_t T, r;
     const float* b;
     int64_t b_stride;
+    bool pairs;  // v, w and b are bfloat16 for tile_bf16.h, b still without the scaling
+    float scaling;
 };
+
+// Whether dy, h and B go to tile_bf16.h as they are. x never does: its other operand is the float32 dz, and rounding it
+// would cost more digits than bfloat16 inputs have lost.
+inline bool takes_pairs(const SampleGrad& p) {
+#if defined(__AVX512BF16__)
+    return p.dy.dtype == kBFloat16 && p.dy.stride2 == 1 && p.B.dtype == kBFloat16 &&
+           (!p.sq_B || (p.h.dtype == kBFloat16 && p.h.stride2 == 1));
+#else
+    (void)p;
+    return false;
+#endif
+}
 
 inline int64_t work_floats(int64_t r) { return kBlockFloats + kTime * r; }
 
@@ -43,6 +58,19 @@ inline void feature_block(const Operands& o, int64_t sample, int64_t f0, int64_t
         if (dz && acc)
             ahead = t0 + time < o.T ? time * o.v.stride1
                                     : (next_sample - sample) * o.v.stride0 + next_f - f0 - t0 * o.v.stride1;
+        const int64_t origin = sample * o.w.stride0 + t0 * o.w.stride1;
+#if defined(__AVX512BF16__)
+        if (o.pairs) {
+            const uint16_t* data = (const uint16_t*)o.v.data + sample * o.v.stride0 + t0 * o.v.stride1 + f0;
+            const Rows16 v = {data, o.v.stride1, time, count, ahead};
+            const uint16_t* b = (const uint16_t*)o.b + f0;
+            if (dz) project16(v, b, o.b_stride, o.r, o.scaling, dz + t0 * o.r, o.r, dz_add);
+            if (acc)
+                gram16(v, (const uint16_t*)o.w.data + origin, o.w.stride1, o.r, (uint32_t*)(work + kBlockFloats), acc,
+                       acc_stride, t0 == 0);
+            continue;
+        }
+#endif
         const Block v = load_block(o.v, sample, t0, time, f0, count, ahead, work);
         if (dz) {
             project(v.main, o.b + f0, o.b_stride, o.r, time, dz + t0 * o.r, o.r, dz_add);
@@ -50,7 +78,6 @@ inline void feature_block(const Operands& o, int64_t sample, int64_t f0, int64_t
                 project(v.tail, o.b + f0 + v.main.vectors * W, o.b_stride, o.r, time, dz + t0 * o.r, o.r, true);
         }
         if (!acc) continue;
-        const int64_t origin = sample * o.w.stride0 + t0 * o.w.stride1;
         const float* w = (const float*)o.w.data + origin;
         int64_t w_stride = o.w.stride1;
         if (o.w.dtype != kFloat32 || o.w.stride2 != 1) {
@@ -118,8 +145,15 @@ inline double emit_row(const float* in, int64_t count, float scale, bool add, fl
     return sum;
 }
 
-// b (r, stride) = scaling * B^T in float32, padded with zeros.
-inline void pack_B(const SampleGrad& p, float* b, int64_t stride) {
+// b (r, stride) = scaling * B^T in float32, padded with zeros; for pairs B^T as it is.
+inline void pack_B(const SampleGrad& p, float* b, int64_t stride, bool pairs) {
+    if (pairs) {
+        const uint16_t* B = (const uint16_t*)p.B.data;
+        for (int64_t f = 0; f < p.m; ++f)
+            for (int64_t j = 0; j < p.r; ++j)
+                ((uint16_t*)b)[j * stride + f] = B[f * p.B.stride0 + j * p.B.stride1];
+        return;
+    }
 #pragma omp parallel for num_threads(p.num_threads) schedule(static) if (p.m * p.r > 16384)
     for (int64_t f0 = 0; f0 < stride; f0 += 64) {
         const int64_t f1 = at_most(stride, f0 + 64);

@@ -20,18 +20,26 @@ namespace lalora {
     {isa::sample_grad, isa::sample_grad_clip, isa::privatize, isa::chacha20_normal, isa::chacha20_words}
 
 LALORA_DECLARE(baseline)
-#if defined(__x86_64__)
-LALORA_DECLARE(avx512)
 LALORA_DECLARE(avx2)
+LALORA_DECLARE(avx512)
+LALORA_DECLARE(avx512bf16)
+
+#if defined(LALORA_WITH_avx512)
+static bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
 #endif
 
+// setup.py says which the compiler could make.
 const Isa kIsas[] = {
-#if defined(__x86_64__)
-    {"avx512", LALORA_KERNELS(avx512),
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-     }},
+#if defined(LALORA_WITH_avx512bf16)
+    {"avx512bf16", LALORA_KERNELS(avx512bf16), [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+#endif
+#if defined(LALORA_WITH_avx512)
+    {"avx512", LALORA_KERNELS(avx512), has_avx512},
+#endif
+#if defined(LALORA_WITH_avx2)
     {"avx2", LALORA_KERNELS(avx2), [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
     {"baseline", LALORA_KERNELS(baseline), [] { return true; }},

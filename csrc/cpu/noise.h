@@ -7,13 +7,13 @@ namespace lalora {
 #if defined(__AVX2__) && !defined(__AVX512F__)  // no rotation instruction: whole bytes move by one shuffle
 template <>
 LALORA_FN LALORA_ISA::vu rotate<16>(LALORA_ISA::vu x) {
-    const __m256i order = _mm256_set_epi64x(0x0d0c0f0e09080b0a, 0x0504070601000302, 0x0d0c0f0e09080b0a, 0x0504070601000302);
-    return (LALORA_ISA::vu)_mm256_shuffle_epi8((__m256i)x, order);
+    const int64_t high = 0x0d0c0f0e09080b0a, low = 0x0504070601000302;
+    return (LALORA_ISA::vu)_mm256_shuffle_epi8((__m256i)x, _mm256_set_epi64x(high, low, high, low));
 }
 template <>
 LALORA_FN LALORA_ISA::vu rotate<8>(LALORA_ISA::vu x) {
-    const __m256i order = _mm256_set_epi64x(0x0e0d0c0f0a09080b, 0x0605040702010003, 0x0e0d0c0f0a09080b, 0x0605040702010003);
-    return (LALORA_ISA::vu)_mm256_shuffle_epi8((__m256i)x, order);
+    const int64_t high = 0x0e0d0c0f0a09080b, low = 0x0605040702010003;
+    return (LALORA_ISA::vu)_mm256_shuffle_epi8((__m256i)x, _mm256_set_epi64x(high, low, high, low));
 }
 #endif
 }  // namespace lalora

@@ -58,7 +58,8 @@ LALORA_FN void add_samples(const Privatize& p, const Segment& s, int64_t at, int
 }
 
 // total[e] = S[e] + sum_i w_i G_i[e] + noise, for `count` < kGroup elements at `at` that end a run or begin one.
-inline void sum_edge(const Privatize& p, const Segment& s, int64_t at, int64_t count, const float* noise, float* total) {
+inline void sum_edge(const Privatize& p, const Segment& s, int64_t at, int64_t count, const float* noise,
+                     float* total) {
     for (int64_t e = 0; e < count; ++e) {
         float sum = (noise ? p.noise_std * noise[e] : 0.0f) + (s.S ? s.S[at + e] : 0.0f);
         for (int64_t i = 0; s.G && i < p.N; ++i) {
@@ -69,7 +70,7 @@ inline void sum_edge(const Privatize& p, const Segment& s, int64_t at, int64_t c
     }
 }
 
-// total[e] = S[e] + sum_i w_i G_i[e] + noise, e in a run start .. start + count - 1 of the tensor. `total` may be S's own.
+// total[e] = S[e] + sum_i w_i G_i[e] + noise over a run start .. start + count - 1 of the tensor; `total` may lie in S.
 template <bool Noise>
 inline void sum_run(const Privatize& p, const Segment& s, int64_t start, int64_t count, float* total) {
     const int64_t ahead = distance(p.N);

@@ -13,7 +13,7 @@ static void run(const SampleGrad& p) {
 
     if (wanted || p.sq_B) project_all(p, z, wanted, p.sq_B ? squares : nullptr);
     if (p.sq_A) {
-        const Operands o = {p.x, z.rows(p), p.T, p.r, nullptr, 0};
+        const Operands o = z.of_A(p);
 #pragma omp parallel for num_threads(p.num_threads) schedule(static)
         for (int64_t task = 0; task < squares_n; ++task) {
             const int64_t i = task / by_n.count, begin = task % by_n.count * by_n.size;

@@ -7,6 +7,7 @@ LALORA_BEGIN
 struct Projection {
     Chunks chunks;
     int64_t b_stride;
+    bool pairs;
     float *b, *parts, *dz32;
     float* rest;  // `extra` floats more
 
@@ -22,10 +23,14 @@ struct Projection {
         dz32 = own ? b + b_floats + part_floats : (float*)p.dz;
         parts = split ? b + b_floats : dz32;
         rest = b + b_floats + part_floats + dz_floats;
-        if (wanted) pack_B(p, b, b_stride);
+        pairs = takes_pairs(p);
+        if (wanted) pack_B(p, b, b_stride, pairs);
     }
 
-    Batch rows(const SampleGrad& p) const { return {dz32, p.T * p.r, p.r, 1, kFloat32}; }
+    Operands of_B(const SampleGrad& p) const { return {p.dy, p.h, p.T, p.r, b, b_stride, pairs, p.scaling}; }
+    Operands of_A(const SampleGrad& p) const {
+        return {p.x, {dz32, p.T * p.r, p.r, 1, kFloat32}, p.T, p.r, nullptr, 0, false, 1.0f};
+    }
 };
 
 // Tasks are (sample, chunk): at least 16 of them where the shape allows it.
@@ -35,7 +40,7 @@ inline Chunks task_chunks(int64_t features, int64_t N) {
 
 // dz of every sample and, with `squares` (N, chunks), each sample's G_B: dy is read once.
 inline void project_all(const SampleGrad& p, const Projection& z, bool wanted, double* squares) {
-    const Operands o = {p.dy, p.h, p.T, p.r, z.b, z.b_stride};
+    const Operands o = z.of_B(p);
     const int64_t values = p.T * p.r;
 #pragma omp parallel for num_threads(p.num_threads) schedule(static)
     for (int64_t task = 0; task < p.N * z.chunks.count; ++task) {

@@ -109,13 +109,13 @@ static void run(const SampleGradClip& q) {
     const Projection z(p, wanted, p.sq_B ? by_m.chunks : task_chunks(p.m, p.N), p.sq_B ? by_m.group : p.N, extra);
 
     if (p.sq_B) {
-        const Factor B = {{p.dy, p.h, p.T, p.r, z.b, z.b_stride}, p.m, p.scaling, true, q.S_B, p.sq_B};
+        const Factor B = {z.of_B(p), p.m, p.scaling, true, q.S_B, p.sq_B};
         clipped_sum(q, B, by_m, z, wanted);
     } else if (wanted) {
         project_all(p, z, true, nullptr);
     }
     if (p.sq_A) {
-        const Factor A = {{p.x, z.rows(p), p.T, p.r, nullptr, 0}, p.n, 1.0f, false, q.S_A, p.sq_A};
+        const Factor A = {z.of_A(p), p.n, 1.0f, false, q.S_A, p.sq_A};
         clipped_sum(q, A, by_n, z, false);
     }
 }

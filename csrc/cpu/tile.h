@@ -6,8 +6,10 @@
 LALORA_BEGIN
 
 constexpr int kRows = kRegisters == 32 ? 8 : 4;   // rank columns in registers at once
-constexpr int kTile = 3;                          // feature vectors at once
+constexpr int kTile = 3;                          // feature vectors at once, in a gradient
 constexpr int kWide = kRegisters == 32 ? 6 : 4;   // ... where the rank is below kRows
+constexpr int kLines = kRegisters == 32 ? 3 : 2;  // rows of dy at once, in a projection
+constexpr int kMany = kRegisters == 32 ? 6 : 4;   // ... where the rank is below kRows
 constexpr int64_t kFeatures = 1024;               // a block of kTime x kFeatures floats stays in half of L2
 constexpr int64_t kTime = W == 16 ? 128 : 64;
 
@@ -118,10 +120,11 @@ inline void project(const Panel& p, const float* b, int64_t b_stride, int64_t r,
                     int64_t dz_stride, bool add) {
     int64_t t = 0;
     const float* v = p.data;
-    for (; r < kRows && t + 6 <= time; t += 6)
-        project_columns<6, kRows / 2, true>(v + t * p.stride, p, b, b_stride, r, dz + t * dz_stride, dz_stride, add);
-    for (; t + 3 <= time; t += 3)
-        project_columns<3, kRows, true>(v + t * p.stride, p, b, b_stride, r, dz + t * dz_stride, dz_stride, add);
+    for (; r < kRows && t + kMany <= time; t += kMany)
+        project_columns<kMany, kRows / 2, true>(v + t * p.stride, p, b, b_stride, r, dz + t * dz_stride, dz_stride,
+                                                add);
+    for (; t + kLines <= time; t += kLines)
+        project_columns<kLines, kRows, true>(v + t * p.stride, p, b, b_stride, r, dz + t * dz_stride, dz_stride, add);
     for (; t < time; ++t)
         project_columns<1, kRows, true>(v + t * p.stride, p, b, b_stride, r, dz + t * dz_stride, dz_stride, add);
 }
