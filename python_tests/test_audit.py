@@ -176,14 +176,20 @@ def test_randomized_response_is_not_refuted_more_often_than_the_false_alarm_allo
     assert 0.01 < stats.binom.pmf(refuting, 80, 1 / (1 + math.exp(-1.0))).sum() <= 0.05
 
 
-@pytest.fixture
-def world(monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def hardly_trained(tmp_path_factory):
     """The embedded default, hardly pre-trained, and 60 MNIST records."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(embedded.RECIPE, "steps", 20)
-    task = prepare(make_config({"device": "cpu"}))
-    index = torch.randperm(len(task.data.train), generator=torch.Generator().manual_seed(0))[:60]
-    return task.classifier, Records(task.data.train.inputs[index], task.data.train.labels[index])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setitem(embedded.RECIPE, "steps", 20)
+        task = prepare(make_config({"device": "cpu"}))
+        index = torch.randperm(len(task.data.train), generator=torch.Generator().manual_seed(0))[:60]
+        yield task.classifier, Records(task.data.train.inputs[index], task.data.train.labels[index])
+
+
+@pytest.fixture
+def world(hardly_trained):
+    return copy_of(hardly_trained)
 
 
 def copy_of(world):

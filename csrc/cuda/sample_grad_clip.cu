@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_grad_clip_kernel(const Cli
             of_rank(slots, threadIdx.x)[rank] = sum;
         }
         cluster_arrive();
-        cluster_wait();
+        cluster_wait();  // the last reach into another CTA's shared memory lies before it: this one may leave
         double total = 0.0;
         for (int k = 0; k < ranks; ++k) total += slots[k];
         if (rank == 0 && threadIdx.x == 0) g.sq[i] = total;
@@ -277,8 +277,6 @@ __global__ void __launch_bounds__(kThreads, 1) sample_grad_clip_kernel(const Cli
             sum += 16 * kWarps * next_f;
         }
     }
-    cluster_arrive();  // no CTA leaves while another may read its shared memory
-    cluster_wait();
     copy_wait<0>();
 #endif
 }

@@ -175,7 +175,9 @@ def chacha20_normal(
     stream = stream_args(key, (tensor_index, release & MASK, release >> 32))
     if count:
         with torch.cuda.device_of(out):
-            chacha20_normal_kernel[(triton.cdiv(blocks, BLOCK),)](out, signed(first), offset, count, *stream, C=BLOCK)
+            chacha20_normal_kernel[(triton.cdiv(blocks, BLOCK),)](
+                out, signed(first), offset, count, *stream, C=BLOCK, enable_fp_fusion=True
+            )
     return out
 
 

@@ -92,7 +92,7 @@ def launch(
         privatize_kernel[(len(table.tiles),)](
             table.rows, table.tiles, release.weights, *release.strides, release.N, noise_std, factor, *stream,
             NOISE=noise_std != 0, SMOOTH=table.smooth, REFLECT=reflect, ALIGNED=table.aligned, P=table.tile, U=unroll,
-            num_warps=warps,
+            num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
 
     with torch.cuda.device_of(release.weights):

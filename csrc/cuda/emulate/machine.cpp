@@ -114,6 +114,14 @@ std::vector<unsigned> turns(unsigned count) {
     return turn;
 }
 
+// A block that ended takes its shared memory along.
+void retire(unsigned first, unsigned count) {
+    for (unsigned i = first; i < first + count; ++i)
+        if (!cluster->fibers[i].done) return;
+    auto& memory = cluster->shared[first / count];
+    std::fill(memory.begin(), memory.end() - kGuard, 0xff);
+}
+
 // As unfair as can be: a block runs ahead of its cluster, and a warp of its block, until a barrier holds it.
 void run_ahead(unsigned first, unsigned count, unsigned part) {
     for (uint64_t before = ~0ull; before != progress(first, count);) {
@@ -121,6 +129,7 @@ void run_ahead(unsigned first, unsigned count, unsigned part) {
         for (unsigned i : turns(count / part)) {
             if (part > 32) {
                 run_ahead(first + i * part, part, 32);
+                retire(first + i * part, part);
             } else if (part == 32) {
                 run_ahead(first + i * part, part, 1);
             } else if (!cluster->fibers[first + i].done) {
