@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
 
 from lalora_kernels import opaque
 
@@ -122,6 +123,127 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scaling, *, x_lora=None, record
         dtype = torch.get_autocast_dtype(x.device.type)
     with torch.autocast(x.device.type, enabled=False):
         return LoRAFunction.apply(x, x_lora, weight, bias, lora_A, lora_B, scaling, dtype, *traced(recorder))
+
+
+def _positions(t: Tensor) -> Tensor:
+    """(N,C,H,W) -> (N, H*W, C): each pixel a position."""
+    return t.flatten(2).transpose(1, 2)
+
+
+class LoRAConv2dFunction(torch.autograd.Function):
+    """y = W0 * x + b + s B (A * x_lora), * the convolution; x (N,n,H,W), W0 (m,n,kh,kw), A (r,n,kh,kw), B (m,r,1,1).
+
+    A linear map of patches, so what a recorder is given are a linear layer's dy, h and x: one row for each pixel of the
+    output, x unfolded into patches only where A trains. ``x`` comes padded where padding is not the same on both sides.
+    """
+
+    @staticmethod
+    def forward(ctx, x, x_lora, weight, bias, lora_A, lora_B, scaling, stride, padding, dtype, recorder, token=None):
+        _, _, _, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
+        xc = x.to(dtype)
+        xl = xc if x_lora is None else x_lora.to(dtype)
+        y = F.conv2d(xc, weight.to(dtype), None if bias is None else bias.to(dtype), stride, padding)
+        h = F.conv2d(xl, lora_A.to(dtype), None, stride, padding)
+        y += F.conv2d(h, scaling * lora_B.to(dtype))
+        ctx.save_for_backward(h if need_B else None, xl if need_A else None, weight, lora_A, lora_B)
+        ctx.scaling, ctx.stride, ctx.padding, ctx.recorder, ctx.token = scaling, stride, padding, recorder, token
+        ctx.shape, ctx.dtypes = x.shape, (x.dtype, None if x_lora is None else x_lora.dtype)
+        if recorder is not None and token is None and (need_bias or need_A or need_B):
+            recorder.note_forward()
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        need_x, need_xl, _, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
+        h, xl, weight, lora_A, lora_B = ctx.saved_tensors
+        through_A = need_xl or (need_x and ctx.dtypes[1] is None)
+        dx = dxl = dA = dB = db = dz = None
+        rows, B = _positions(dy), lora_B.to(dy.dtype).flatten(1)
+        h = None if h is None else _positions(h)
+        if xl is not None:
+            patches = F.unfold(xl, lora_A.shape[2:], padding=ctx.padding, stride=ctx.stride).transpose(1, 2)
+        else:
+            patches = None
+        if ctx.token is not None:
+            dz = opaque.record_lora(ctx.token, rows, B, h, patches, ctx.scaling, need_bias, ctx.recorder)
+        elif ctx.recorder is not None:
+            dz = ctx.recorder.record_lora(rows, B, ctx.scaling, h, patches, through_A, need_bias)
+        else:
+            if through_A or need_A:
+                dz = ctx.scaling * (rows @ B)
+            if need_A:
+                dA = (_rows(dz).t() @ _rows(patches)).view_as(lora_A).to(lora_A.dtype)
+            if need_B:
+                dB = (ctx.scaling * (_rows(rows).t() @ _rows(h))).view_as(lora_B).to(lora_B.dtype)
+            if need_bias:
+                db = dy.sum((0, 2, 3))
+        if through_A:
+            low = dz.transpose(1, 2).reshape(len(dy), -1, *dy.shape[2:])
+            low = conv2d_input(ctx.shape, lora_A.to(dy.dtype), low, ctx.stride, ctx.padding)
+        if need_x:
+            dx = conv2d_input(ctx.shape, weight.to(dy.dtype), dy, ctx.stride, ctx.padding)
+            dx = (dx if ctx.dtypes[1] is not None else dx + low).to(ctx.dtypes[0])
+        if need_xl:
+            dxl = low.to(ctx.dtypes[1])
+        return dx, dxl, None, db, dA, dB, None, None, None, None, None, None
+
+
+def lora_conv2d(x, weight, bias, lora_A, lora_B, scaling, stride, pad, *, x_lora=None, recorder=None) -> Tensor:
+    """The adapted convolution, as ``lora_linear``; ``pad`` = (left, right, top, bottom). (N,n,H,W) -> (N,m,H',W')."""
+    padding = (pad[2], pad[0])
+    if pad[0] != pad[1] or pad[2] != pad[3]:
+        padding = (0, 0)
+        x, x_lora = F.pad(x, pad), None if x_lora is None else F.pad(x_lora, pad)
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        return LoRAConv2dFunction.apply(
+            x, x_lora, weight, bias, lora_A, lora_B, scaling, stride, padding, dtype, *traced(recorder)
+        )
+
+
+class LoRAEmbeddingFunction(torch.autograd.Function):
+    """y = W0[ids] + s A[:, ids]^T B^T; ids any shape of integers, W0 (V,m), A (r,V), B (m,r) -> (..., m).
+
+    h = A[:, ids]^T (..., r) is kept where B trains. The gradient of A at ``padding_idx`` is zero, as torch has it.
+    """
+
+    @staticmethod
+    def forward(ctx, ids, weight, lora_A, lora_B, scaling, padding_idx, recorder, token=None):
+        h = F.embedding(ids, lora_A.t())
+        ctx.save_for_backward(ids, h if ctx.needs_input_grad[3] else None, lora_A, lora_B)
+        ctx.scaling, ctx.padding_idx, ctx.recorder, ctx.token = scaling, padding_idx, recorder, token
+        if recorder is not None and token is None and (ctx.needs_input_grad[2] or ctx.needs_input_grad[3]):
+            recorder.note_forward()
+        return F.embedding(ids, weight) + (scaling * (h @ lora_B.t())).to(weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        ids, h, lora_A, lora_B = ctx.saved_tensors
+        dA = dB = None
+        if ctx.token is not None:
+            opaque.record_embedding(ctx.token, dy, lora_B.to(dy.dtype), h, ids, ctx.scaling, ctx.recorder)
+        elif ctx.recorder is not None:
+            ctx.recorder.record_embedding(dy, lora_B.to(dy.dtype), ctx.scaling, h, ids)
+        else:
+            dy = _rows(dy).to(lora_B.dtype)
+            if ctx.needs_input_grad[2]:
+                dz = ctx.scaling * (dy @ lora_B)
+                if ctx.padding_idx is not None:
+                    dz = torch.where((ids == ctx.padding_idx).view(-1, 1), 0.0, dz)
+                dA = torch.zeros_like(lora_A).index_add_(1, ids.flatten(), dz.t())
+            if ctx.needs_input_grad[3]:
+                dB = ctx.scaling * (dy.t() @ _rows(h))
+        return None, None, dA, dB, None, None, None, None
+
+
+def lora_embedding(ids, weight, lora_A, lora_B, scaling, padding_idx, *, recorder=None) -> Tensor:
+    """The adapted table, as ``lora_linear``; ids any shape of integers -> (..., m). The factors' dtype is kept."""
+    with torch.autocast(weight.device.type, enabled=False):
+        return LoRAEmbeddingFunction.apply(ids, weight, lora_A, lora_B, scaling, padding_idx, *traced(recorder))
 
 
 def _record(ctx, dy: Tensor, x: Tensor | None) -> None:

@@ -6,40 +6,33 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lalora_kernels.autograd import lora_linear
+from lalora_kernels.autograd import lora_conv2d, lora_embedding, lora_linear
 
 FACTORS = ("", "A", "B", "AB")
 
 
-class LoRALinear(nn.Linear):
-    """``nn.Linear`` plus a low-rank update: y = x W0^T + b + s (dropout(x) A^T) B^T.
+class Adapted:
+    """What a private step needs of an adapted layer: a place for its recorder, and where its parameters are."""
 
-    Parameters: ``weight`` (m,n) and ``bias`` (m,), frozen; ``lora_A`` (r,n); ``lora_B`` (m,r), zero at start.
-    s = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora`` (2312.03732). The active factors are those whose
-    ``requires_grad`` is set, read anew at every forward: see ``set_active``. Input (..., n), output (..., m).
+    recorder = None  # set by the engine (privacy/recorders.py)
 
-    Raises ValueError for r < 1 or a dropout outside [0, 1).
+    def tensors(self) -> dict[str, tuple[nn.Module, str]]:
+        """Role -> (module, name in it) of what a forward uses: "lora_A", "lora_B", "weight", "bias", "lora_bias"."""
+        raise NotImplementedError
+
+
+class LoRALayer(Adapted):
+    """What every LoRA layer has, beside a class of torch.nn: factors, scaling, dropout, merging.
+
+    ``lora_A`` and ``lora_B`` are the factors whatever their names in the state dict (``names``); the active ones are
+    those whose ``requires_grad`` is set, read anew at every forward: see ``set_active``.
     """
 
-    fan_in_fan_out = False
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int,
-        lora_alpha: float = 1.0,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        bias: bool = True,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self._init_lora(r, lora_alpha, lora_dropout, use_rslora)
+    names = {"A": "lora_A", "B": "lora_B"}
+    fan_in_fan_out = False  # whether the weight is stored (n,m)
 
     def _init_lora(self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
-        if not isinstance(r, int) or r < 1:
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise ValueError(f"r is a positive integer, got {r!r}")
         if not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"lora_dropout lies in [0, 1), got {lora_dropout!r}")
@@ -49,14 +42,21 @@ class LoRALinear(nn.Linear):
         # A half-precision base keeps float32 factors, as PEFT does: their updates are too small for bfloat16.
         w = self.weight
         dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=w.device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, device=w.device, dtype=dtype))
+        for factor, shape in zip("AB", self.factor_shapes(r)):
+            self.register_parameter(self.names[factor], nn.Parameter(torch.empty(shape, device=w.device, dtype=dtype)))
         self.merged = False
-        self.recorder = None
-        for p in (self.weight, self.bias):
+        for p in (self.weight, getattr(self, "bias", None)):
             if p is not None:
                 p.requires_grad_(False)
         self.reset_lora_parameters()
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B at rank ``r``, as PEFT stores them."""
+        return (r, self.in_features), (self.out_features, r)
+
+    def tensors(self) -> dict[str, tuple[nn.Module, str]]:
+        roles = {name: f"lora_{factor}" for factor, name in self.names.items()}
+        return {roles.get(key, key): (self, key) for key, p in self._parameters.items() if p is not None}
 
     def reset_lora_parameters(self) -> None:
         """A as PEFT draws it (Kaiming uniform, a = sqrt 5), B zero."""
@@ -66,8 +66,11 @@ class LoRALinear(nn.Linear):
     @classmethod
     def from_linear(
         cls, linear: nn.Module, r: int, lora_alpha: float = 1.0, lora_dropout: float = 0.0, use_rslora: bool = False
-    ) -> "LoRALinear":
-        """Adapt an existing layer; its weight and bias are taken over, not copied, and frozen."""
+    ) -> "LoRALayer":
+        """Adapt an existing layer of the kind that this class stands for.
+
+        Its weight and bias are taken over, not copied, and frozen.
+        """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._take(linear)
@@ -75,38 +78,18 @@ class LoRALinear(nn.Linear):
         layer.train(linear.training)
         return layer
 
-    def _take(self, linear: nn.Linear) -> None:
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def _weight_mn(self) -> Tensor:
-        return self.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            if torch.is_grad_enabled() and (self.lora_A.requires_grad or self.lora_B.requires_grad):
-                raise RuntimeError(
-                    "this LoRA layer is merged and cannot train; call unmerge() first, or torch.no_grad()"
-                )
-            return nn.functional.linear(x, self._weight_mn(), self.bias)
-        if self.recorder is not None:
-            x = self.recorder.expand(x)
+    def _dropped(self, x: Tensor) -> Tensor | None:
         drops = self.training and not isinstance(self.lora_dropout, nn.Identity)
-        return lora_linear(
-            x,
-            self._weight_mn(),
-            self.bias,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            x_lora=self.lora_dropout(x) if drops else None,
-            recorder=self.recorder,
-        )
+        return self.lora_dropout(x) if drops else None
+
+    def _refuse_training_merged(self) -> None:
+        if torch.is_grad_enabled() and (self.lora_A.requires_grad or self.lora_B.requires_grad):
+            raise RuntimeError("this LoRA layer is merged and cannot train; call unmerge() first, or torch.no_grad()")
 
     def get_delta_weight(self) -> Tensor:
         """s B A in the weight's own layout and dtype."""
-        delta = self.scaling * (self.lora_B @ self.lora_A)
-        return (delta.t() if self.fan_in_fan_out else delta).to(self.weight.dtype)
+        delta = self.scaling * (self.lora_B.flatten(1) @ self.lora_A.flatten(1))
+        return (delta.t() if self.fan_in_fan_out else delta).to(self.weight.dtype).view_as(self.weight)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -130,7 +113,61 @@ class LoRALinear(nn.Linear):
         self.merged = False
 
     def extra_repr(self) -> str:
+        """torch's own, and r, lora_alpha, use_rslora."""
         return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, use_rslora={self.use_rslora}"
+
+
+class LoRALinear(LoRALayer, nn.Linear):
+    """``nn.Linear`` plus a low-rank update: y = x W0^T + b + s (dropout(x) A^T) B^T.
+
+    Parameters: ``weight`` (m,n) and ``bias`` (m,), frozen; ``lora_A`` (r,n); ``lora_B`` (m,r), zero at start.
+    s = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora`` (2312.03732). Input (..., n), output (..., m).
+
+    Raises ValueError for r < 1 or a dropout outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        lora_alpha: float = 1.0,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._init_lora(r, lora_alpha, lora_dropout, use_rslora)
+
+    def _take(self, linear: nn.Linear) -> None:
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def _weight_mn(self) -> Tensor:
+        return self.weight
+
+    def tensors(self) -> dict[str, tuple[nn.Module, str]]:
+        return {key: (self, key) for key, p in self._parameters.items() if p is not None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., n) -> (..., m)."""
+        if self.merged:
+            self._refuse_training_merged()
+            return nn.functional.linear(x, self._weight_mn(), self.bias)
+        if self.recorder is not None:
+            x = self.recorder.expand(x)
+        return lora_linear(
+            x,
+            self._weight_mn(),
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            x_lora=self._dropped(x),
+            recorder=self.recorder,
+        )
 
 
 class LoRAConv1D(LoRALinear):
@@ -155,11 +192,155 @@ class LoRAConv1D(LoRALinear):
         return self.weight.t()
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+class LoRAConv2d(LoRALayer, nn.Conv2d):
+    """``nn.Conv2d`` plus a low-rank update: y = W0 * x + b + s B (A * dropout(x)), * the convolution.
+
+    Parameters, as PEFT shapes them: ``weight`` (m,n,kh,kw) and ``bias`` (m,), frozen; ``lora_A`` (r,n,kh,kw), a
+    convolution with the layer's own kernel, stride and padding; ``lora_B`` (m,r,1,1), zero at start. The filter of a
+    private step runs along n, the input channels, of A and along m of B; taps of the kernel are positions and are not
+    mixed. Input (N,n,H,W), output (N,m,H',W').
+
+    Raises ValueError for r < 1, a dropout outside [0, 1), and where PEFT's adapter is not an update of the weight:
+    ``groups`` or ``dilation`` above 1, a ``padding_mode`` other than "zeros".
+    """
+
+    def __init__(self, *args, r: int, lora_alpha: float = 1.0, lora_dropout: float = 0.0, use_rslora: bool = False, **kw):
+        super().__init__(*args, **kw)
+        if why := conv2d_refusal(self):
+            raise ValueError(why)
+        self._init_lora(r, lora_alpha, lora_dropout, use_rslora)
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B at rank ``r``, as PEFT stores them."""
+        return (r, self.in_channels, *self.kernel_size), (self.out_channels, r, 1, 1)
+
+    def _take(self, conv: nn.Conv2d) -> None:
+        if why := conv2d_refusal(conv):
+            raise ValueError(why)
+        for name in (*nn.Conv2d.__constants__, "transposed", "_reversed_padding_repeated_twice"):
+            setattr(self, name, getattr(conv, name))
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N,n,H,W) -> (N,m,H',W')."""
+        if x.dim() != 4:
+            raise ValueError(f"LoRAConv2d takes (N, channels, height, width), got {tuple(x.shape)}; add the batch axis")
+        if self.merged:
+            self._refuse_training_merged()
+            return self._conv_forward(x, self.weight, self.bias)
+        if self.recorder is not None:
+            x = self.recorder.expand(x)
+        return lora_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            self.stride,
+            tuple(self._reversed_padding_repeated_twice),  # as F.pad takes it: "same" may differ from side to side
+            x_lora=self._dropped(x),
+            recorder=self.recorder,
+        )
+
+
+def conv2d_refusal(conv: nn.Conv2d) -> str | None:
+    """Why PEFT's adapter of this convolution would be no update of its weight; None where it is one."""
+    if conv.groups != 1:
+        return f"it has groups={conv.groups}, and PEFT's lora_A would read all channels, which no merged weight can"
+    if tuple(conv.dilation) != (1, 1):
+        return f"it has dilation={tuple(conv.dilation)}, which PEFT's lora_A would ignore"
+    if conv.padding_mode != "zeros":
+        return f"it has padding_mode={conv.padding_mode!r}, and PEFT's lora_A would pad with zeros"
+    return None
+
+
+class LoRAEmbedding(LoRALayer, nn.Embedding):
+    """``nn.Embedding`` plus a low-rank update: row v of the table is W0[v] + s B A[:, v].
+
+    Parameters, as PEFT names and shapes them: ``weight`` (V,m), frozen; ``lora_embedding_A`` (r,V);
+    ``lora_embedding_B`` (m,r), zero at start. PEFT starts the other way round, A zero and B normal; a method that
+    freezes A would then train nothing, so A is normal here, with zeros at ``padding_idx``. Dropout does not act, as in
+    PEFT. The filter of a private step runs along V of A (SPEC section 3, "along n") and along m of B; neighbours in a
+    vocabulary have little in common, so ``smoothing=None`` is worth a try where A trains. Input ids, output (..., m).
+
+    Raises ValueError for r < 1, and for ``max_norm`` or ``scale_grad_by_freq``, which tie records together.
+    """
+
+    names = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+
+    def __init__(self, *args, r: int, lora_alpha: float = 1.0, lora_dropout: float = 0.0, use_rslora: bool = False, **kw):
+        super().__init__(*args, **kw)
+        if why := embedding_refusal(self):
+            raise ValueError(why)
+        self._init_lora(r, lora_alpha, lora_dropout, use_rslora)
+
+    lora_A = property(lambda self: self.lora_embedding_A)
+    lora_B = property(lambda self: self.lora_embedding_B)
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B at rank ``r``, as PEFT stores them."""
+        return (r, self.num_embeddings), (self.embedding_dim, r)
+
+    def get_delta_weight(self) -> Tensor:
+        """s (B A)^T in the weight's dtype."""
+        return (self.scaling * (self.lora_B @ self.lora_A)).t().to(self.weight.dtype)
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """A standard normal, zero for the padding; B zero."""
+        nn.init.normal_(self.lora_A)
+        if self.padding_idx is not None:
+            self.lora_A[:, self.padding_idx] = 0.0
+        nn.init.zeros_(self.lora_B)
+
+    def _take(self, embedding: nn.Embedding) -> None:
+        if why := embedding_refusal(embedding):
+            raise ValueError(why)
+        for name in nn.Embedding.__constants__:
+            setattr(self, name, getattr(embedding, name))
+        self.weight = embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids, any shape of integers -> (..., m)."""
+        if self.merged:
+            self._refuse_training_merged()
+            return super().forward(ids)
+        if self.recorder is not None:
+            ids = self.recorder.expand(ids)
+        return lora_embedding(
+            ids, self.weight, self.lora_A, self.lora_B, self.scaling, self.padding_idx, recorder=self.recorder
+        )
+
+
+def embedding_refusal(embedding: nn.Embedding) -> str | None:
+    """Why this table's rows or gradients depend on other records; None where they do not."""
+    if embedding.max_norm is not None:
+        return "it has max_norm, which rewrites its rows according to what a batch looks up; set it to None"
+    if embedding.scale_grad_by_freq:
+        return "it has scale_grad_by_freq, which divides one record's gradient by all records' counts; set it to False"
+    return None
+
+
+def factor_of(name: str) -> str | None:
+    """"A" or "B" for the name of a LoRA factor, qualified or not; None for any other parameter."""
+    return {"lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}.get(name.rpartition(".")[2])
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     """(qualified name, layer) of every adapted layer, in the model's order; a shared layer once."""
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALayer):
             yield name, module
+
+
+def factor_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """("lora_A" or "lora_B", parameter) of every adapted layer, ours and PEFT's patched ones."""
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            for role, (owner, key) in module.tensors().items():
+                if role in ("lora_A", "lora_B"):
+                    yield role, owner._parameters[key]
 
 
 def set_active(model: nn.Module, factors: str) -> None:
@@ -169,8 +350,7 @@ def set_active(model: nn.Module, factors: str) -> None:
     """
     if factors not in FACTORS:
         raise ValueError(f"factors is one of {FACTORS}, got {factors!r}")
-    for _, layer in lora_layers(model):
-        for factor, p in (("A", layer.lora_A), ("B", layer.lora_B)):
-            p.requires_grad_(factor in factors)
-            if factor not in factors:
-                p.grad = None
+    for role, p in factor_parameters(model):
+        p.requires_grad_(role[-1] in factors)
+        if role[-1] not in factors:
+            p.grad = None

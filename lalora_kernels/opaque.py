@@ -49,6 +49,19 @@ def _(token, dy, B, h, x, scaling, need_bias, handle):
     return dy.new_empty((*dy.shape[:-1], B.shape[1]))
 
 
+@torch.library.custom_op("lalora::record_embedding", mutates_args=("token",))
+def record_embedding(
+    token: Tensor, dy: Tensor, B: Tensor, h: Tensor | None, ids: Tensor, scaling: float, handle: int
+) -> None:
+    """``LoRARecorder.record_embedding``: dy (..., m), B (m,r), h (..., r), ids (...)."""
+    _find(handle).record_embedding(dy, B, scaling, h, ids)
+
+
+@record_embedding.register_fake
+def _(token, dy, B, h, ids, scaling, handle):
+    return None
+
+
 @torch.library.custom_op("lalora::record", mutates_args=("token",))
 def record(token: Tensor, dy: Tensor, x: Tensor | None, handle: int) -> None:
     """``ExtraRecorder.record``."""
