@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dist
 import pytest
 
 from lalora_kernels import dispatch, native
@@ -147,3 +148,37 @@ def test_the_report_says_when_the_kernels_cannot_run():
     environment = {**os.environ, "LALORA_CPU_ISA": "avx1024"}
     done = subprocess.run([sys.executable, "-m", "lalora_kernels"], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "avx1024" in done.stdout
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the git checkout, which says what belongs to the sources")
+def test_sdist_and_wheel_hold_what_is_needed_and_no_more(tmp_path):
+    """The lists of files alone; ``make dist`` builds, installs and steps."""
+    sources, out = tmp_path / "sources", tmp_path / "out"
+    for name in dist.tracked():
+        (sources / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, sources / name)
+    (sources / "docs/api").mkdir()
+    (sources / "docs/api/index.html").write_text("made by make docs")
+    for command in (["sdist", "-d", out], ["build_py", "-d", out / "lib"]):
+        done = subprocess.run([sys.executable, "setup.py", "-q", *command], cwd=sources, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    (sdist,) = out.glob("*.tar.gz")
+    names = dist.sdist_names(sdist)
+    assert not dist.wrong_in_sdist(names)
+    assert dist.wrong_in_sdist([n for n in names if n != "csrc/lalora.h"]) == ["missing csrc/lalora.h"]
+    library = [str(p.relative_to(out / "lib")) for p in (out / "lib").rglob("*") if p.is_file()]
+    compiled = f"lalora_kernels/_C.{sys.implementation.cache_tag}-x86_64-linux-gnu.so"
+    assert not dist.wrong_in_wheel([*library, compiled, "lalora_kernels-0.1.0.dist-info/METADATA"])
+    assert dist.wrong_in_wheel(library) == ["missing lalora_kernels/_C"]
+    assert dist.wrong_in_wheel([*library, compiled, "csrc/lalora.h"]) == ["too much: csrc/lalora.h"]
+
+
+def test_one_openmp_runtime():
+    """torch and the kernels share torch's: two pools of threads in one process would contend for the cores."""
+    code = (
+        "import torch; from lalora_kernels import native; native.require()\n"
+        "print(*sorted({line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.split()[-1]}), sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    runtimes = [line for line in done.stdout.split() if re.search(r"lib[gi]?omp\d?[-.]", Path(line).name)]
+    assert len(runtimes) == 1, done.stdout
