@@ -4,6 +4,7 @@ from lalora_kernels.adapt import adapt, merge, merge_and_unload, trainable_summa
 from lalora_kernels.dispatch import use_backend
 from lalora_kernels.nn import LoRAConv1D, LoRALinear, lora_layers, set_active
 from lalora_kernels.peft_io import load_adapter, save_adapter
+from lalora_kernels.peft_patch import patch_peft, unpatch_peft
 from lalora_kernels.privacy.accountant import compute_epsilon, get_noise_multiplier
 from lalora_kernels.privacy.checks import check_per_sample
 from lalora_kernels.privacy.ledger import BudgetExceeded, Ledger, LedgerError
@@ -31,10 +32,12 @@ __all__ = [
     "make_private",
     "merge",
     "merge_and_unload",
+    "patch_peft",
     "save_adapter",
     "set_active",
     "trainable_summary",
     "unadapt",
     "unmerge",
+    "unpatch_peft",
     "use_backend",
 ]
