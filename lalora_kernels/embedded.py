@@ -32,7 +32,7 @@ def embedded_model(progress: Callable[[int, int], None] | None = None) -> nn.Mod
     cache is trained anew. ``progress(done, steps)`` is called while training.
     """
     path = cache_file()
-    model = _architecture()
+    model = architecture()
     state = _read(path)
     if state is None:
         train_on_digits(model, RECIPE["steps"], progress)
@@ -50,7 +50,8 @@ def cache_file() -> Path:
     return Path(home) / "lalora_kernels" / f"embedded-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.safetensors"
 
 
-def _architecture() -> nn.Module:
+def architecture() -> nn.Module:
+    """The model with fresh weights, always the same ones."""
     from transformers import ViTConfig, ViTForImageClassification
 
     with torch.random.fork_rng(devices=[]):

@@ -116,7 +116,7 @@ def _embedded(num_classes: int, image_size: int | None, progress: Callable[[int,
     if image_size not in (None, SIZE):
         raise BadInput(f"the embedded model takes images of {SIZE} x {SIZE}; leave the image size out")
     torchvision_beside_cpu_torch()  # transformers imports torchvision where it is installed
-    _need("transformers"), _need("sklearn", "scikit-learn")
+    need("transformers"), need("sklearn", "scikit-learn")
     model = embedded_model(progress)
     new = []
     if num_classes != model.config.num_labels:
@@ -128,7 +128,7 @@ def _embedded(num_classes: int, image_size: int | None, progress: Callable[[int,
 
 def _timm(name: str, num_classes: int, weights: str | None, image_size: int | None) -> Classifier:
     torchvision_beside_cpu_torch()
-    timm = _need("timm")
+    timm = need("timm")
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('_')[0]}*")[:5]
         raise BadInput(f"timm knows no model {name!r}" + (f"; some that it knows: {', '.join(close)}" if close else ""))
@@ -149,7 +149,7 @@ def _timm(name: str, num_classes: int, weights: str | None, image_size: int | No
             model = timm.create_model(name, **options)  # a convolutional network: any size will do
     except Exception as error:  # timm and the hub raise many kinds: no network, keys or shapes that do not fit
         source = weights or "timm's download (where there is no network, give a weights file)"
-        raise BadInput(f"timm:{name}: weights from {source} could not be loaded: {_first_line(error)}") from error
+        raise BadInput(f"timm:{name}: weights from {source} could not be loaded: {first_line(error)}") from error
     new = []
     names = {id(module): n for n, module in model.named_modules()}
     if model.num_classes != num_classes:
@@ -175,13 +175,13 @@ def _head_size(path: Path, head: str) -> int:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return state.get("state_dict", state.get("model", state))[f"{head}.weight"].shape[0]
     except Exception as error:  # safetensors, zipfile and pickle each raise their own
-        why = _first_line(error)
+        why = first_line(error)
         raise BadInput(f"weights file {path}: corrupt, truncated or without {head}.weight ({why})") from error
 
 
 def _transformers(name: str, num_classes: int, kind: str, image_size: int | None, max_length: int) -> Classifier:
     torchvision_beside_cpu_torch()
-    transformers = _need("transformers")
+    transformers = need("transformers")
     auto = {
         "image": transformers.AutoModelForImageClassification,
         "text": transformers.AutoModelForSequenceClassification,
@@ -208,7 +208,7 @@ def _transformers(name: str, num_classes: int, kind: str, image_size: int | None
         except BadInput:
             raise
         except Exception as error:  # no network, no such name, corrupt file, no tokenizer: each its own kind
-            raise BadInput(f"{name}: could not be loaded with transformers: {_first_line(error)}") from error
+            raise BadInput(f"{name}: could not be loaded with transformers: {first_line(error)}") from error
     untrained = {key.rpartition(".")[0] for key in info["missing_keys"]}
     untrained |= {key[0].rpartition(".")[0] for key in info["mismatched_keys"]}
     share = sum(p.numel() for n in untrained for p in model.get_submodule(n).parameters())
@@ -232,14 +232,16 @@ def _image_collate(name: str, config, image_size: int | None) -> "ImageBatch":
     return ImageBatch(size, channels, tuple(mean), tuple(std))
 
 
-def _need(module: str, package: str | None = None):
+def need(module: str, package: str | None = None):
+    """Import an optional dependency, or say what to install."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise BadInput(f"{error.name} is not installed; pip install {package or module}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, short enough for one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:400] or type(error).__name__
 
