@@ -2,7 +2,7 @@
 
 from lalora_kernels.adapt import adapt, merge, merge_and_unload, trainable_summary, unadapt, unmerge
 from lalora_kernels.dispatch import use_backend
-from lalora_kernels.nn import LoRAConv1D, LoRALinear, lora_layers, set_active
+from lalora_kernels.nn import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRALinear, lora_layers, set_active
 from lalora_kernels.peft_io import load_adapter, save_adapter
 from lalora_kernels.peft_patch import patch_peft, unpatch_peft
 from lalora_kernels.privacy.accountant import compute_epsilon, get_noise_multiplier
@@ -19,6 +19,8 @@ __all__ = [
     "Ledger",
     "LedgerError",
     "LoRAConv1D",
+    "LoRAConv2d",
+    "LoRAEmbedding",
     "LoRALinear",
     "NoiseSource",
     "Schedule",

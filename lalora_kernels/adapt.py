@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lalora_kernels.nn import LoRAConv1D, LoRALinear, lora_layers
+from lalora_kernels.nn import LoRALayer, LoRALinear, lora_layers
 from lalora_kernels.targets import lora_class, modules_by_name, refusal, resolve_saved, resolve_targets
 
 SAVED = "_saved_with_adapter"  # set on every module of modules_to_save; saved_modules() reads it
@@ -23,7 +23,7 @@ def adapt(
     modules_to_save: str | Iterable[str] | None = None,
     verbose: bool = True,
 ) -> nn.Module:
-    """Swap linear layers for LoRA layers in place, freeze everything else, and return the same model.
+    """Swap layers for LoRA layers in place, freeze everything else, and return the same model.
 
     ``lora_alpha`` is r where it is not given, so that s = 1. ``target_modules`` means what it means in PEFT: a list of
     names, each the whole name of a module or the end of one after a dot; ``"all-linear"``, every linear layer but the
@@ -32,9 +32,9 @@ def adapt(
     trainable as they are and are saved with the adapter; nothing inside them is adapted. A layer that is reachable
     under two names becomes one LoRA layer in both places. ``verbose`` prints what was done.
 
-    ``nn.Linear`` and transformers' ``Conv1D`` can be adapted. Raises ValueError, before anything is changed, for names
-    that no module has, for a target that matches nothing, is adapted already or cannot be adapted (with the reason),
-    and for r, lora_alpha or lora_dropout out of range.
+    ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding`` and transformers' ``Conv1D`` can be adapted. Raises ValueError,
+    before anything is changed, for names that no module has, for a target that matches nothing, is adapted already or
+    cannot be adapted (with the reason), and for r, lora_alpha or lora_dropout out of range.
     """
     lora_alpha = r if lora_alpha is None else lora_alpha
     check_settings(r, lora_alpha, lora_dropout)
@@ -75,7 +75,7 @@ def install(
     for name in plan:
         if why := refusal(model, name, modules[name]):
             raise ValueError(f"{name} cannot be adapted: {why}")
-    fresh: dict[int, LoRALinear] = {}
+    fresh: dict[int, LoRALayer] = {}
     for name, (r, lora_alpha) in plan.items():
         module = modules[name]
         if id(module) not in fresh:
@@ -92,9 +92,9 @@ def install(
 
 
 def lora_factors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """(qualified name, factor) of every lora_A and lora_B, a shared layer once."""
+    """(qualified name, factor) of every A and B, a shared layer once."""
     for name, layer in lora_layers(model):
-        for factor in ("lora_A", "lora_B"):
+        for factor in layer.names.values():
             yield (f"{name}.{factor}" if name else factor), getattr(layer, factor)
 
 
@@ -183,7 +183,7 @@ def unadapt(model: nn.Module) -> nn.Module:
 
 def _merge_rest(model: nn.Module) -> None:
     _refuse_shared_weights(model)
-    done: list[LoRALinear] = []
+    done: list[LoRALayer] = []
     for name, layer in lora_layers(model):
         if layer.merged:
             continue
@@ -197,10 +197,10 @@ def _merge_rest(model: nn.Module) -> None:
 
 
 def _unload(model: nn.Module) -> nn.Module:
-    if isinstance(model, LoRALinear):
+    if isinstance(model, LoRALayer):
         raise ValueError("the model itself is a LoRA layer, which cannot be replaced in place; use merge()")
     for name, layer in list(modules_by_name(model).items()):
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, LoRALayer):
             _replace(model, name, _plain_layer(layer))
     for module in model.modules():
         if getattr(module, SAVED, False):
@@ -208,14 +208,16 @@ def _unload(model: nn.Module) -> nn.Module:
     return model
 
 
-def _plain_layer(layer: LoRALinear) -> nn.Module:
+def _plain_layer(layer: LoRALayer) -> nn.Module:
     if hasattr(layer, "_plain"):
         (plain,) = layer._plain
-    elif isinstance(layer, LoRAConv1D):
-        raise ValueError("a LoRAConv1D that adapt() did not make has no plain layer to go back to")
+    elif type(layer) is not LoRALinear:
+        raise ValueError(f"a {type(layer).__name__} that adapt() did not make has no plain layer to go back to")
     else:
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    plain.weight, plain.bias = layer.weight, layer.bias
+    plain.weight = layer.weight
+    if hasattr(layer, "bias"):
+        plain.bias = layer.bias
     return plain.train(layer.training)
 
 
@@ -239,9 +241,9 @@ def _forbid_fast_path(model: nn.Module) -> None:
     # adapter would train and then be ignored. These flags only choose the path.
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            if any(isinstance(m, LoRALinear) for m in (module.linear1, module.linear2)):
+            if any(isinstance(m, LoRALayer) for m in (module.linear1, module.linear2)):
                 module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LoRALinear) for m in module.modules()):
+        elif isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LoRALayer) for m in module.modules()):
             module.use_nested_tensor = False
 
 

@@ -5,6 +5,8 @@ over what per-sample gradients are made of and returns None for every parameter,
 does accumulate into a private parameter came from a use outside its module, and is refused there.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,11 +46,33 @@ def _merging_pays(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     return x.numel() * (m + n) >= 3 * m * n * n
 
 
+MAKERS: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {  # node -> (what it keeps, x from that)
+    "GeluBackward0": (("self",), lambda node: F.gelu(node._saved_self, approximate=node._saved_approximate)),
+    "SiluBackward0": (("self",), lambda node: F.silu(node._saved_self)),
+    "MulBackward0": (("self", "other"), lambda node: node._saved_self * node._saved_other),  # a gated unit
+}
+
+
+def _maker(x: Tensor):
+    """The autograd node that made x, where it can make x again, bit for bit, from what it keeps anyway; else None.
+
+    Its own backward comes after x's use, so that it still has that then. What hooks keep elsewhere (checkpointing,
+    offloading) is not asked for twice.
+    """
+    node = None if torch.compiler.is_compiling() else x.grad_fn
+    kept, _ = MAKERS.get(None if node is None else node.name(), (None, None))
+    if kept is None or any(f is None for f, _ in node.next_functions):  # a factor is kept where the other one trains
+        return None
+    hooks = [getattr(getattr(node, f"_raw_saved_{name}"), "unpack_hook", "unknown") for name in kept]
+    return node if all(hook is None for hook in hooks) else None
+
+
 class LoRAFunction(torch.autograd.Function):
     """y = x W0^T + b + s (x_lora A^T) B^T; x (..., n), W0 (m,n), A (r,n), B (m,r).
 
     ``x_lora`` is None where it is x itself (no dropout). Only what the active factors need is kept for backward:
-    h = x A^T (r wide) for B, x for A, neither when both are frozen. Computes in ``dtype``. With many rows the products
+    h = x A^T (r wide) for B; for A x, or where an activation function made it, nothing: that keeps its own input, from
+    which x is made again. Neither when both are frozen. Computes in ``dtype``. With many rows the products
     are with W0 + s B A, formed for each of them and not kept.
     """
 
@@ -67,7 +91,10 @@ class LoRAFunction(torch.autograd.Function):
         else:
             y = _linear(xc, weight.to(dtype), b)
             y.view(-1, y.shape[-1]).addmm_(_rows(h), B.t(), alpha=scaling)
-        ctx.save_for_backward(h if need_B else None, xl if need_A else None, weight, lora_A, lora_B)
+        ctx.maker = _maker(x) if need_A and xl is x else None
+        ctx.save_for_backward(
+            h if need_B else None, xl if need_A and ctx.maker is None else None, weight, lora_A, lora_B
+        )
         ctx.scaling, ctx.dtype, ctx.recorder, ctx.token = scaling, dtype, recorder, token
         ctx.dtypes = (x.dtype, None if x_lora is None else x_lora.dtype)
         if recorder is not None and token is None and (need_bias or need_A or need_B):
@@ -79,6 +106,8 @@ class LoRAFunction(torch.autograd.Function):
     def backward(ctx, dy):
         need_x, need_xl, _, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         h, xl, weight, lora_A, lora_B = ctx.saved_tensors
+        if ctx.maker is not None:
+            xl = MAKERS[ctx.maker.name()][1](ctx.maker)
         separate = need_x and ctx.dtypes[1] is None and not ctx.merged  # dx takes its low-rank part from dz
         through_A = need_xl or separate
         dx = dxl = dA = dB = db = dz = None

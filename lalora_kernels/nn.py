@@ -15,6 +15,7 @@ class Adapted:
     """What a private step needs of an adapted layer: a place for its recorder, and where its parameters are."""
 
     recorder = None  # set by the engine (privacy/recorders.py)
+    is_table = False  # whether its inputs are ids, and A has a column for each
 
     def tensors(self) -> dict[str, tuple[nn.Module, str]]:
         """Role -> (module, name in it) of what a forward uses: "lora_A", "lora_B", "weight", "bias", "lora_bias"."""
@@ -183,6 +184,12 @@ class LoRAConv1D(LoRALinear):
         self.weight = nn.Parameter(self.weight.detach().t().contiguous(), requires_grad=False)
         self.nf = self.out_features
 
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B at rank ``r``, as PEFT stores them."""
+        # Also asked of transformers' own layer, which knows its sizes by its weight only.
+        n, m = (self.in_features, self.out_features) if isinstance(self, LoRALayer) else self.weight.shape
+        return (r, n), (m, r)
+
     def _take(self, conv: nn.Module) -> None:
         self.in_features, self.out_features = conv.weight.shape
         self.nf = self.out_features
@@ -204,8 +211,10 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     ``groups`` or ``dilation`` above 1, a ``padding_mode`` other than "zeros".
     """
 
-    def __init__(self, *args, r: int, lora_alpha: float = 1.0, lora_dropout: float = 0.0, use_rslora: bool = False, **kw):
-        super().__init__(*args, **kw)
+    def __init__(
+        self, *args, r: int, lora_alpha: float = 1.0, lora_dropout: float = 0.0, use_rslora: bool = False, **kwargs
+    ):
+        super().__init__(*args, **kwargs)
         if why := conv2d_refusal(self):
             raise ValueError(why)
         self._init_lora(r, lora_alpha, lora_dropout, use_rslora)
@@ -268,9 +277,12 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     """
 
     names = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+    is_table = True
 
-    def __init__(self, *args, r: int, lora_alpha: float = 1.0, lora_dropout: float = 0.0, use_rslora: bool = False, **kw):
-        super().__init__(*args, **kw)
+    def __init__(
+        self, *args, r: int, lora_alpha: float = 1.0, lora_dropout: float = 0.0, use_rslora: bool = False, **kwargs
+    ):
+        super().__init__(*args, **kwargs)
         if why := embedding_refusal(self):
             raise ValueError(why)
         self._init_lora(r, lora_alpha, lora_dropout, use_rslora)
@@ -323,7 +335,7 @@ def embedding_refusal(embedding: nn.Embedding) -> str | None:
 
 
 def factor_of(name: str) -> str | None:
-    """"A" or "B" for the name of a LoRA factor, qualified or not; None for any other parameter."""
+    """Which factor, "A" or "B", a parameter of this name is, qualified or not; None for any other parameter."""
     return {"lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}.get(name.rpartition(".")[2])
 
 

@@ -5,21 +5,21 @@ operators instead: schemas for the compiler, the same recorder behind a handle. 
 that the schema says is changed, so that no call is dropped, merged or moved across another.
 """
 
+import itertools
 import weakref
 
 import torch
 from torch import Tensor
 
 _recorders: "weakref.WeakValueDictionary[int, object]" = weakref.WeakValueDictionary()
-_next = 0
+_handles = itertools.count(1)  # two threads never draw the same number of it
 
 
 def register(recorder) -> int:
     """A handle by which the operators find ``recorder`` while it lives."""
-    global _next
-    _next += 1
-    _recorders[_next] = recorder
-    return _next
+    handle = next(_handles)
+    _recorders[handle] = recorder
+    return handle
 
 
 def _find(handle: int):

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lalora_kernels.adapt import SAVED, check_settings, install, lora_factors, saved_modules
-from lalora_kernels.nn import LoRALinear, lora_layers
+from lalora_kernels.nn import LoRAEmbedding, LoRALayer, lora_layers
 from lalora_kernels.peft_names import (
     common_and_pattern,
     peft_saved,
     peft_targets,
     rank_and_alpha,
     refuse_two_places,
+    renamed,
     targets_and_saved,
     with_task_heads,
 )
@@ -61,7 +62,7 @@ def save_adapter(
         raise ValueError("nothing to save: the model has no LoRA layer; call adapt(model, ...) first")
     _refuse_unsayable(model, layers)
     config = _config(model, layers, base_model_name_or_path, task_type)
-    tensors = {f"{name}.weight": factor for name, factor in lora_factors(model)}
+    tensors = {name if "lora_embedding" in name else f"{name}.weight": factor for name, factor in lora_factors(model)}
     for name in peft_saved(model, config["modules_to_save"] or ()):
         tensors |= {f"{name}.{key}": t for key, t in model.get_submodule(name).state_dict().items()}
     tensors = {PREFIX + key: tensors[key].detach().cpu().clone().contiguous() for key in sorted(tensors)}
@@ -87,9 +88,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     tensors = _read_tensors(folder)
     modules = modules_by_name(model)
     saved = peft_saved(model, with_task_heads(config.get("modules_to_save"), config.get("task_type")))
-    factors, others = _split(tensors, folder)
+    factors, others, tables = _split(tensors, folder)
     names = list(dict.fromkeys(name for name, _ in factors))
+    bases = {name: others.pop(f"{name}.base_layer.weight", None) for name in tables}
     _refuse_keys(model, modules, saved, names, factors, others, config)
+    _refuse_kinds(modules, names, tables, bases)
     plan = {name: rank_and_alpha(name, config) for name in names}
     adapted = any(True for _ in lora_layers(model))
     if adapted:
@@ -135,7 +138,7 @@ def _refuse_nonfinite(tensors: dict[str, Tensor], outcome: str) -> None:
         raise ValueError(f"NaN or Inf in the adapter, {outcome}:{_list(bad)}")
 
 
-def _refuse_unsayable(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+def _refuse_unsayable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     refuse_two_places(model, layers.values())
     for what, values in (
         ("lora_dropout", {getattr(layer.lora_dropout, "p", 0.0) for layer in layers.values()}),
@@ -154,7 +157,7 @@ def _refuse_unsayable(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
 
 
 def _config(
-    model: nn.Module, layers: dict[str, LoRALinear], base_model_name_or_path: str | None, task_type: str | None
+    model: nn.Module, layers: dict[str, LoRALayer], base_model_name_or_path: str | None, task_type: str | None
 ) -> dict[str, Any]:
     first = next(iter(layers.values()))
     targets, saved = targets_and_saved(model, list(layers), saved_modules(model), task_type)
@@ -243,14 +246,20 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is corrupt or truncated: {error}") from None
 
 
-def _split(tensors: dict[str, Tensor], folder: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str, Tensor]]:
-    """({(layer, "A" or "B"): factor}, {key in the model's state_dict: tensor of modules_to_save})"""
+def _split(
+    tensors: dict[str, Tensor], folder: Path
+) -> tuple[dict[tuple[str, str], Tensor], dict[str, Tensor], set[str]]:
+    """({(layer, "A" or "B"): factor}, {key in the model's state_dict: tensor of modules_to_save}, embeddings)"""
     factors: dict[tuple[str, str], Tensor] = {}
     others: dict[str, Tensor] = {}
+    tables: set[str] = set()
     for key, value in tensors.items():
         name = key.removeprefix(PREFIX)
         if match := re.fullmatch(r"(.+)\.lora_(A|B)\.weight", name):
             factors[match[1], match[2]] = value
+        elif match := re.fullmatch(r"(.+)\.lora_embedding_(A|B)", name):
+            factors[match[1], match[2]] = value
+            tables.add(match[1])
         else:
             others[name] = value
     unsupported = [key for key in others if ".lora_" in key]
@@ -258,7 +267,28 @@ def _split(tensors: dict[str, Tensor], folder: Path) -> tuple[dict[tuple[str, st
         raise ValueError(f"{folder}: only lora_A and lora_B weights are supported, found:{_list(unsupported)}")
     if not factors:
         raise ValueError(f"{folder} holds no LoRA factor")
-    return factors, others
+    return factors, others, tables
+
+
+def _file_key(module: nn.Module, name: str, factor: str) -> str:
+    return f"{name}.lora_embedding_{factor}" if isinstance(module, nn.Embedding) else f"{name}.lora_{factor}.weight"
+
+
+def _refuse_kinds(
+    modules: dict[str, nn.Module], names: list[str], tables: set[str], bases: dict[str, Tensor | None]
+) -> None:
+    """Factors of embeddings belong to embeddings; PEFT stores their frozen weights too, which must be the model's."""
+    kinds = {n: type(m) if isinstance(m := modules[n], LoRALayer) else lora_class(m) for n in names}
+    wrong = [n for n in names if kinds[n] is not None and (n in tables) != issubclass(kinds[n], LoRAEmbedding)]
+    if wrong:
+        raise ValueError(f"an embedding in the file or in the model, but not in both:{_list(wrong)}")
+    for name, base in bases.items():
+        weight = modules[name].weight
+        if base is not None and not (base.shape == weight.shape and torch.equal(base.to(weight), weight)):
+            raise ValueError(
+                f"the adapter also holds a weight for {name} that is not the model's (it was trained or resized); save "
+                "it with PEFT's save_pretrained(..., save_embedding_layers=False), or load the model it belongs to"
+            )
 
 
 def _refuse_keys(
@@ -274,8 +304,10 @@ def _refuse_keys(
     inside = {key for key in state if any(key.startswith(name + ".") for name in saved)}
     strange = [name for name in names if name not in modules] + [key for key in others if key not in inside]
     if strange:
-        raise ValueError(f"the adapter does not fit this model, which has no place for:{_list(strange)}")
-    missing = [f"{name}.lora_{f}.weight" for name in names for f in "AB" if (name, f) not in factors]
+        raise ValueError(
+            f"the adapter does not fit this model, which has no place for:{_list(strange)}{renamed(strange, modules)}"
+        )
+    missing = [_file_key(modules[name], name, f) for name in names for f in "AB" if (name, f) not in factors]
     missing += [key for key in inside if key not in others]
     missing += [name for name in saved_modules(model) if not any((name + ".").startswith(s + ".") for s in saved)]
     if not config.get("layers_to_transform"):
@@ -283,8 +315,8 @@ def _refuse_keys(
         excluded = config.get("exclude_modules") or ()
         for name, module in modules.items():
             meant = peft_targets(name, config.get("target_modules"), saved) and not peft_targets(name, excluded, ())
-            if meant and id(module) not in held and (lora_class(module) or isinstance(module, LoRALinear)):
-                missing.append(f"{name}.lora_A.weight")
+            if meant and id(module) not in held and (lora_class(module) or isinstance(module, LoRALayer)):
+                missing.append(_file_key(module, name, "A"))
     if missing:
         raise ValueError(f"the adapter is incomplete, nothing in it for:{_list(missing)}")
 
@@ -296,7 +328,7 @@ def _refuse_other_adapter(
     wrong = [f"{name}: adapted in the model, not in the file" for name, m in lora_layers(model) if id(m) not in held]
     for name, (r, alpha) in plan.items():
         layer = modules[name]
-        if not isinstance(layer, LoRALinear):
+        if not isinstance(layer, LoRALayer):
             wrong.append(f"{name}: in the file, not adapted in the model")
             continue
         if layer.merged:
@@ -318,13 +350,11 @@ def _refuse_shapes(
     expected: list[tuple[str, Tensor, tuple[int, ...]]] = []
     for (name, factor), value in factors.items():
         module, r = modules[name], plan[name][0]
-        why = None if isinstance(module, LoRALinear) else refusal(model, name, module)
+        why = None if isinstance(module, LoRALayer) else refusal(model, name, module)
         if why:
             raise ValueError(f"{name} cannot be adapted: {why}")
-        m, n = module.weight.shape
-        if (type(module) if isinstance(module, LoRALinear) else lora_class(module)).fan_in_fan_out:
-            m, n = n, m
-        expected.append((f"{name}.lora_{factor}.weight", value, (r, n) if factor == "A" else (m, r)))
+        kind = type(module) if isinstance(module, LoRALayer) else lora_class(module)
+        expected.append((_file_key(module, name, factor), value, kind.factor_shapes(module, r)["AB".index(factor)]))
     state = model.state_dict()
     expected += [(key, value, tuple(state[key].shape)) for key, value in others.items()]
     wrong = [f"{k}: {tuple(v.shape)} in the file, {s} in the model" for k, v, s in expected if tuple(v.shape) != s]

@@ -103,3 +103,15 @@ def refuse_two_places(model: nn.Module, layers: Iterable[nn.Module]) -> None:
                 f"{' and '.join(names.values())} are one layer. PEFT adapts it in the first place only, so the adapter "
                 "computes something else there; save and load model.state_dict() instead"
             )
+
+
+def renamed(strange: Iterable[str], modules: dict[str, nn.Module]) -> str:
+    """The cure where an adapter has the names that transformers 4 gave to layers of this model; else nothing."""
+    old = {"query", "key", "value"} & {part for name in strange for part in name.split(".")}
+    if old and any(name.endswith("q_proj") for name in modules):
+        return (
+            f"\n{', '.join(sorted(old))} are names of transformers 4, which version 5 changed to q_proj, k_proj and so "
+            "on: install transformers<5, or rename the keys of adapter_model.safetensors and target_modules in "
+            "adapter_config.json to this model's, which `for name, _ in model.named_modules(): print(name)` shows"
+        )
+    return ""

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lalora_kernels.nn import LoRAConv1D, LoRALinear
+from lalora_kernels.nn import (
+    LoRAConv1D,
+    LoRAConv2d,
+    LoRAEmbedding,
+    LoRALayer,
+    LoRALinear,
+    conv2d_refusal,
+    embedding_refusal,
+)
 
 # Query and value by the names of each family. Both names of a pair belong to the same parent; a fused projection
 # (GPT-2, timm, Bloom, Phi-3, MPT) holds query, key and value, and is adapted whole, as PEFT does.
@@ -37,19 +45,20 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or (inside is not None and name.startswith(inside)):
             continue
-        inside = name + "." if isinstance(module, LoRALinear) else None
+        inside = name + "." if isinstance(module, LoRALayer) else None
         modules[name] = module
     return modules
 
 
-def lora_class(module: nn.Module) -> type[LoRALinear] | None:
+def lora_class(module: nn.Module) -> type[LoRALayer] | None:
     """The LoRA layer for this module's type; None if there is none.
 
-    A subclass of nn.Linear counts while it has nn.Linear's forward.
+    A subclass of nn.Linear, nn.Conv2d or nn.Embedding counts while it has that class's forward.
     """
     kind = type(module)
-    if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
-        return LoRALinear
+    for plain, adapted in ((nn.Linear, LoRALinear), (nn.Conv2d, LoRAConv2d), (nn.Embedding, LoRAEmbedding)):
+        if isinstance(module, plain) and kind.forward is plain.forward:
+            return adapted
     # By name: the class exists in this process only if somebody else imported transformers.
     if (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D"):
         return LoRAConv1D
@@ -61,14 +70,14 @@ def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     kind = type(module)
     above, _, child = name.rpartition(".")
     parent = model.get_submodule(above)
-    if isinstance(module, LoRALinear):
+    if isinstance(module, LoRALayer):
         return "it is adapted already; call unadapt(model) or merge_and_unload(model) first"
     if isinstance(parent, nn.MultiheadAttention) or _bypasses(type(parent), child):
         return f"{type(parent).__name__} uses its weight without calling it, so an adapter would do nothing"
     if lora_class(module) is None:
         return (
-            f"its type is {kind.__name__}; nn.Linear and transformers' Conv1D can be adapted. Longer names in "
-            "target_modules (attn.proj for proj) leave it out"
+            f"its type is {kind.__name__}; nn.Linear, nn.Conv2d, nn.Embedding and transformers' Conv1D can be adapted. "
+            "Longer names in target_modules (attn.proj for proj) leave it out"
         )
     if is_lazy(module.weight) or module.weight.dtype not in FLOATS:
         return f"its weight is {'not initialized yet' if is_lazy(module.weight) else module.weight.dtype}"
@@ -76,17 +85,20 @@ def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
         return "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "it has hooks or a replaced forward, which would be lost; remove them (or load without device_map) first"
-    return None
+    if isinstance(module, nn.Conv2d):
+        return conv2d_refusal(module)
+    return embedding_refusal(module) if isinstance(module, nn.Embedding) else None
 
 
 @functools.cache
 def _bypasses(parent: type[nn.Module], child: str) -> bool:
-    """Whether the forward says linear(..., self.child.weight, ...), as for qkv in timm's Swin-v2, BEiT and EVA."""
+    """Whether the forward says linear(..., self.child.weight, ...), as for qkv in timm's Swin-v2, BEiT and EVA; or
+    conv2d or embedding."""
     try:
         source = inspect.getsource(parent.forward)
     except (OSError, TypeError):
         return False
-    return re.search(rf"\blinear\([^()]*\bself\.{re.escape(child)}\.weight\b", source) is not None
+    return re.search(rf"\b(?:linear|conv2d|embedding)\([^()]*\bself\.{re.escape(child)}\.weight\b", source) is not None
 
 
 def ends_with(name: str, target: str) -> bool:
@@ -117,7 +129,7 @@ def resolve_saved(model: nn.Module, modules_to_save: str | Iterable[str] | None)
         for name in names:
             if next(modules[name].parameters(), None) is None:
                 raise ValueError(f"modules_to_save: {name} ({type(modules[name]).__name__}) has no parameters")
-            if any(isinstance(m, LoRALinear) for m in modules[name].modules()):
+            if any(isinstance(m, LoRALayer) for m in modules[name].modules()):
                 raise ValueError(f"modules_to_save: {name} is or holds an adapted layer; call unadapt(model) first")
         found += [n for n in names if n not in found]
     return found
@@ -145,7 +157,7 @@ def resolve_targets(
     elif target_modules.lower() == "all-linear":
         head = _head(model)
         linear = {n: m for n, m in candidates.items() if _is_linear(m) and id(m) not in head}
-        refused = {n: refusal(model, n, m) for n, m in linear.items() if not isinstance(m, LoRALinear)}
+        refused = {n: refusal(model, n, m) for n, m in linear.items() if not isinstance(m, LoRALayer)}
         left_out = {n: why for n, why in refused.items() if why}
         names = [n for n in linear if n not in left_out]
     elif target_modules.lower() == "qv":
@@ -169,7 +181,7 @@ def _no_match(target_modules: str | Iterable[str], modules: dict[str, nn.Module]
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or lora_class(module) is not None
+    return isinstance(module, nn.Linear) or lora_class(module) is LoRAConv1D
 
 
 def _head(model: nn.Module) -> set[int]:

@@ -5,18 +5,22 @@
 the noisy, smoothed gradient into ``p.grad``.
 """
 
-import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lalora_kernels import functional
-from lalora_kernels.nn import LoRALinear
+from lalora_kernels.nn import Adapted
 from lalora_kernels.privacy.clipping import clip_weights, tensor_bound
 from lalora_kernels.privacy.distributed import Group, quiet_ddp
-from lalora_kernels.privacy.recorders import LoRARecorder, Recorder, Site, Undo
-from lalora_kernels.privacy.rules import ExtraRecorder, rule_of
+from lalora_kernels.privacy.nonfinite import NonfiniteCount
+from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder, Site, Undo
+from lalora_kernels.privacy.reduction import ReductionCheck
+from lalora_kernels.privacy.rules import ExtraRecorder, refuse_tables, rule_of
 from lalora_kernels.privacy.sampling import BatchInfo
+from lalora_kernels.privacy.sentinel import NotYet, foreign, stand_in, take_away
+from lalora_kernels.privacy.ties import kind_of, tie
 
 
 class Engine:
@@ -49,11 +53,13 @@ class Engine:
         self.recorders: list[Recorder] = []
         self.active: list[Site] = []
         self.batch: BatchInfo | None = None
-        self.nonfinite_samples = 0
+        self.nonfinite, self.graphing = NonfiniteCount(), False
+        self.auto_batch = None  # an AutoBatch, which measures at the first forward
         self.adaptive = None  # an AdaptiveClipping, which then moves max_grad_norm between logical batches
         self.before_logical_batch = lambda: None  # the optimizer's schedule
         self._buffers: dict[str, Tensor] = {}
         self._handles: list = []
+        self._waiting = False  # sentinels stand in p.grad until the step
         self._open = False  # a logical batch has begun and is not released
         self._partial = False  # ... and some of its physical batches are summed already
         try:
@@ -71,56 +77,77 @@ class Engine:
             if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats
         ]
         self._refuse_batch_statistics()
-        seen: dict[nn.Parameter, str] = {}
-        for name, module in self.model.named_modules():
-            lora = isinstance(module, LoRALinear)
+        refuse_tables(self.model)
+        seen: dict[nn.Parameter, Site] = {}
+        names = {module: name for name, module in self.model.named_modules()}
+        lora = {module: self._lora_tensors(name, module) for module, name in names.items() if _is_lora(name, module)}
+        held = {place for tensors in lora.values() for place in tensors.values()}
+        for module, name in names.items():
             found = {}
-            for key, p in module.named_parameters(recurse=False):
-                full = f"{name}.{key}" if name else key
-                if not p.requires_grad and not (lora and key.startswith("lora_")):
+            for role, (owner, key) in lora.get(module, {k: (module, k) for k in module._parameters}).items():
+                p = owner._parameters[key]
+                if p is None or not (p.requires_grad or module in lora and role in ("lora_A", "lora_B")):
                     continue
+                if module not in lora and (owner, key) in held:
+                    continue
+                full = f"{names[owner]}.{key}" if names[owner] else key
                 rule = rule_of(module)
-                covered = key != "weight" if lora else rule is not None and key in rule.covers
+                covered = role != "weight" if module in lora else rule is not None and key in rule.covers
                 if not covered:
                     raise ValueError(
                         f"{full} is trainable, but no rule gives its gradient per sample ({type(module).__name__}); "
                         f"freeze it with requires_grad_(False), or train it through an adapter"
                     )
+                table, defers = getattr(module, "is_table", False), rule is not None and rule.defers
+                kind = kind_of(role, module in lora, table, defers)
                 if p in seen:
-                    raise ValueError(f"{full} and {seen[p]} are one parameter in two modules; freeze it or untie them")
-                seen[p] = full
-                found[key] = self._add_site(full, module, key, {"lora_A": 1, "lora_B": 0}.get(key) if lora else None)
+                    found[role] = tie(seen[p], full, owner, key, kind)
+                    continue
+                found[role] = seen[p] = self._add_site(full, owner, key, role if module in lora else key)
+                seen[p].kind = kind
             if found:
-                self._record(name, module, found, lora)
+                self._record(name, module, found)
         if not self.sites:
             raise ValueError("the model has no trainable parameter; adapt() it first")
         dtypes = {s.param.dtype == torch.float64 for s in self.sites}
         if len(dtypes) > 1:
             raise ValueError("some trainable parameters are float64 and some are not; use one precision")
         self.dtype = torch.float64 if dtypes.pop() else torch.float32
-        self._handles.append(self.model.register_forward_pre_hook(_InputCheck(self), with_kwargs=True))
+        self._handles.append(self.model.register_forward_pre_hook(InputCheck(self), with_kwargs=True))
+        self.reduction = ReductionCheck(self)
+        if self.check_pending:
+            self._handles.append(self.model.register_forward_hook(self.reduction))
 
-    def _add_site(self, name: str, module: nn.Module, key: str, smooth_dim: int | None) -> Site:
+    @staticmethod
+    def _lora_tensors(name: str, layer: Adapted) -> dict[str, tuple[nn.Module, str]]:
+        try:
+            return layer.tensors()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    def _add_site(self, name: str, module: nn.Module, key: str, role: str) -> Site:
         p = module._parameters[key]
-        site = Site(name, module, key, p, len(self.sites), smooth_dim, p.requires_grad)
+        smooth_dim = {"lora_A": 1, "lora_B": 0}.get(role)
+        site = Site(name, module, key, role, p, len(self.sites), smooth_dim, p.requires_grad)
         self.sites.append(site)
         p.requires_grad_(True)  # torch takes the hook of no other tensor
         self._handles.append(p.register_post_accumulate_grad_hook(lambda p: self._refuse_foreign(p, name)))
         p.requires_grad_(site.trained)
         return site
 
-    def _record(self, name: str, module: nn.Module, sites: dict, lora: bool) -> None:
+    def _record(self, name: str, module: nn.Module, sites: dict) -> None:
+        lora = isinstance(module, Adapted)
         if getattr(module, "recorder" if lora else "_recorder", None) is not None:
             raise RuntimeError(f"{name} already belongs to a private optimizer; call its detach() first")
         if lora:
-            module.recorder = LoRARecorder(self, name, sites)
-            self.recorders.append(module.recorder)
+            self.recorders.append(LoRARecorder(self, name, module, sites))
             self._handles.append(Undo(module))
         else:
             self.recorders.append(ExtraRecorder(self, name, module, sites))
 
     def detach(self) -> None:
         """Give the model back to ordinary training, trainable as it was found; the workspace is freed."""
+        take_away(self.sites)
         for site in self.sites:
             site.param.requires_grad_(site.trained)
         if self._ddp:
@@ -143,7 +170,7 @@ class Engine:
                 )
 
     def _refuse_changes(self) -> None:
-        for s in self.sites:
+        for s in (*self.sites, *self.recorders):
             s.verify()
         known = {s.param for s in self.sites}
         for name, p in self.model.named_parameters():
@@ -154,12 +181,8 @@ class Engine:
                 )
 
     def _refuse_foreign(self, p: nn.Parameter, name: str) -> None:
-        if p.grad is not None:  # None: what a private layer's own backward hands to autograd
-            raise RuntimeError(
-                f"{name} received a gradient that is not the engine's (a penalty on the weights, a use of the tensor "
-                f"outside its module, a p.grad of your own), which nothing clips or noises. Freeze it, or call its "
-                f"module instead"
-            )
+        if p.grad is not None and not isinstance(p.grad, NotYet):  # None: what a private layer's own backward hands to autograd
+            raise RuntimeError(foreign(name))
 
     def check_input(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """The model must see the batch that the loader announced, in train mode."""
@@ -172,6 +195,8 @@ class Engine:
                 f"the model was given {first.shape[0]} rows, but the loader's batch has {self.batch.rows} records; "
                 f"pass the batch as the loader yields it, batch axis first"
             )
+        if self.auto_batch is not None:
+            self.auto_batch.measure(self, model, args, kwargs)
         if self.check_pending and self.batch.valid >= 2:
             from lalora_kernels.privacy.checks import check_inputs  # it builds an Engine of its own
 
@@ -223,9 +248,20 @@ class Engine:
                 s.S = S.zero_()
         return site.S
 
-    def mark(self, site: Site) -> None:
+    def refuse_idle(self, site: Site) -> None:
         if site.row < 0:
             raise RuntimeError(f"{site.name} became trainable within a batch; set requires_grad between steps")
+
+    def mark(self, site: Site) -> None:
+        self.refuse_idle(site)
+        if site.param.is_cuda and not self.graphing and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph of your own records a private backward, whose replays the engine would not see; use "
+                "optimizer.graph()"
+            )
+        if not self._waiting:
+            self._waiting = True
+            stand_in(self.active)
         site.marked = True
 
     def add(self, site: Site, G: Tensor) -> None:
@@ -249,6 +285,7 @@ class Engine:
             raise RuntimeError(
                 "a logical batch was left before its last physical batch and is lost; iterate the loader to its end"
             )
+        take_away(self.sites)
         for s in self.sites:
             if s.param.grad is s.released:
                 s.param.grad = None
@@ -263,10 +300,18 @@ class Engine:
             raise RuntimeError("the trainable tensors changed within a logical batch")
         self._open = True
         self.batch = batch
-        self.grad_scale = float(batch.rows) if self.loss_reduction == "mean" else 1.0
         self.tensor_bound = tensor_bound(self.clipping, self.max_grad_norm, len(self.active))
-        self.sq = torch.zeros(len(self.active), batch.rows, dtype=torch.float64, device=self.sites[0].param.device)
-        self._clear_batch()
+        self._set_rows(batch.rows)
+        self.clear_batch()
+
+    def _set_rows(self, rows: int) -> None:
+        self.grad_scale = float(rows) if self.loss_reduction == "mean" else 1.0
+        self.sq = torch.zeros(len(self.active), rows, dtype=torch.float64, device=self.sites[0].param.device)
+
+    def pad(self, rows: int) -> None:
+        """From now on this physical batch has ``rows`` rows; those behind the loader's are placeholders."""
+        self.batch = replace(self.batch, rows=rows)
+        self._set_rows(rows)
 
     def _start(self, trainable: list[Site]) -> None:
         for s in self.sites:
@@ -275,7 +320,8 @@ class Engine:
             s.row = row
         self.active = trainable
 
-    def _clear_batch(self) -> None:
+    def clear_batch(self) -> None:
+        self._waiting = False
         for s in self.sites:
             s.G, s.marked, s.fused = None, False, False
         for r in self.recorders:
@@ -288,7 +334,12 @@ class Engine:
             raise RuntimeError(
                 "optimizer.step() without a new batch of the private loader, or called twice on one batch"
             )
+        if self.auto_batch is not None:
+            raise RuntimeError(
+                'physical_batch_size="auto" measures the first forward, which torch.compile hides; give it a number'
+            )
         batch, sites = self.batch, self.active
+        take_away(self.sites)
         for s in self.sites:
             self._refuse_foreign(s.param, s.name)
         if [s for s in self.sites if s.param.requires_grad] != sites:
@@ -308,7 +359,7 @@ class Engine:
             valid=batch.valid,
             dtype=self.dtype,
         )
-        self._count_nonfinite(bad)
+        self.nonfinite.add(bad)
         if self.adaptive is not None:
             self.adaptive.count(self.sq, self.grad_scale, batch, self.max_grad_norm)
         self.overflowed = bad > 0
@@ -319,14 +370,14 @@ class Engine:
             self._partial = True
             full = [s for s in sites if s.materialized]
             if full:
-                rows = weights[[s.row for s in full]]
+                rows = torch.stack([weights[s.row] for s in full])  # a list as index would be copied from the host
                 functional.clip_reduce([s.G for s in full], rows, [self.sum_of(s) for s in full], backend=self.backend)
                 for s in full:
                     s.fused = True
         if batch.last:
             self._release(weights)
             self._open = self._partial = False
-        self._clear_batch()
+        self.clear_batch()
         self.batch = None
         return batch.last
 
@@ -364,28 +415,16 @@ class Engine:
         scale = self.grad_scaler._get_scale_async() if self.grad_scaler.is_enabled() else None
         return torch.ones((), dtype=torch.float64) if scale is None else scale.double()
 
-    def _count_nonfinite(self, bad: Tensor) -> None:
-        self.nonfinite_samples = self.nonfinite_samples + bad
-        if bad.device.type == "cpu" and int(bad):
-            warnings.warn(
-                f"{int(bad)} record(s) of this batch had a gradient that is NaN, Inf or beyond float32; they "
-                f"contribute nothing to the step",
-                stacklevel=4,
+
+def _is_lora(name: str, module: nn.Module) -> bool:
+    """Whether it is an adapted layer. Raises ValueError for one of PEFT's own."""
+    if isinstance(module, Adapted):
+        return True
+    kind = type(module)
+    if kind.__module__.startswith("peft.tuners.") and any(p.requires_grad for p in module.parameters()):
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            raise ValueError(
+                f"{name} is PEFT's own {kind.__module__}.{kind.__qualname__}, which knows neither the method nor the "
+                f"smoothing; call lalora_kernels.patch_peft(model) first"
             )
-
-
-class _InputCheck:
-    """The engine's forward pre-hook; a copy of the model gets one that checks nothing."""
-
-    def __init__(self, engine: Engine | None):
-        self.engine = engine
-
-    def __call__(self, model, args, kwargs) -> None:
-        if self.engine is not None and not torch.compiler.is_compiling():
-            self.engine.check_input(model, args, kwargs)
-
-    def __deepcopy__(self, memo) -> "_InputCheck":
-        return _InputCheck(None)
-
-    def __reduce__(self):
-        return _InputCheck, (None,)
+    return False

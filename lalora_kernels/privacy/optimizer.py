@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from lalora_kernels.nn import set_active
 from lalora_kernels.privacy.engine import Engine
+from lalora_kernels.privacy.graphs import GraphedBackward
 from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.schedule import Schedule
 
@@ -91,12 +92,17 @@ class PrivateOptimizer(Optimizer):
     @property
     def nonfinite_samples(self) -> int:
         """Records left out so far: their gradient was NaN, Inf or beyond float32. Not privatized: do not publish."""
-        return int(self.engine.nonfinite_samples)
+        return int(self.engine.nonfinite.total)
 
     @property
     def per_sample_checked(self) -> bool:
         """Whether per-sample gradients of two records were compared with single backwards (make_private's check)."""
         return self._check_asked and not self.engine.check_pending
+
+    @property
+    def loss_reduction_checked(self) -> bool:
+        """Whether a loss of the loop showed the claimed ``loss_reduction`` (see privacy/reduction.py)."""
+        return self.engine.reduction.seen is not None
 
     def get_epsilon(self, delta: float | None = None) -> float:
         """ε spent so far at ``delta`` (default: ``target_delta``). Raises where no ε can be claimed; see ``Ledger``."""
@@ -118,11 +124,15 @@ class PrivateOptimizer(Optimizer):
         """Every tensor that the schedule ever trains is in the optimizer, and nothing else that trains is."""
         inside = {p for group in self.param_groups for p in group["params"]}
         factors = "".join(self.schedule.active(r, s) for r in (1, 2) for s in (1, 2))
-        sites = {site.param: site.name for site in self.engine.sites}
-        for p, name in sites.items():
-            frozen = name.endswith("lora_A") and "A" not in factors or name.endswith("lora_B") and "B" not in factors
+        sites = {site.param: site for site in self.engine.sites}
+        for p, site in sites.items():
+            frozen = site.role in ("lora_A", "lora_B") and site.role[-1] not in factors
             if p not in inside and not frozen:
-                raise ValueError(f"{name} trains but is not in the optimizer; build it from all trainable parameters")
+                raise ValueError(f"{site.name} trains but is not in the optimizer; build it from all trainable parameters")
+        held = [p for group in self.param_groups for p in group["params"]]
+        if len(held) > len(inside):
+            twice = next((sites[p].name for p in inside if p in sites and sum(p is q for q in held) > 1), "a tensor")
+            raise ValueError(f"the optimizer holds {twice} twice, and would step on one release twice; give it once")
         for p in inside:
             if p.requires_grad and p not in sites:
                 raise ValueError(
@@ -131,6 +141,10 @@ class PrivateOptimizer(Optimizer):
                 )
 
     # ---------------------------------------------------------------- stepping
+
+    def graph(self, backward: Callable[..., None], rows: int) -> GraphedBackward:
+        """``backward(*batch)``, the loop's forward and backward, as a CUDA graph; see ``privacy/graphs.py``."""
+        return GraphedBackward(self.engine, backward, rows)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One physical batch's share of a private step; see the class. Returns the closure's value, if any.

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lalora_kernels import functional, opaque
+from lalora_kernels.privacy.ties import TABLE, defer
 
 if TYPE_CHECKING:
+    from lalora_kernels.nn import Adapted
     from lalora_kernels.privacy.engine import Engine
+
+
+# Relative to sum_t ||x_t|| ||dy_t||, the rounding that the float32 product of a clipped sum may add to a sample's
+# share. Norms are raised by it, so that a sample whose terms cancel still keeps the bound.
+SLACK = 4e-7
 
 
 @dataclass(eq=False)
@@ -21,6 +28,7 @@ class Site:
     name: str
     module: nn.Module
     key: str  # the parameter's name in its module
+    role: str  # "lora_A" and "lora_B" of an adapted layer; else what the recorder calls it
     param: nn.Parameter
     index: int  # nonce word 0 of its noise
     smooth_dim: int | None
@@ -30,25 +38,35 @@ class Site:
     G: Tensor | None = None  # (N, *shape) of this physical batch
     S: Tensor | None = None  # running clipped sum over physical batches
     released: Tensor | None = None  # the gradient last put into param.grad
+    not_yet: Tensor | None = None  # what param.grad is between backward and step
+    kind: str = ""  # how its gradient comes about; see ties.kind_of
+    places: list[tuple[str, nn.Module, str]] = field(default_factory=list)  # (name, module, key) of each use
     marked: bool = False  # something was recorded in this physical batch
     fused: bool = False  # ... and clipped into S on the way; G holds nothing
 
     def __post_init__(self) -> None:
+        self.places = [(self.name, self.module, self.key)]
         self.made_for = (self.param.device, self.param.dtype, self.param.shape)
 
     def verify(self) -> None:
         """Raises RuntimeError where the tensor is no longer the one that was attached."""
-        if self.module._parameters.get(self.key) is not self.param:
-            raise RuntimeError(
-                f"{self.name} was replaced or tied to another tensor after make_private; detach() the optimizer and "
-                f"call make_private again"
-            )
+        for name, module, key in self.places:
+            if module._parameters.get(key) is not self.param:
+                raise RuntimeError(
+                    f"{name} was replaced or tied to another tensor after make_private; detach() the optimizer and "
+                    f"call make_private again"
+                )
         if (self.param.device, self.param.dtype, self.param.shape) != self.made_for:
             now, then = (" ".join(map(str, t)) for t in ((self.param.device, self.param.dtype), self.made_for[:2]))
             raise RuntimeError(
                 f"{self.name} was moved from {then} to {now} after make_private; move the model first, or detach() "
                 f"and call make_private again"
             )
+
+    @property
+    def shared(self) -> bool:
+        """Whether several modules use it: its gradient is the sum over them, taken before its norm."""
+        return len(self.places) > 1
 
     @property
     def materialized(self) -> bool:
@@ -86,9 +104,12 @@ class Recorder:
     def reset(self) -> None:
         """A physical batch begins or is done."""
 
+    def verify(self) -> None:
+        """Raises RuntimeError where the module no longer uses the tensors that were attached."""
+
 
 class LoRARecorder(Recorder):
-    """Recorder of one LoRA layer: sites "lora_A", "lora_B" and, where it trains, "bias"."""
+    """Recorder of one LoRA layer: sites "lora_A", "lora_B" and, where they train, "bias" and "lora_bias" (PEFT's, of B)."""
 
     TWICE = (
         "{} was backpropagated twice in one batch, but clipping='per_layer' clips at the first; add the losses up and "
@@ -97,11 +118,28 @@ class LoRARecorder(Recorder):
     calls = 0  # forwards of this physical batch
     summed = False  # its gradient of this physical batch is clipped and summed already
 
+    def __init__(self, engine: Engine, name: str, layer: Adapted, sites: dict[str, Site]):
+        super().__init__(engine, name, sites)
+        self.layer = layer
+        layer.recorder = self
+        if sites["lora_A"].kind == TABLE:
+            defer(sites["lora_A"], self)
+
+    def verify(self) -> None:
+        now = self.layer.tensors()
+        for role in ("lora_A", "lora_B"):
+            site, (module, key) = self.sites[role], now.get(role, (None, ""))
+            if not any((module, key) == place[1:] for place in site.places):
+                raise RuntimeError(
+                    f"{self.name} uses another adapter than when make_private was called; set that one again, or "
+                    f"detach() the optimizer and call make_private again"
+                )
+
     def note_forward(self) -> None:
         self.calls += 1
 
     def reset(self) -> None:
-        self.calls, self.summed = 0, False
+        self.calls, self.summed, self.pairs, self._sums = 0, False, [], None
 
     def record_lora(self, dy, B, scaling, h, x, need_dz, need_bias) -> Tensor | None:
         """Per-sample gradients of the active factors from dy (..., m), h (..., r), x (..., n); returns dz (..., r)."""
@@ -112,10 +150,16 @@ class LoRARecorder(Recorder):
         x3 = None if x is None else e.fold(x, self.name)
         a, b = self.active("lora_A") if x is not None else None, self.active("lora_B") if h is not None else None
         if need_bias:
-            e.add(self.sites["bias"], dy3.sum(1, dtype=e.dtype))
+            for role, scale in (("bias", 1.0), ("lora_bias", scaling)):
+                if (site := self.active(role)) is not None:
+                    e.add(site, scale * dy3.sum(1, dtype=e.dtype))
+        for s in (a, b):
+            if s is not None:
+                e.refuse_idle(s)
         again = any(s is not None and s.marked for s in (a, b))
         # The one-pass kernel clips during backward, when a GradScaler's scale is not the engine's to know yet.
-        if e.clipping == "per_layer" and self.calls == 1 and e.grad_scaler is None:
+        shared = any(s is not None and s.shared for s in (a, b))
+        if e.clipping == "per_layer" and self.calls == 1 and e.grad_scaler is None and not shared:
             if again:
                 raise RuntimeError(self.TWICE.format(self.name))
             self.summed = True
@@ -132,13 +176,16 @@ class LoRARecorder(Recorder):
                 h=h3,
                 x=x3,
                 need_dz=need_dz,
-                S_B=None if b is None else e.sum_of(b),
-                S_A=None if a is None else e.sum_of(a),
+                S_B=None if b is None else e.sum_of(b).flatten(1),
+                S_A=None if a is None else e.sum_of(a).flatten(1),
                 backend=e.backend,
             )
         else:
             if again and self.summed:
                 raise RuntimeError(self.TWICE.format(self.name))
+            for s in (a, b):
+                if again and s is not None and not s.marked:  # the other one holds another layer's part
+                    e.gradient_of(s).zero_()
             dz, _, sq_b, _, sq_a = functional.sample_grad(
                 dy3,
                 B,
@@ -146,8 +193,8 @@ class LoRARecorder(Recorder):
                 h=h3,
                 x=x3,
                 need_dz=need_dz,
-                G_B=None if b is None else e.gradient_of(b),
-                G_A=None if a is None else e.gradient_of(a),
+                G_B=None if b is None else e.gradient_of(b).flatten(2),
+                G_A=None if a is None else e.gradient_of(a).flatten(2),
                 accumulate=again,
                 backend=e.backend,
             )
@@ -156,6 +203,70 @@ class LoRARecorder(Recorder):
                 e.mark(site)
                 e.sq[site.row].copy_(sq)
         return None if dz is None else dz.view(*lead, -1)
+
+    def record_embedding(self, dy: Tensor, B: Tensor, scaling: float, h: Tensor | None, ids: Tensor) -> None:
+        """An adapted table's: dy (..., m), h (..., r), ids (...). A (r,V) is deferred: few of V tokens are named."""
+        e, a = self.engine, self.active("lora_A")
+        if h is None:
+            dz = scaling * (dy @ B)
+        else:
+            dz = self.record_lora(dy, B, scaling, h, None, a is not None, False)
+        if a is not None:
+            e.mark(a)
+            self.pairs.append((e.fold(dz, self.name).to(e.dtype), e.fold(ids, self.name, 0)))
+
+    def _token_sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._sums is None:
+            dz, ids = (torch.cat(part, 1) for part in zip(*self.pairs))
+            self._sums = token_sums(dz, ids, self.layer.num_embeddings, self.layer.padding_idx)
+        return self._sums
+
+    def squared_norms(self) -> Tensor:
+        """||G_A[i]||^2 of an adapted table, (N,) float64."""
+        sample, _, sums = self._token_sums()
+        sq = torch.zeros(len(self.pairs[0][0]), dtype=torch.float64, device=sums.device)
+        return sq.index_add_(0, sample, sums.double().square().sum(1))
+
+    def add_weighted_sum(self, weights: Tensor, out: Tensor) -> None:
+        """out (r,V) += sum_i weights[i] G_A[i]; samples of weight 0 are masked, whatever they hold."""
+        sample, token, sums = self._token_sums()
+        out.index_add_(1, token, weighted(weights, sample, sums).t())
+
+    def add_sample(self, i: int, out: Tensor) -> None:
+        """out (r,V) += G_A[i]."""
+        sample, token, sums = self._token_sums()
+        mine = sample == i
+        out.index_add_(1, token[mine], sums[mine].t())
+
+    def slack(self) -> Tensor:
+        """What rounding may add to a sample's share of a sum that is added up in several parts, (N,) float64."""
+        return SLACK * sum(dz.double().norm(dim=2).sum(1) for dz, _ in self.pairs)
+
+
+def token_sums(dy: Tensor, ids: Tensor, vocabulary: int, padding_idx: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of dy (N,T,d) over equal tokens of one sample, ids (N,T), of which there are U: (sample, token, sums (.,d)).
+
+    Padding is left out. All have N T rows, those from U on zero: to know U, the host would have to wait for the device.
+    """
+    N = len(ids)
+    key = (torch.arange(N, device=ids.device).view(-1, 1) * vocabulary + ids).flatten()
+    dy = dy.flatten(0, 1)
+    if padding_idx is not None:
+        dy = torch.where((ids == padding_idx).view(-1, 1), 0.0, dy)
+    key, order = key.sort()
+    new = torch.ones_like(key)
+    new[1:] = key[1:] != key[:-1]
+    place = new.cumsum(0) - 1
+    unique = torch.zeros_like(key).scatter_(0, place, key)
+    sums = torch.zeros_like(dy).index_add_(0, place, dy.index_select(0, order))
+    return unique // vocabulary, unique % vocabulary, sums
+
+
+def weighted(weights: Tensor, sample: Tensor, sums: Tensor) -> Tensor:
+    """weights[sample] sums, zero where the weight is, whatever the sum holds. Weighted after the sum, so that rounding
+    in a sum that cancels is scaled with it and the norm, which knows that sum, stays true."""
+    w = weights.index_select(0, sample).to(sums.dtype).view(-1, 1)
+    return torch.where(w != 0, w * sums, 0.0)
 
 
 class Undo:
@@ -166,3 +277,20 @@ class Undo:
 
     def remove(self) -> None:
         self.layer.recorder = None
+
+
+class InputCheck:
+    """The engine's forward pre-hook; a copy of the model gets one that checks nothing."""
+
+    def __init__(self, engine: Engine | None):
+        self.engine = engine
+
+    def __call__(self, model, args, kwargs) -> None:
+        if self.engine is not None and not torch.compiler.is_compiling():
+            self.engine.check_input(model, args, kwargs)
+
+    def __deepcopy__(self, memo) -> InputCheck:
+        return InputCheck(None)
+
+    def __reduce__(self):
+        return InputCheck, (None,)

@@ -14,11 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lalora_kernels.autograd import EmbeddingFunction, LayerNormFunction, LinearFunction, ScaleShiftFunction, traced
-from lalora_kernels.privacy.recorders import Recorder
-
-# Relative to sum_t ||x_t|| ||dy_t||, the rounding that the float32 product of a clipped sum may add to a sample's
-# share. Norms are raised by it, so that a sample whose terms cancel still keeps the bound.
-SLACK = 4e-7
+from lalora_kernels.nn import embedding_refusal
+from lalora_kernels.privacy.recorders import SLACK, Recorder, token_sums, weighted
+from lalora_kernels.privacy.ties import WEIGHT, defer
 
 
 def _linear(m: nn.Linear, x: Tensor) -> Tensor:
@@ -70,6 +68,11 @@ class Rule:
     forward: Callable[[nn.Module, Tensor], Tensor]
     covers: frozenset[str] = frozenset({"weight", "bias"})
 
+    @property
+    def defers(self) -> bool:
+        """Whether the weight's per-sample gradient is kept as (dy, input) and never made in full."""
+        return self.forward in (_linear, _conv1d, _embedding)
+
 
 _HF_RMS_NORM = Rule(_hf_rms_norm)
 _BIAS = frozenset({"bias"})
@@ -108,6 +111,14 @@ def rule_of(module: nn.Module) -> Rule | None:
     return RULES.get(kind) or RULES_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
+def refuse_tables(model: nn.Module) -> None:
+    """Raise ValueError for an embedding that a batch rewrites, also a frozen one, or whose gradient others scale."""
+    for name, m in model.named_modules():
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and (m.max_norm is not None or m.weight.requires_grad):
+            if why := embedding_refusal(m):
+                raise ValueError(f"{name} ({type(m).__name__}) cannot be part of a private step: {why}")
+
+
 def _recording_forward(module: nn.Module, x: Tensor) -> Tensor:
     if module._recorder is None:  # a copy of a private model is an ordinary model
         return type(module).forward(module, x)
@@ -122,8 +133,8 @@ class ExtraRecorder(Recorder):
         self.module, self.rule, self.pairs = module, rule_of(module), []
         self.ids = isinstance(module, nn.Embedding)
         self.transposed = self.rule.forward is _conv1d
-        if "weight" in sites and self.rule.forward in (_linear, _conv1d, _embedding):
-            sites["weight"].deferred = self
+        if "weight" in sites and sites["weight"].kind == WEIGHT:
+            defer(sites["weight"], self)
         module._recorder = self
         module.forward = types.MethodType(_recording_forward, module)
 
@@ -131,7 +142,7 @@ class ExtraRecorder(Recorder):
         del self.module.forward, self.module._recorder
 
     def reset(self) -> None:
-        self.pairs = []
+        self.pairs, self._sums = [], None
 
     def record(self, dy: Tensor, x: Tensor | None) -> None:
         """A full weight and its bias: dy (rows, ..., m), x (rows, ..., n) or ids (rows, ...)."""
@@ -163,7 +174,7 @@ class ExtraRecorder(Recorder):
         """||G_i||^2 of the weight, (N,) float64, from the inputs alone."""
         dy, x = self._inputs()
         if self.ids:
-            sample, _, rows = self._token_sums(dy, x)
+            sample, _, rows = self._token_sums()
             return torch.zeros(len(dy), dtype=torch.float64, device=dy.device).index_add_(
                 0, sample, rows.double().square().sum(1)
             )
@@ -175,30 +186,39 @@ class ExtraRecorder(Recorder):
             sq = ((x @ x.mT) * (dy @ dy.mT)).sum((1, 2)).clamp(min=0.0)
         else:
             sq = torch.stack([(d.t() @ v).square().sum() for d, v in zip(dy, x)]) if N else dy.new_zeros(0)
-        slack = SLACK * (dy.square().sum(2).sqrt() * x.square().sum(2).sqrt()).sum(1)
-        return (sq.sqrt() + slack).square()
+        return (sq.sqrt() + self.slack()).square()
+
+    def slack(self) -> Tensor:
+        """What rounding may add to a sample's share of a sum that cancels, (N,) float64."""
+        dy, x = self._inputs()
+        norms = dy.double().norm(dim=2)
+        return SLACK * (norms if self.ids else norms * x.double().norm(dim=2)).sum(1)
 
     def add_weighted_sum(self, weights: Tensor, out: Tensor) -> None:
         """out += sum_i weights[i] G_i for the weight; samples of weight 0 are masked, whatever they hold."""
+        if self.ids:
+            sample, token, sums = self._token_sums()
+            out.index_add_(0, token, weighted(weights, sample, sums))
+            return
         dy, x = self._inputs()
         keep = (weights != 0).view(-1, 1, 1)
         dy = torch.where(keep, weights.to(dy.dtype).view(-1, 1, 1) * dy, 0.0)
-        if self.ids:
-            _, token, rows = self._token_sums(dy, x)
-            out.index_add_(0, token, rows)
-        else:
-            x = torch.where(keep, x, 0.0)
-            rows, columns = (x, dy) if self.transposed else (dy, x)
-            out.addmm_(rows.flatten(0, 1).t(), columns.flatten(0, 1))
+        self._add_product(dy.flatten(0, 1), torch.where(keep, x, 0.0).flatten(0, 1), out)
 
-    def _token_sums(self, dy: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of dy over equal tokens of one sample: (sample (U,), token (U,), sums (U,d)); padding is left out."""
-        N, T = ids.shape
-        V = self.module.num_embeddings
-        key = (torch.arange(N, device=ids.device).view(-1, 1) * V + ids).flatten()
-        dy = dy.flatten(0, 1)
-        if self.module.padding_idx is not None:
-            dy = torch.where((ids == self.module.padding_idx).view(-1, 1), 0.0, dy)
-        unique, inverse = torch.unique(key, return_inverse=True)
-        sums = dy.new_zeros(len(unique), dy.shape[1]).index_add_(0, inverse, dy)
-        return unique // V, unique % V, sums
+    def add_sample(self, i: int, out: Tensor) -> None:
+        """out += G_i for the weight."""
+        dy, x = self._inputs()
+        if self.ids:
+            sample, token, sums = self._token_sums()
+            out.index_add_(0, token[sample == i], sums[sample == i])
+        else:
+            self._add_product(dy[i], x[i], out)
+
+    def _add_product(self, dy: Tensor, x: Tensor, out: Tensor) -> None:
+        rows, columns = (x, dy) if self.transposed else (dy, x)
+        out.addmm_(rows.t(), columns)
+
+    def _token_sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._sums is None:
+            self._sums = token_sums(*self._inputs(), self.module.num_embeddings, self.module.padding_idx)
+        return self._sums

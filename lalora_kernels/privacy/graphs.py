@@ -1,0 +1,113 @@
+"""A private step's forward and backward as a CUDA graph.
+
+What changes from step to step stays outside: the clip factors, the release, whose noise takes a new number each time,
+and the optimizer with its learning rate. ``optimizer.step()`` is called as ever, and launches its few kernels itself.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lalora_kernels.privacy.engine import Engine
+from lalora_kernels.privacy.recorders import Recorder, Site
+
+WARM_UP = 3
+
+
+class Graph(NamedTuple):
+    """What a replay writes, and what the engine would have noted of an ordinary backward."""
+
+    replay: Callable[[], None]
+    batch: list[Tensor]  # where the next batch is copied to
+    sq: Tensor
+    gradients: list[tuple[Site, Tensor | None]]  # of marked sites
+    pairs: list[tuple[Recorder, list]]
+
+
+def record(backward: Callable[[], None], pool) -> tuple[Callable[[], None], object]:
+    """``backward`` captured on the current device; (replay, memory pool)."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        backward()
+    return graph.replay, graph.pool()
+
+
+def warm_up(backward: Callable[[], None]) -> None:
+    """Run on another stream, as capture demands of what it captures."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        backward()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+class GraphedBackward:
+    """``backward(*batch)`` captured once for each set of active tensors, then replayed. Made by ``optimizer.graph``.
+
+    ``rows``: the batch size of the graph, usually the loader's ``physical_batch_size``. Smaller batches are filled up
+    with zeros, which contribute nothing; the results are those of the ordinary backward. ``batch``: tensors with a row
+    for each record. The loss is not returned. Model, autocast and scaler must be the same at every call.
+
+    Raises ValueError for clipping="per_layer", which clips inside backward with numbers that change, and for a batch of
+    more than ``rows``; RuntimeError outside a batch of the private loader.
+    """
+
+    def __init__(self, engine: Engine, backward: Callable[..., None], rows: int):
+        if engine.clipping == "per_layer":
+            raise ValueError("clipping='per_layer' clips inside backward, which a graph cannot hold; use 'flat'")
+        if type(rows) is not int or rows < 1:
+            raise ValueError(f"rows is a whole number >= 1, got {rows!r}")
+        self.engine, self.backward, self.rows = engine, backward, rows
+        self._checks = engine.check_pending
+        self._graphs: dict[tuple, Graph] = {}
+        self._pool = None
+
+    def __call__(self, *batch: Tensor) -> None:
+        e = self.engine
+        if e.batch is None:
+            raise RuntimeError("backward outside a batch of the private loader; iterate the loader of make_private")
+        if e.batch.rows > self.rows:
+            raise ValueError(
+                f"a batch of {e.batch.rows} records for a graph of {self.rows} rows; pass make_private "
+                f"physical_batch_size={self.rows}"
+            )
+        if wrong := [tuple(t.shape) for t in batch if not t.dim() or t.shape[0] != e.batch.rows]:
+            raise ValueError(f"tensors of shapes {wrong} in a batch of {e.batch.rows} records")
+        if self._checks and (e.check_pending or e.reduction.left):  # the first batches' checks read values
+            self.backward(*batch)
+            return
+        e.pad(self.rows)
+        batch = [torch.cat((t, t.new_zeros(self.rows - len(t), *t.shape[1:]))) for t in batch]
+        places = tuple(s.param.data_ptr() for s in e.sites)
+        key = (tuple(s.index for s in e.active), places, *((t.shape, t.dtype, t.device) for t in batch))
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._graphs[key] = self._capture(batch)
+        for place, t in zip(graph.batch, batch, strict=True):
+            place.copy_(t)
+        graph.replay()
+        e.sq = graph.sq
+        for site, G in graph.gradients:
+            e.mark(site)
+            site.G = G
+        for recorder, pairs in graph.pairs:
+            recorder.pairs = pairs
+
+    def _capture(self, batch: list[Tensor]) -> Graph:
+        e = self.engine
+        for _ in range(WARM_UP):
+            warm_up(lambda: self.backward(*batch))
+            e.clear_batch()
+        e.sq.zero_()
+        batch = [t.clone() for t in batch]
+        e.graphing = True
+        try:
+            replay, self._pool = record(lambda: self.backward(*batch), self._pool)
+        finally:
+            e.graphing = False
+        marked = [(s, s.G) for s in e.active if s.marked]
+        pairs = [(r, r.pairs) for r in e.recorders if getattr(r, "pairs", None)]
+        e.clear_batch()
+        return Graph(replay, batch, e.sq, marked, pairs)

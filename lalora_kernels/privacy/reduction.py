@@ -1,0 +1,122 @@
+"""Does the loop's own loss take records as ``loss_reduction`` says? Told from numbers, in the first backwards.
+
+The gradient of a cross-entropy with respect to the logits is k (softmax - target), and of a logistic loss
+k (sigmoid - target), where k is what the loss gives to that position. So logits and gradient show k: 1 / N is a mean
+over records and 1 a sum, while shares of 1 that differ come from a count over the whole batch (its tokens, its class
+weights), by which each record's gradient depends on the others: no clipping bounds what one record changes then. Of
+other losses nothing is known here; ``check_per_sample`` takes any.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+TRIES = 4  # forwards that are looked at; lengths that happen to be equal hide a mean over tokens
+RTOL = {torch.float64: 1e-3, torch.float32: 1e-3}
+RTOL_HALF = 2e-2  # one rounding of the gradient to 8 bits
+
+
+class ReductionCheck:
+    """The engine's forward hook; a copy of the model gets one that checks nothing.
+
+    Raises ValueError, within backward, where the loss is not reduced as claimed.
+    """
+
+    def __init__(self, engine=None):
+        self.engine, self.left = engine, TRIES
+        self.seen: str | None = None
+
+    def __call__(self, model, args, output) -> None:
+        if torch.compiler.is_compiling() or self.engine is None or not self.left:
+            return
+        batch = self.engine.batch
+        if batch is None or batch.valid < 2 or batch.valid != batch.rows or not model.training:
+            return
+        from lalora_kernels.privacy.checks import _leaves  # which imports the engine
+
+        self.left -= 1
+        for t in _leaves(output):
+            if t.is_floating_point() and t.requires_grad and t.dim() and t.shape[0] == batch.rows:
+                t.register_hook(partial(self._look, t.detach()))
+
+    @torch.no_grad()
+    def _look(self, z: Tensor, dz: Tensor) -> None:
+        e = self.engine
+        if e is None or e.batch is None:
+            return
+        if e.grad_scaler is not None:
+            dz = dz.double() / e._loss_scale()
+        found = reduction_of(z, dz, RTOL.get(z.dtype, RTOL_HALF))
+        if found is None:
+            return
+        if found == "shares":
+            raise ValueError(
+                "the loss divides by a count over the whole batch (tokens that are not ignored, class weights), so one "
+                "record's gradient depends on the other records and clipping cannot bound what one of them "
+                "changes. Take the mean over each record's own positions first and then over records, or a sum with "
+                "loss_reduction='sum'"
+            )
+        if found != e.loss_reduction:
+            raise ValueError(
+                f"the loss is a {found} over the records of the batch, but make_private was told "
+                f"loss_reduction={e.loss_reduction!r}; pass loss_reduction={found!r}"
+            )
+        self.seen = found
+
+    def __deepcopy__(self, memo) -> "ReductionCheck":
+        return ReductionCheck()
+
+    def __reduce__(self):
+        return ReductionCheck, ()
+
+
+def reduction_of(z: Tensor, dz: Tensor, rtol: float = 1e-3) -> str | None:
+    """What a loss with gradient dz takes over the N records of logits z (N, ...): "mean", "sum", "shares" that differ.
+
+    None where dz is not that of a cross-entropy (classes along the last or the second axis) or a logistic loss.
+    """
+    N = len(z)
+    k, certain = _weights(z, dz, rtol)
+    if k is None or not k.any():
+        return None
+
+    def near(t: Tensor, value: float) -> bool:
+        return bool(((t - value).abs() <= rtol * value).all())
+
+    records, positions = k.sum(1), k[k != 0]
+    for name, value in (("mean", 1 / N), ("sum", 1.0)):
+        if near(records[records != 0], value) or near(positions, value):
+            return name
+    return "shares" if certain and near(records.sum(), 1.0) else None
+
+
+def _weights(z: Tensor, dz: Tensor, rtol: float) -> tuple[Tensor | None, bool]:
+    """k (N, positions) float64, zero where a position is ignored, and whether it could hardly be another loss's."""
+    for axis in dict.fromkeys((z.dim() - 1, 1)):
+        if axis and z.dim() > axis and z.shape[axis] > 1:
+            classes = z.shape[axis]
+            found = [
+                _softmax_weights(*(t.movedim(axis - 1, -1).reshape(-1, classes).double() for t in pair), rtol)
+                for pair in zip(z, dz)  # one record after the other: a vocabulary is long
+            ]
+            if all(k is not None for k in found):
+                return torch.stack(found), classes > 2
+    z, dz = z.reshape(len(z), -1).double(), dz.reshape(len(z), -1).double()
+    k = torch.where(dz < 0, -dz / torch.sigmoid(-z), dz / torch.sigmoid(z))
+    live = k[dz != 0]
+    if len(live) > 1 and live.isfinite().all() and live.max() <= (1 + rtol) * live.min():
+        return torch.where(dz != 0, k, 0.0), True
+    return None, False
+
+
+def _softmax_weights(z: Tensor, dz: Tensor, rtol: float) -> Tensor | None:
+    """k (P,) of z, dz (P, classes), or None where dz is not k (softmax(z) - one class)."""
+    target = dz.argmin(1, keepdim=True)
+    p, d = z.softmax(1).scatter(1, target, 0.0), dz.scatter(1, target, 0.0)
+    k = d.sum(1) / p.sum(1)
+    fits = (d - k.unsqueeze(1) * p).abs().amax(1) <= rtol * k * p.amax(1)
+    # At the target softmax is near 1, and what is left of it after subtracting 1 has lost digits.
+    fits &= (dz.gather(1, target).squeeze(1) + k * p.sum(1)).abs() <= k * (rtol * p.sum(1) + rtol**2)
+    live = dz.abs().amax(1) > 0
+    return torch.where(live, k, 0.0) if bool((fits & k.isfinite() | ~live).all()) else None
