@@ -1,4 +1,4 @@
-"""The command ``lalora``: train, table, report, ledger, audit.
+"""The command ``lalora``: plan, train, table, report, ledger, audit.
 
 Exit codes: 0 done; 2 the input or the settings do not fit (one line says what); 130 interrupted; 1 anything else.
 """
@@ -14,8 +14,11 @@ from typing import Any
 from lalora_kernels import __version__
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import CHOICES, Config, make_config, read_toml, type_of
+from lalora_kernels.federated.guard import QuorumLost
+from lalora_kernels.plan_command import add_plan
+from lalora_kernels.plan_command import plan as run_plan
 from lalora_kernels.privacy.accountant import ACCOUNTANTS
-from lalora_kernels.privacy.ledger import BudgetExceeded
+from lalora_kernels.privacy.ledger import BudgetExceeded, LedgerError
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -48,6 +51,12 @@ FLAGS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         ("dirichlet_alpha", "small: each client sees few classes; large: all look alike"),
         ("min_records", "least records of a client; the draw is repeated until it holds (default: twice the batch)"),
         ("average", "weights of the mean: the same for all, or by number of records"),
+        ("aggregator", "how updates are combined; median and trimmed_mean weigh all clients alike"),
+        ("trim", "share of the highest and of the lowest values that trimmed_mean leaves out"),
+        ("max_update_norm", "an update this many times farther away than the state's norm is left out"),
+        ("clip_update_norm", "largest L2 norm of what an update changes; more is scaled down (default: no limit)"),
+        ("quorum", "share of the chosen clients whose valid updates a round needs"),
+        ("wire", "number format of what travels (Flower only; in one process nothing does)"),
     )),
     ("privacy", (
         ("epsilon", "budget of each client over the whole run; inf: no noise and no guarantee"),
@@ -76,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lalora", description=about)
     parser.add_argument("--version", action="version", version=f"lalora_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_plan(commands, _add_settings)
     train = commands.add_parser(
         "train",
         usage="lalora train [options]",
@@ -114,8 +124,15 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _add_settings(table, leave_out=("method", "smoothing", "epsilon", "seed"))
 
-    report = commands.add_parser("report", help="write a run's report.html anew")
-    report.add_argument("run", metavar="FOLDER", help="run folder")
+    report = commands.add_parser(
+        "report",
+        help="write one page on a run, or on several side by side",
+        description="One HTML file that needs no network: accuracy and ε over rounds, clients, gradients, time and "
+        "memory, ledger, settings, the guarantee in words. What is computed on private data is marked.",
+    )
+    report.add_argument("run", metavar="RUN", nargs="+", help="run folders")
+    report.add_argument("--out", metavar="FILE", help="(default: report.html in the run, comparison.html of several)")
+    report.add_argument("--public", action="store_true", help="leave out what is computed on private data")
     report.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     ledger = commands.add_parser(
@@ -212,6 +229,12 @@ class _setup:
             raise BadInput(str(error)) from error
 
 
+def plan(args: argparse.Namespace) -> int:
+    """``lalora plan``."""
+    with _setup():
+        return run_plan(args, settings(args))
+
+
 def table(args: argparse.Namespace) -> int:
     """``lalora table``."""
     from lalora_kernels.table import make_table, put_into
@@ -233,9 +256,12 @@ def report(args: argparse.Namespace) -> int:
     from lalora_kernels.report import write_report
 
     try:
-        print(write_report(args.run))
+        print(write_report(*args.run, out=args.out, public=args.public))
     except FileNotFoundError as error:
-        raise BadInput(f"{args.run} is not a run: {Path(error.filename).name} is missing") from error
+        path = Path(error.filename)
+        raise BadInput(f"{path.parent} is not a run: {path.name} is missing") from error
+    except LedgerError as error:
+        raise BadInput(f"the report would not be true: {error}") from error
     return OK
 
 
@@ -267,7 +293,8 @@ def audit(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    command = {"train": train, "table": table, "report": report, "ledger": ledger, "audit": audit}[args.command]
+    commands = {"plan": plan, "train": train, "table": table, "report": report, "ledger": ledger, "audit": audit}
+    command = commands[args.command]
     try:
         return command(args)
     except BadInput as error:
@@ -275,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"lalora: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
-    except BudgetExceeded as error:
+    except (BudgetExceeded, QuorumLost) as error:
         if args.debug:
             raise
         print(f"lalora: {error}", file=sys.stderr)

@@ -91,6 +91,10 @@ class Display:
                 f"{record['seconds']:.1f} s", clients,
             )  # fmt: skip
         )
+        for client, why in record.get("dropped", {}).items():
+            self.note(f"       left out: client {client}: {why}")
+        if not record.get("moved", True):
+            self.note("       below the quorum: the state stays as it was")
 
     def finish(self, run: Run) -> None:
         """Write the report; say what was reached, what it cost, where it lies."""

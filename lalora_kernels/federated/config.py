@@ -23,6 +23,8 @@ CHOICES = {
     "clipping": tuple(CLIPPING),
     "partition": ("dirichlet", "iid"),
     "average": ("uniform", "size"),
+    "aggregator": ("mean", "median", "trimmed_mean"),
+    "wire": ("float32", "bfloat16"),
     "optimizer": ("sgd", "adamw"),
     "lr_schedule": ("cosine", "constant"),
     "train_head": ("auto", "yes", "no"),
@@ -33,6 +35,10 @@ RANGES = {
     "fraction": (0, 1, False),
     "rounds": (1, math.inf, True),
     "local_steps": (1, math.inf, True),
+    "quorum": (0, 1, False),
+    "trim": (0, 0.5, True),
+    "max_update_norm": (0, math.inf, False),
+    "clip_update_norm": (0, math.inf, False),
     "batch_size": (1, math.inf, True),
     "physical_batch_size": (1, math.inf, True),
     "epsilon": (0, math.inf, False),
@@ -51,7 +57,7 @@ RANGES = {
     "seed": (0, 2**63, True),
 }
 INFINITE = ("epsilon",)  # infinity is a value: no noise, no guarantee
-OPEN_ABOVE = ("delta", "momentum")
+OPEN_ABOVE = ("delta", "momentum", "trim")
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,12 @@ class Config:
     dirichlet_alpha: float = 0.5
     min_records: int | None = None  # None: twice the batch
     average: str = "uniform"
+    aggregator: str = "mean"  # the five below: guard.Rules
+    trim: float = 0.2
+    max_update_norm: float = 1000.0
+    clip_update_norm: float | None = None
+    quorum: float = 0.5
+    wire: str = "float32"
     # privacy
     epsilon: float = 3.0
     delta: float = 1e-5
@@ -103,6 +115,8 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             self._check(field.name, getattr(self, field.name), *type_of(field))
+        if self.average == "size" and self.aggregator != "mean":
+            raise BadInput(f"--aggregator {self.aggregator} weighs all alike; it does not go with --average size")
 
     def _check(self, name: str, value: Any, wanted: type, optional: bool) -> None:
         flag = "--" + name.replace("_", "-")

@@ -1,6 +1,6 @@
 """The federated methods, as data: which factor trains, what travels, how the server averages."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,38 +9,47 @@ from torch import Tensor
 from lalora_kernels.schedule import Schedule, get_schedule
 
 Update = Mapping[str, Tensor]
-Aggregate = Callable[[Sequence[Update], Sequence[float]], dict[str, Tensor]]
+Aggregate = Callable[[Iterable[Update], Sequence[float]], dict[str, Tensor]]
 
 
-def weighted_mean(updates: Sequence[Update], weights: Sequence[float]) -> dict[str, Tensor]:
+def weighted_mean(updates: Iterable[Update], weights: Sequence[float]) -> dict[str, Tensor]:
     """Sum_i w_i update_i / Sum_i w_i of each tensor, in float64, in the order given; keys come out sorted.
 
-    ``updates`` hold the same keys and shapes; results have the first update's dtypes. The mean of one update, or of
-    equal ones with equal weights, is that update to its last bit.
+    ``updates`` hold the same keys and shapes and are looked at one after the other, none being kept; results have the
+    first update's dtypes. The mean of one update, or of equal ones with equal weights, is that update to its last bit.
 
     Raises ValueError for no update, keys or shapes that differ (naming the tensor), NaN or Inf, weights that are
     negative, not finite or all zero.
     """
-    if not updates:
-        raise ValueError("nothing to average: no client sent an update")
-    if len(weights) != len(updates) or not all(0 <= w < float("inf") for w in weights) or sum(weights) <= 0:
-        raise ValueError(f"weights are finite, not negative and not all zero, one an update; got {list(weights)}")
-    keys = sorted(updates[0])
-    for i, update in enumerate(updates):
-        if sorted(update) != keys:
-            raise ValueError(f"update {i}: tensors {sorted(set(keys) ^ set(update))} are missing or too many")
     total = float(sum(weights))
-    mean = {}
-    for key in keys:
-        acc = torch.zeros(updates[0][key].shape, dtype=torch.float64, device=updates[0][key].device)
-        for i, (update, weight) in enumerate(zip(updates, weights)):
-            if update[key].shape != acc.shape:
-                raise ValueError(f"update {i}: {key} has shape {tuple(update[key].shape)}, not {tuple(acc.shape)}")
-            if not update[key].isfinite().all():
+    if len(weights) and not (all(0 <= w < float("inf") for w in weights) and total > 0):
+        raise ValueError(f"weights are finite, not negative and not all zero; got {list(weights)}")
+    sums: dict[str, Tensor] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    count = 0
+    for i, update in enumerate(updates):
+        count = i + 1
+        if count > len(weights):
+            break
+        if not i:
+            dtypes = {key: update[key].dtype for key in sorted(update)}
+            sums = {
+                key: torch.zeros(update[key].shape, dtype=torch.float64, device=update[key].device) for key in dtypes
+            }
+        if strange := sorted(set(sums) ^ set(update)):
+            raise ValueError(f"update {i}: tensors {strange} are missing or too many")
+        for key, acc in sums.items():
+            value = update[key]
+            if value.shape != acc.shape:
+                raise ValueError(f"update {i}: {key} has shape {tuple(value.shape)}, not {tuple(acc.shape)}")
+            if not value.isfinite().all():
                 raise ValueError(f"update {i}: {key} holds NaN or Inf")
-            acc += weight * update[key].double()
-        mean[key] = (acc / total).to(updates[0][key].dtype)
-    return mean
+            acc += weights[i] * value.double()
+    if not count:
+        raise ValueError("nothing to average: no client sent an update")
+    if count != len(weights):
+        raise ValueError(f"there are as many weights as updates, one an update; got {list(weights)}")
+    return {key: (acc / total).to(dtypes[key]) for key, acc in sums.items()}
 
 
 @dataclass(frozen=True)

@@ -9,109 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import Subset
 
 import lalora_kernels
-from lalora_kernels.adapt import adapt
-from lalora_kernels.data import BadInput, Data, load_data
+from lalora_kernels.data import BadInput
 from lalora_kernels.federated.checkpoint import FILE as CHECKPOINT
 from lalora_kernels.federated.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from lalora_kernels.federated.client import Client, get_state, set_state, trainable_tensors
+from lalora_kernels.federated.client import Client, get_state, set_state
 from lalora_kernels.federated.config import Config, make_config
+from lalora_kernels.federated.guard import Outcome, Rules, refuse_lost_rounds
 from lalora_kernels.federated.lock import RunLock
 from lalora_kernels.federated.methods import get_method
-from lalora_kernels.federated.plan import ClientPlan, Plan, deal, make_plan, partition_digest, read_plan
+from lalora_kernels.federated.plan import ClientPlan, Plan, make_plan, read_plan
 from lalora_kernels.federated.server import Server, update_bytes
-from lalora_kernels.files import remove_temporaries, tensor_digest, write_atomic
-from lalora_kernels.models import Classifier, load_model
+from lalora_kernels.federated.task import QUIET, Task, Watch, prepare, refuse_unfit
+from lalora_kernels.files import remove_temporaries, write_atomic
 from lalora_kernels.peft_io import save_adapter
-from lalora_kernels.privacy.checks import check_per_sample
 from lalora_kernels.privacy.ledger import Ledger, LedgerError
 from lalora_kernels.privacy.noise import NoiseSource
 
 CONFIG, METRICS, LEDGERS, ADAPTER = "config.json", "metrics.jsonl", "ledger.json", "adapter"
-
-
-def _nothing(*_: Any) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Watch:
-    """What a display is told: pre-training (done, steps), one private step, one complete round's record."""
-
-    on_pretraining: Callable[[int, int], None] = _nothing
-    on_step: Callable[[], None] = _nothing
-    on_round: Callable[[dict[str, Any]], None] = _nothing
-
-
-@dataclass
-class Task:
-    """Everything loaded and checked, before the first step."""
-
-    config: Config
-    data: Data
-    classifier: Classifier
-    parts: list  # record numbers of each client
-    fingerprints: dict[str, str]
-
-
-def prepare(config: Config, watch: Watch = Watch()) -> Task:
-    """Load data and model, adapt it, deal the records.
-
-    Raises BadInput or ValueError, with the cure, for what does not fit.
-    """
-    data = load_data(
-        config.dataset, test=config.test_dataset, text_column=config.text_column, label_column=config.label_column
-    )
-    classifier = load_model(
-        config.model,
-        len(data.classes),
-        kind=data.kind,
-        weights=config.weights,
-        image_size=config.image_size,
-        max_length=config.max_length,
-        seed=config.seed,
-        progress=watch.on_pretraining,
-    )
-    if config.train_head == "no" and classifier.new_modules:
-        raise BadInput(
-            f"{', '.join(classifier.new_modules)} of {config.model} is new for {len(data.classes)} classes and has no "
-            f"trained weights; it cannot stay frozen (--train-head auto or yes)"
-        )
-    heads = classifier.new_modules + (classifier.head if config.train_head == "yes" else [])
-    targets = config.targets
-    if targets not in ("qv", "all-linear") and not set(targets) & set("*+?\\|()[]^$"):
-        targets = [name.strip() for name in targets.split(",")]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)  # the shared start of every A is public
-        adapt(
-            classifier.model, r=config.rank, lora_alpha=config.lora_alpha, target_modules=targets,
-            modules_to_save=sorted(set(heads)) or None, verbose=False,
-        )  # fmt: skip
-    classifier.model.to(_device(config.device))
-    parts = deal(config, data.train.labels.numpy())
-    fingerprints = {
-        "data": data.fingerprint(),
-        "partition": partition_digest(parts),
-        "base model": _base_digest(classifier.model),
-    }
-    return Task(config, data, classifier, parts, fingerprints)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from error
-
-
-def _base_digest(model: nn.Module) -> str:
-    moving = {id(p) for p in trainable_tensors(model).values()}
-    return tensor_digest({name: p for name, p in model.named_parameters() if id(p) not in moving})
 
 
 @dataclass
@@ -130,7 +47,7 @@ class Run:
 
     @classmethod
     def start(
-        cls, task: Task, folder: str | Path, noise: Callable[[int], NoiseSource] | None = None, watch: Watch = Watch()
+        cls, task: Task, folder: str | Path, noise: Callable[[int], NoiseSource] | None = None, watch: Watch = QUIET
     ) -> "Run":
         """Calibrate, make the run folder and measure the model as it is.
 
@@ -151,10 +68,10 @@ class Run:
             )
         plan = make_plan(task.config, [len(part) for part in task.parts])
         clients = [_client(task, one, Ledger(**_budget(task.config)), noise) for one in plan.clients]
-        _refuse_unfit(task, clients[0])
+        refuse_unfit(task, clients[0])
         server = Server(get_method(task.config.method), get_state(task.classifier.model))
         run = cls(folder, task, plan, clients, Checkpoint(0, server.state), lock)
-        run._record(0, server, [], 0, 0.0, watch)
+        run._record(0, server, Outcome([]), 0, 0.0, watch)
         about = {
             "settings": json.loads(task.config.to_json()),
             "plan": plan.as_dict(),
@@ -166,7 +83,7 @@ class Run:
         return run
 
     @classmethod
-    def resume(cls, folder: str | Path, watch: Watch = Watch()) -> "Run":
+    def resume(cls, folder: str | Path, watch: Watch = QUIET) -> "Run":
         """Pick a run up where its folder says it stands: same weights, same ledgers, fresh noise keys.
 
         A client whose ledger is ahead of the stored weights (a crash between the two files) has spent its share of
@@ -224,7 +141,7 @@ class Run:
         """Whether every round is complete."""
         return self.at.round >= self.task.config.rounds
 
-    def train(self, watch: Watch = Watch()) -> None:
+    def train(self, watch: Watch = QUIET) -> None:
         """Run the rounds that are left; the folder is resumable at any moment, however this ends.
 
         Once: after it ended, ``resume`` continues, since another process may have gone on in the meantime.
@@ -241,7 +158,7 @@ class Run:
         while not self.done:
             began = time.monotonic()
             number, chosen = self.at.round + 1, self.plan.participation[self.at.round]
-            server = Server(method, self.at.state)
+            server = Server(method, self.at.state, Rules.of(config))
             for i in chosen:
                 if i in self.at.updates or self._spent_already(i, number):
                     for _ in range(config.local_steps):
@@ -256,11 +173,12 @@ class Run:
                 began = time.monotonic()
                 save_checkpoint(self.folder, self.at)
             weights = {i: float(len(self.task.parts[i])) if config.average == "size" else 1.0 for i in self.at.updates}
-            server.aggregate(number, self.at.updates, weights)
-            sent, took_part = sum(map(update_bytes, self.at.updates.values())), sorted(self.at.updates)
+            outcome = server.aggregate(number, self.at.updates, weights, len(chosen))
+            sent = sum(map(update_bytes, self.at.updates.values()))
             self.at = Checkpoint(number, server.state, {}, self.at.history, self.at.seconds)
-            self._record(number, server, took_part, sent, time.monotonic() - began, watch)
+            self._record(number, server, outcome, sent, time.monotonic() - began, watch)
             self._save()
+            refuse_lost_rounds(self.at.history)
         set_state(self.task.classifier.model, self.at.state)
         save_adapter(self.task.classifier.model, self.folder / ADAPTER, self.task.config.model)
 
@@ -275,9 +193,7 @@ class Run:
             return [None] * len(self.clients)
         return [None if c.ledger.refusals else c.ledger.epsilon(self.task.config.delta) for c in self.clients]
 
-    def _record(
-        self, number: int, server: Server, took_part: list[int], sent: int, seconds: float, watch: Watch
-    ) -> None:
+    def _record(self, number: int, server: Server, outcome: Outcome, sent: int, seconds: float, watch: Watch) -> None:
         began = time.monotonic()
         accuracy, loss = server.evaluate(self.task.classifier, self.task.data.test)
         self.at.seconds += seconds + time.monotonic() - began
@@ -289,7 +205,9 @@ class Run:
             "loss": loss if math.isfinite(loss) else None,
             "epsilon": max(known) if len(known) == len(epsilons) else None,
             "epsilons": epsilons,
-            "clients": took_part,
+            "clients": outcome.accepted,
+            "dropped": {str(client): why for client, why in outcome.dropped.items()},
+            "moved": outcome.moved,
             "bytes_sent": sent,
             "seconds": round(self.at.seconds, 3),
         }
@@ -313,20 +231,6 @@ class Run:
         self._save_ledgers()
         save_checkpoint(self.folder, self.at)
         write_atomic(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.at.history))
-
-
-def _refuse_unfit(task: Task, client: Client) -> None:
-    """Fail before the first step, not in it: a model that no rule covers, or whose layers mix the records of a batch.
-
-    Per-sample gradients are compared on two test records, which the server holds.
-    """
-    classifier, config = task.classifier, task.config
-    optimizer, _ = client.private_step(classifier, get_method(config.method), config, 1)
-    optimizer.detach()
-    records = [task.data.test[i] for i in range(min(2, len(task.data.test)))]
-    if len(records) == 2:
-        batch = classifier.to_device(classifier.collate(records))
-        check_per_sample(classifier.model, batch, lambda model, batch: classifier.loss(batch, model))
 
 
 def _budget(config: Config) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The server's side of a round: average what the clients sent, measure the result on public test records."""
+"""The server's side of a round: combine what the clients sent, measure the result on public test records."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lalora_kernels.federated.client import set_state
+from lalora_kernels.federated.guard import Outcome, Rules, combine
 from lalora_kernels.federated.methods import Method
 from lalora_kernels.models import Classifier
 
@@ -15,32 +16,29 @@ from lalora_kernels.models import Classifier
 class Server:
     """Holds the global state: every tensor that the federation moves, by name, on the CPU."""
 
-    def __init__(self, method: Method, state: Mapping[str, Tensor]):
-        self.method, self.state = method, dict(state)
+    def __init__(self, method: Method, state: Mapping[str, Tensor], rules: Rules | None = None):
+        self.method, self.state, self.rules = method, dict(state), rules or Rules()
 
-    def aggregate(self, round: int, updates: Mapping[int, Mapping[str, Tensor]], weights: Mapping[int, float]) -> None:
-        """Average ``updates`` (client -> tensors), in order of client number, into the global state.
+    def reference(self, round: int) -> dict[str, Tensor]:
+        """The tensors that travel in this round, as they are now."""
+        return {key: value for key, value in self.state.items() if self.method.travels(key, round)}
 
-        What did not travel in this round stays as it is. No update at all leaves everything as it is. Raises ValueError
-        for an update that does not fit (naming the client).
+    def aggregate(
+        self,
+        round: int,
+        updates: Mapping[int, Mapping[str, Tensor]],
+        weights: Mapping[int, float],
+        chosen: int | None = None,
+    ) -> Outcome:
+        """Combine ``updates`` (client -> tensors), in order of client number, into the global state.
+
+        What does not fit is left out, and the result names it. Below the quorum of ``chosen`` clients (default: all
+        that sent something), and where nothing was sent, everything stays as it is.
         """
-        expected = {key: value.shape for key, value in self.state.items() if self.method.travels(key, round)}
-        clients = sorted(updates)
-        for client in clients:
-            self._refuse(client, updates[client], expected)
-        if clients:
-            self.state |= self.method.aggregate([updates[c] for c in clients], [weights[c] for c in clients])
-
-    def _refuse(self, client: int, update: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
-        if strange := sorted(set(update) ^ set(expected)):
-            raise ValueError(f"client {client} sent other tensors than the method does: {', '.join(strange[:5])}")
-        for key, value in update.items():
-            if value.shape != expected[key]:
-                raise ValueError(f"client {client}: {key} has shape {tuple(value.shape)}, not {tuple(expected[key])}")
-            if not value.isfinite().all():
-                raise ValueError(
-                    f"client {client}: {key} became NaN or Inf, the training diverged; lower --lr or --momentum"
-                )
+        chosen = len(updates) if chosen is None else chosen
+        moved, outcome = combine(updates, weights, self.reference(round), self.rules, self.method.aggregate, chosen)
+        self.state |= moved
+        return outcome
 
     def evaluate(self, classifier: Classifier, records: Dataset, batch_size: int = 256) -> tuple[float, float]:
         """(accuracy, mean cross entropy) of the global state on ``records``. The model is left in eval mode."""

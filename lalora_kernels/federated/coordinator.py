@@ -1,0 +1,365 @@
+"""The server of a federation whose clients are elsewhere: rounds over any transport, in a folder that can be resumed.
+
+    RUN/config.json, metrics.jsonl, checkpoint.safetensors, adapter/   as of the in-process run
+    RUN/updates/ROUND/CLIENT     the valid replies of the round in progress, so that none is held in memory
+    RUN/result.json              how the last session ended
+
+What decides about updates is ``guard``; what a client does is ``node``; a transport only carries bytes.
+"""
+
+import json
+import math
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import lalora_kernels
+from lalora_kernels.data import BadInput
+from lalora_kernels.federated.checkpoint import FILE as CHECKPOINT
+from lalora_kernels.federated.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from lalora_kernels.federated.client import get_state, set_state
+from lalora_kernels.federated.config import make_config
+from lalora_kernels.federated.guard import Outcome, QuorumLost, Rules, refuse_lost_rounds, schema_hash, why_refused
+from lalora_kernels.federated.lock import RunLock
+from lalora_kernels.federated.methods import get_method
+from lalora_kernels.federated.plan import participation
+from lalora_kernels.federated.run import ADAPTER, CONFIG, METRICS, read_json
+from lalora_kernels.federated.server import Server
+from lalora_kernels.federated.task import QUIET, Task, Watch, prepare
+from lalora_kernels.federated.wire import (
+    STATUS,
+    WireError,
+    group,
+    lacking,
+    pack,
+    size_limit,
+    state_digest,
+    unpack,
+)
+from lalora_kernels.files import remove_temporaries, write_atomic
+from lalora_kernels.peft_io import save_adapter
+
+UPDATES, RESULT = "updates", "result.json"
+
+
+class BudgetSpent(RuntimeError):
+    """So many clients' own budgets are spent that no round can have its quorum any more."""
+
+
+class Transport(Protocol):
+    """Carries messages to clients by number."""
+
+    def exchange(self, messages: Mapping[int, bytes], timeout: float) -> Iterator[tuple[int, bytes | None]]:
+        """Deliver each message; yield (client, reply) as replies come, (client, None) for one that failed there.
+
+        Ends when all have answered or after ``timeout`` seconds; who is not there does not occur. What comes may be
+        anything that a client chose to send.
+        """
+
+
+@dataclass
+class Coordinator:
+    """A run and its folder, as ``Run`` is for clients in this process. ``train`` brings it to its end over a transport.
+
+    ``sizes``: the clients' public record counts, for ``average = "size"``; ``timeout``: seconds that a round may take.
+    """
+
+    folder: Path
+    task: Task
+    id: str
+    sizes: list[int]
+    timeout: float
+    at: Checkpoint
+    lock: RunLock
+    changed: dict[str, int] = field(default_factory=dict)  # group -> the last round that changed it
+    known: dict[int, int] = field(default_factory=dict)  # client -> the round up to which it has seen all changes
+
+    @classmethod
+    def start(
+        cls,
+        task: Task,
+        folder: str | Path,
+        sizes: list[int] | None = None,
+        timeout: float = 600.0,
+        watch: Watch = QUIET,
+    ) -> "Coordinator":
+        """Make the run folder and measure the model as it is. ``sizes`` default to those of the dealt public data.
+
+        Raises BadInput for a folder that holds a run already and for sizes that are not one a client.
+        """
+        folder, config = Path(folder), task.config
+        sizes = [len(part) for part in task.parts] if sizes is None else list(sizes)
+        if len(sizes) != config.clients or any(type(n) is not int or n < 1 for n in sizes):
+            raise BadInput(f"--sizes are {config.clients} whole numbers, one a client; got {sizes}")
+        with RunLock(folder).released_on_error() as lock:
+            if (folder / CONFIG).exists():
+                raise BadInput(f"{folder} holds a run already; --resume {folder} continues it, another --out is new")
+            state = get_state(task.classifier.model)
+            run = cls(folder, task, secrets.token_hex(8), sizes, timeout, Checkpoint(0, state), lock)
+            run._record(Server(get_method(config.method), state), Outcome([]), {}, 0.0, watch)
+            run._save()
+            about = {
+                "run": run.id,
+                "settings": json.loads(config.to_json()),
+                "sizes": sizes,
+                "timeout": timeout,
+                "fingerprints": task.fingerprints,
+                "versions": {"lalora_kernels": lalora_kernels.__version__, "torch": torch.__version__},
+            }
+            write_atomic(folder / CONFIG, json.dumps(about, indent=2) + "\n")
+        return run
+
+    @classmethod
+    def resume(cls, folder: str | Path, watch: Watch = QUIET) -> "Coordinator":
+        """Pick a run up after its last complete round; replies of the round in progress that were stored still count.
+
+        Raises BadInput for a folder that is no such run or in use, and for data or a base model that changed.
+        """
+        folder = Path(folder)
+        if not (folder / CONFIG).exists():
+            raise BadInput(f"{folder}: not a run that can be resumed, {CONFIG} is missing")
+        with RunLock(folder).released_on_error() as lock:
+            remove_temporaries(folder, (CONFIG, METRICS, CHECKPOINT, RESULT))
+            about, at = read_json(folder / CONFIG), load_checkpoint(folder)
+            try:
+                task = prepare(make_config(about["settings"], str(folder / CONFIG)), watch)
+                for what, found in task.fingerprints.items():
+                    if about["fingerprints"][what] != found:
+                        raise BadInput(f"{folder}: the {what} is not the one that this run was started with")
+                run = cls(folder, task, about["run"], about["sizes"], about["timeout"], at, lock)
+            except (KeyError, TypeError) as error:
+                raise BadInput(f"{folder} is not a run with Flower: {type(error).__name__} {error}") from error
+            method = get_method(task.config.method)
+            for record in at.history[1:]:
+                run._remember(method, record["round"], record)
+        return run
+
+    @property
+    def done(self) -> bool:
+        """Whether every round is complete."""
+        return self.at.round >= self.task.config.rounds
+
+    def train(self, transport: Transport, watch: Watch = QUIET) -> None:
+        """Run the rounds that are left; ``result.json`` says how it ended, also where it raises.
+
+        Raises QuorumLost after three rounds in a row without a quorum, BudgetSpent where the clients' budgets leave
+        none. The folder is resumable at any moment.
+        """
+        if not self.lock.held:
+            raise RuntimeError(f"this run has ended; Coordinator.resume({str(self.folder)!r}) continues it")
+        self._result("running")
+        try:
+            while not self.done:
+                self._round(transport, watch)
+            self._save_adapter()
+            self._result("finished")
+        except (QuorumLost, BudgetSpent) as error:
+            self._save_adapter()
+            self._result("stopped", str(error))
+            raise
+        except BaseException as error:
+            self._result("failed", f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self.lock.release()
+
+    def _round(self, transport: Transport, watch: Watch) -> None:
+        config, number = self.task.config, self.at.round + 1
+        began, chosen = time.monotonic(), participation(config)[self.at.round]
+        server = Server(get_method(config.method), self.at.state, Rules.of(config))
+        spool = Spool(self.folder / UPDATES / str(number))
+        traffic = _Traffic()
+        asked = [client for client in chosen if client not in spool]
+        for client in set(chosen) - set(asked):
+            traffic.status[client] = "ok"
+        again = self._exchange(transport, server, number, spool, traffic, {c: self.known.get(c, 0) for c in asked})
+        if again:  # these lack part of the state: they get all of it
+            self._exchange(transport, server, number, spool, traffic, dict.fromkeys(again, -1))
+        weights = {c: float(self.sizes[c]) if config.average == "size" else 1.0 for c in spool}
+        outcome = server.aggregate(number, spool, weights, len(chosen))
+        outcome.dropped.update(traffic.dropped)
+        for client in chosen:
+            if client not in outcome.accepted and client not in outcome.dropped:
+                status = traffic.status.get(client)
+                outcome.dropped[client] = "no answer in time" if status is None else STATUS[status]
+        self.at = Checkpoint(number, server.state, {}, self.at.history, self.at.seconds)
+        self._record(server, outcome, traffic.as_dict(), time.monotonic() - began, watch)
+        self._remember(server.method, number, self.at.history[-1])
+        self._save()
+        spool.remove()
+        spent = sum(status == "budget" for status in traffic.status.values())
+        if not outcome.moved and len(chosen) - spent < server.rules.needed(len(chosen)) and number < config.rounds:
+            raise BudgetSpent(
+                f"round {number}: {spent} of {len(chosen)} clients refused, their privacy budget is spent"
+            )
+        refuse_lost_rounds(self.at.history)
+
+    def _exchange(
+        self,
+        transport: Transport,
+        server: Server,
+        number: int,
+        spool: "Spool",
+        traffic: "_Traffic",
+        known: Mapping[int, int],
+    ) -> list[int]:
+        """One message to each client of ``known``, its reply into the spool; returns who asks for the whole state."""
+        config, state = self.task.config, server.state
+        about = {
+            "run": self.id,
+            "round": number,
+            "settings": json.loads(config.to_json()),
+            "schema": schema_hash(state),
+            "base": self.task.fingerprints["base model"],
+            "state": state_digest(state, config.wire),
+        }
+        blobs = {past: pack(lacking(state, self.changed, past), about, config.wire) for past in set(known.values())}
+        messages = {client: blobs[past] for client, past in known.items()}
+        traffic.down += sum(map(len, messages.values()))
+        reference, again = server.reference(number), []
+        for client, reply in transport.exchange(messages, self.timeout) if messages else ():
+            if client not in messages or client in spool:
+                continue
+            traffic.up += len(reply or b"")
+            status, why, update = self._open(reply, client, number, reference)
+            traffic.status[client] = status
+            if status == "resync" and known[client] >= 0:
+                again.append(client)
+            elif why is None and status == "ok":
+                why = why_refused(update, reference, server.rules)
+            if why is not None:
+                traffic.dropped[client] = why
+            elif status == "ok":
+                spool.add(client, update)
+        return again
+
+    def _open(
+        self, reply: bytes | None, client: int, number: int, reference: Mapping[str, Tensor]
+    ) -> tuple[str, str | None, dict[str, Tensor]]:
+        """(status, why it is dropped unless it is not, tensors) of what a client sent."""
+        if reply is None:
+            return "failed", None, {}
+        try:
+            update, about = unpack(reply, self.task.config.wire, size_limit(reference))
+        except WireError as error:
+            return "failed", str(error), {}
+        if about.get("run") != self.id or about.get("round") != number or about.get("client") != client:
+            return "failed", "it answers another run, round or client", {}
+        status = about.get("status")
+        if not isinstance(status, str) or status not in STATUS:
+            return "failed", "its status is unknown", {}
+        return status, None, update
+
+    def _remember(self, method, number: int, record: Mapping[str, Any]) -> None:
+        """What ``record`` of a round says about who has seen what."""
+        for client, status in record["statuses"].items():
+            if status == "ok":
+                self.known[int(client)] = number - 1
+        if record["moved"]:
+            for key in self.at.state:
+                if method.travels(key, number):
+                    self.changed[group(key)] = number
+
+    def _record(self, server: Server, outcome: Outcome, traffic: dict, seconds: float, watch: Watch) -> None:
+        began = time.monotonic()
+        accuracy, loss = server.evaluate(self.task.classifier, self.task.data.test)
+        self.at.seconds += seconds + time.monotonic() - began
+        record = {
+            "round": self.at.round,
+            "accuracy": accuracy,
+            "loss": loss if math.isfinite(loss) else None,
+            "epsilon": None,  # each client's own ledger has it; it does not travel
+            "clients": outcome.accepted,
+            "dropped": {str(client): why for client, why in sorted(outcome.dropped.items())},
+            "moved": outcome.moved,
+            "bytes_sent": traffic.get("up", 0),
+            "bytes_down": traffic.get("down", 0),
+            "statuses": traffic.get("statuses", {}),
+            "seconds": round(self.at.seconds, 3),
+        }
+        self.at.history.append(record)
+        watch.on_round(record)
+
+    def _save(self) -> None:
+        save_checkpoint(self.folder, self.at)
+        write_atomic(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.at.history))
+
+    def _save_adapter(self) -> None:
+        set_state(self.task.classifier.model, self.at.state)
+        save_adapter(self.task.classifier.model, self.folder / ADAPTER, self.task.config.model)
+
+    def _result(self, outcome: str, why: str = "") -> None:
+        text = json.dumps({"outcome": outcome, "why": why, "round": self.at.round})
+        write_atomic(self.folder / RESULT, text + "\n")
+
+
+@dataclass
+class _Traffic:
+    """Whole messages, headers included, in bytes; what each client that answered said; what was dropped and why."""
+
+    down: int = 0
+    up: int = 0
+    status: dict[int, str] = field(default_factory=dict)
+    dropped: dict[int, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        statuses = {str(client): status for client, status in sorted(self.status.items())}
+        return {"down": self.down, "up": self.up, "statuses": statuses}
+
+
+class Spool(Mapping):
+    """Valid updates of a round on disk, by client; a tensor is read when it is asked for, and not kept."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for stray in folder.glob(".*"):  # of a server that was killed while writing
+            stray.unlink()
+
+    def add(self, client: int, update: Mapping[str, Tensor]) -> None:
+        """Store an update; on disk before this returns."""
+        write_atomic(self.folder / str(client), pack(update, {}))
+
+    def remove(self) -> None:
+        """Delete the round's files."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __getitem__(self, client: int) -> "_Stored":
+        if client not in self:
+            raise KeyError(client)
+        return _Stored(self.folder / str(client))
+
+    def __contains__(self, client: object) -> bool:
+        return (self.folder / str(client)).is_file()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(int(path.name) for path in self.folder.glob("[0-9]*")))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+class _Stored(Mapping):
+    """One update of the spool; only the tensor asked for is in memory."""
+
+    def __init__(self, path: Path):
+        self.file = safe_open(path, framework="pt")
+        self.names = sorted(self.file.keys())
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self.names:
+            raise KeyError(key)
+        return self.file.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

@@ -1,0 +1,100 @@
+"""A client's own rules: whatever a server asks for, this file says what it may have."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lalora_kernels.data import BadInput
+from lalora_kernels.federated.config import Config, read_toml
+
+FILE = "policy.toml"
+
+
+class Refused(Exception):
+    """The client does not do what was asked; ``status`` is one of ``wire.STATUS``, the message is for its own log."""
+
+    def __init__(self, status: str, why: str):
+        super().__init__(why)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What this client allows, over all runs and servers.
+
+    max_epsilon, delta: the lifetime budget of one data set; what every run on it costs is added up.
+    min_noise_multiplier: least σ in units of C. max_grad_norm: largest C. max_local_steps: largest K.
+    targets: values of ``--targets`` that are allowed. max_rank: largest r.
+    """
+
+    max_epsilon: float
+    delta: float
+    min_noise_multiplier: float = 0.3
+    max_grad_norm: float = 10.0
+    max_local_steps: int = 1000
+    max_rank: int = 64
+    targets: tuple[str, ...] = ("all-linear", "qv")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "targets":
+                fits = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+            else:
+                whole = field.type is int
+                fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+                fits = fits and (value >= 0 if field.name == "min_noise_multiplier" else value > 0)
+                fits = fits and (math.isfinite(value) or field.name == "max_epsilon")
+            if not fits:
+                raise BadInput(f"{FILE}: {field.name} cannot be {value!r}")
+        if not self.delta < 1:
+            raise BadInput(f"{FILE}: delta is below 1, got {self.delta}")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Policy":
+        """``folder``/policy.toml. Raises BadInput where it is missing, unreadable or holds other names.
+
+        A client without rules of its own takes part in nothing.
+        """
+        path = folder / FILE
+        values: dict[str, Any] = read_toml(path)
+        names = [field.name for field in dataclasses.fields(cls)]
+        if strange := sorted(set(values) - set(names)):
+            raise BadInput(f"{path}: unknown name {strange[0]!r}; there are {', '.join(names)}")
+        if missing := [name for name in ("max_epsilon", "delta") if name not in values]:
+            raise BadInput(f"{path}: {missing[0]} is missing")
+        if isinstance(values.get("targets"), list):
+            values["targets"] = tuple(values["targets"])
+        return cls(**values)
+
+    def check(self, config: Config) -> None:
+        """Raises Refused for settings that are not allowed, whatever σ they lead to."""
+        for what, asked, allowed in (
+            ("delta", config.delta, self.delta),
+            ("max_grad_norm", config.max_grad_norm, self.max_grad_norm),
+            ("local_steps", config.local_steps, self.max_local_steps),
+            ("rank", config.rank, self.max_rank),
+            ("epsilon", config.epsilon, self.max_epsilon),
+        ):
+            if asked > allowed:
+                raise Refused("policy", f"{what} {asked:g} is asked for, {allowed:g} allowed")
+        if config.targets not in self.targets:
+            raise Refused("policy", f"targets {config.targets!r} are asked for, {', '.join(self.targets)} allowed")
+
+    def check_noise(self, noise_multiplier: float) -> None:
+        """Raises Refused for a σ below the least that is allowed."""
+        if noise_multiplier < self.min_noise_multiplier:
+            least = self.min_noise_multiplier
+            raise Refused("policy", f"sigma would be {noise_multiplier:g}, the least that is allowed is {least:g}")
+
+
+def policy_for(config: Config) -> str:
+    """A policy.toml that allows just this run: for simulated clients and as a start for one's own."""
+    epsilon = "inf" if math.isinf(config.epsilon) else repr(config.epsilon)
+    return (
+        f"max_epsilon = {epsilon}\ndelta = {config.delta!r}\n"
+        f"min_noise_multiplier = {0.1 if config.private else 0.0}\nmax_grad_norm = {config.max_grad_norm!r}\n"
+        f"max_local_steps = {config.local_steps}\nmax_rank = {config.rank}\ntargets = ['{config.targets}']\n"
+    )

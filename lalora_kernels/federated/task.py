@@ -1,0 +1,122 @@
+"""What a federation works on: data, an adapted model, who holds which records; and what a display is told meanwhile."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lalora_kernels.adapt import adapt
+from lalora_kernels.data import BadInput, Data, load_data
+from lalora_kernels.federated.client import Client, trainable_tensors
+from lalora_kernels.federated.config import Config
+from lalora_kernels.federated.methods import get_method
+from lalora_kernels.federated.plan import deal, partition_digest
+from lalora_kernels.files import tensor_digest
+from lalora_kernels.models import Classifier, load_model
+from lalora_kernels.privacy.checks import check_per_sample
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a display is told: pre-training (done, steps), one private step, one complete round's record."""
+
+    on_pretraining: Callable[[int, int], None] = _nothing
+    on_step: Callable[[], None] = _nothing
+    on_round: Callable[[dict[str, Any]], None] = _nothing
+
+
+QUIET = Watch()
+
+
+@dataclass
+class Task:
+    """Everything loaded and checked, before the first step."""
+
+    config: Config
+    data: Data
+    classifier: Classifier
+    parts: list  # record numbers of each client
+    fingerprints: dict[str, str]
+
+
+def prepare(config: Config, watch: Watch = QUIET) -> Task:
+    """Load data and model, adapt it, deal the records.
+
+    Raises BadInput or ValueError, with the cure, for what does not fit.
+    """
+    data = load_data(
+        config.dataset, test=config.test_dataset, text_column=config.text_column, label_column=config.label_column
+    )
+    classifier = load_model(
+        config.model,
+        len(data.classes),
+        kind=data.kind,
+        weights=config.weights,
+        image_size=config.image_size,
+        max_length=config.max_length,
+        seed=config.seed,
+        progress=watch.on_pretraining,
+    )
+    adapt_classifier(config, classifier)
+    classifier.model.to(device_of(config.device))
+    parts = deal(config, data.train.labels.numpy())
+    fingerprints = {
+        "data": data.fingerprint(),
+        "partition": partition_digest(parts),
+        "base model": _base_digest(classifier.model),
+    }
+    return Task(config, data, classifier, parts, fingerprints)
+
+
+def adapt_classifier(config: Config, classifier: Classifier) -> None:
+    """Put the adapters that the settings name into the classifier's model, in place. Raises as ``prepare`` does."""
+    if config.train_head == "no" and classifier.new_modules:
+        raise BadInput(
+            f"{', '.join(classifier.new_modules)} of {config.model} is new for these classes and has no trained "
+            f"weights; it cannot stay frozen (--train-head auto or yes)"
+        )
+    heads = classifier.new_modules + (classifier.head if config.train_head == "yes" else [])
+    targets = config.targets
+    if targets not in ("qv", "all-linear") and not set(targets) & set("*+?\\|()[]^$"):
+        targets = [name.strip() for name in targets.split(",")]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # the shared start of every A is public
+        adapt(
+            classifier.model, r=config.rank, lora_alpha=config.lora_alpha, target_modules=targets,
+            modules_to_save=sorted(set(heads)) or None, verbose=False,
+        )  # fmt: skip
+
+
+def device_of(name: str) -> torch.device:
+    """The torch device that ``--device`` means. Raises BadInput for one that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def _base_digest(model: nn.Module) -> str:
+    moving = {id(p) for p in trainable_tensors(model).values()}
+    return tensor_digest({name: p for name, p in model.named_parameters() if id(p) not in moving})
+
+
+def refuse_unfit(task: Task, client: Client) -> None:
+    """Fail before the first step, not in it: a model that no rule covers, or whose layers mix the records of a batch.
+
+    Per-sample gradients are compared on two test records, which are public. Raises ValueError as ``make_private`` does.
+    """
+    classifier, config = task.classifier, task.config
+    optimizer, _ = client.private_step(classifier, get_method(config.method), config, 1)
+    optimizer.detach()
+    records = [task.data.test[i] for i in range(min(2, len(task.data.test)))]
+    if len(records) == 2:
+        batch = classifier.to_device(classifier.collate(records))
+        check_per_sample(classifier.model, batch, lambda model, batch: classifier.loss(batch, model))
