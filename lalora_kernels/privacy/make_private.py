@@ -14,6 +14,7 @@ from lalora_kernels.privacy.clipping import CLIPPING
 from lalora_kernels.privacy.distributed import find_group
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.ledger import Ledger
+from lalora_kernels.privacy.microbatch import AutoBatch
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.optimizer import PrivateOptimizer
 from lalora_kernels.privacy.sampling import PrivateLoader
@@ -39,7 +40,8 @@ def make_private(
     steps: int | None = None,
     sample_rate: float | None = None,
     expected_batch_size: int | None = None,
-    physical_batch_size: int | None = None,
+    physical_batch_size: int | str | None = None,
+    memory_budget: float | None = None,
     loss_reduction: str = "mean",
     ledger: Ledger | None = None,
     noise: NoiseSource | None = None,
@@ -68,7 +70,9 @@ def make_private(
         target_epsilon, target_delta, steps: σ is calibrated so that ``steps`` releases spend at most ``target_epsilon``
             at ``target_delta``; a step beyond the budget is refused.
         sample_rate, expected_batch_size: q and b = q |D|; give either, or neither: b is the loader's batch size.
-        physical_batch_size: a logical batch larger than this is split; the noise is added once.
+        physical_batch_size: a logical batch larger than this is split; the noise is added once. "auto": as many records
+            as fit ``memory_budget``, measured at the first forward (privacy/microbatch.py).
+        memory_budget: bytes that a step may take above model and optimizer; None: half of what is free then.
         loss_reduction: how the user's loss treats a batch, "mean" or "sum". ``p.grad`` is the noisy sum divided by
             ``expected_batch_size`` in both.
         ledger, noise: continue with these (a resumed run, a federated client) instead of new ones.
@@ -100,6 +104,13 @@ def make_private(
         raise ValueError("this optimizer is private already; make_private takes the plain one")
     noise = NoiseSource() if noise is None else noise
     group = find_group(distributed)
+    auto = physical_batch_size == "auto"
+    if auto and group is not None:
+        raise ValueError('physical_batch_size="auto" measures one process; give every rank the same number')
+    if memory_budget is not None:
+        _positive("memory_budget", memory_budget)
+        if not auto:
+            raise ValueError('memory_budget is what physical_batch_size="auto" goes by; give both')
     if group is not None:
         if not poisson_sampling:
             raise ValueError("distributed steps need Poisson sampling: the ranks share one draw")
@@ -111,7 +122,7 @@ def make_private(
             data_loader,
             sample_rate=sample_rate,
             expected_batch_size=expected_batch_size,
-            physical_batch_size=physical_batch_size,
+            physical_batch_size=1 if auto else physical_batch_size,
             noise=noise,
             **(ranks if group is not None else {}),
         )
@@ -185,6 +196,8 @@ def make_private(
     except BaseException:
         engine.detach()
         raise
+    if auto:
+        engine.auto_batch = AutoBatch(loader.batch_sampler, memory_budget, schedule)
     loader.on_batch = engine.begin
     return private, loader
 

@@ -105,10 +105,12 @@ class PoissonBatchSampler(Sampler[list[int]]):
         if not indices:
             yield [0], BatchInfo(rows=1, valid=0, first=True, last=True)
             return
-        size = self.physical_batch_size or len(indices)
-        for start in range(0, len(indices), size):
+        start = 0
+        while start < len(indices):
+            size = self.physical_batch_size or len(indices)  # it may have been set meanwhile
             part = indices[start : start + size]
             yield part, BatchInfo(len(part), len(part), first=start == 0, last=start + size >= len(indices))
+            start += size
 
     def __iter__(self) -> Iterator[list[int]]:
         """Physical batches of ``logical_batches`` logical ones, noting each one's BatchInfo in ``infos``."""
