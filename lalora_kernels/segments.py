@@ -4,6 +4,7 @@ One row of int64 a tensor: where G, S and out lie and how they are seen. It is b
 seen, copied to their device and kept, so that a step moves nothing but its weights.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Table:
 
 
 _tables: OrderedDict[tuple, Table] = OrderedDict()
+_lock = threading.Lock()
 
 
 def lines(op: str, l: int, t: Tensor, dim: int | None) -> tuple[int, int]:
@@ -65,13 +67,14 @@ def _build(op: str, rows: Sequence[tuple], smallest_tile: int, device: torch.dev
 def table(op: str, rows: Sequence[tuple], smallest_tile: int, device: torch.device) -> Table:
     """The table of ``rows``: (G, G_stride, S, out, numel, length, inner, tensor_index, smooth), addresses integers."""
     key = (tuple(rows), smallest_tile, device)
-    found = _tables.get(key)
-    if found is None:
-        found = _tables[key] = _build(op, rows, smallest_tile, device)
-        if len(_tables) > KEPT:
-            _tables.popitem(last=False)
-    _tables.move_to_end(key)
-    return found
+    with _lock:
+        found = _tables.get(key)
+        if found is None:
+            found = _tables[key] = _build(op, rows, smallest_tile, device)
+            if len(_tables) > KEPT:
+                _tables.popitem(last=False)
+        _tables.move_to_end(key)
+        return found
 
 
 class Release:
