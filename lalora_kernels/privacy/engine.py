@@ -58,6 +58,7 @@ class Engine:
         self.adaptive = None  # an AdaptiveClipping, which then moves max_grad_norm between logical batches
         self.before_logical_batch = lambda: None  # the optimizer's schedule
         self._buffers: dict[str, Tensor] = {}
+        self._most_rows = 1
         self._handles: list = []
         self._waiting = False  # sentinels stand in p.grad until the step
         self._open = False  # a logical batch has begun and is not released
@@ -229,9 +230,13 @@ class Engine:
         return have[:count]
 
     def _carve(self, kind: str, sites: list[Site], rows: int | None) -> list[Tensor]:
-        sizes = [s.param.numel() * (1 if rows is None else rows) for s in sites]
+        """Laid out for the largest batch so far: addresses, of which the kernels keep tables, are the same for any."""
+        self._most_rows = max(self._most_rows, rows or 1)
+        sizes = [s.param.numel() * (1 if rows is None else self._most_rows) for s in sites]
         parts = self._buffer(kind, sum(sizes)).split(sizes) if sizes else []
-        return [p.view(*(() if rows is None else (rows,)), *s.param.shape) for p, s in zip(parts, sites)]
+        if rows is None:
+            return [p.view(s.param.shape) for p, s in zip(parts, sites)]
+        return [p[: rows * s.param.numel()].view(rows, *s.param.shape) for p, s in zip(parts, sites)]
 
     def gradient_of(self, site: Site) -> Tensor:
         """(N, *shape), uninitialized until the site is marked."""

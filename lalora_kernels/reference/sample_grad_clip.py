@@ -47,7 +47,7 @@ def sample_grad_clip(
         if G is None:
             return None
         c = clip_factor(sq, max_norm, grad_scale)
-        c[valid if valid is not None else len(c) :] = 0.0
+        c[valid if valid is not None else len(c) :].zero_()
         total = weighted_sum(G, c)
         return total if S is None else S.add_(total)
 

@@ -140,7 +140,7 @@ def sample_grad_clip(
             for G, sq, target in zip((g_b, g_a), squares, targets):
                 if G is not None and G.numel():
                     c = clip_factor(sq, max_norm, grad_scale)
-                    c[valid if valid is not None else N :] = 0.0
+                    c[valid if valid is not None else N :].zero_()
                     _add_up(G, c.to(torch.float32), target)
         else:
             limits = scaling, max_norm, grad_scale, N if valid is None else valid
