@@ -26,12 +26,12 @@ ORDERS = ("bmm", "bmm, swapped", "einsum")
 def sample_grad(dy: Tensor, B: Tensor, scaling: float, h: Tensor | None, x: Tensor | None) -> dict[str, Callable]:
     """name -> function of nothing that returns (dz, G, norm (N,)); G into memory that is kept from call to call."""
     N, r, features = dy.shape[0], B.shape[1], (dy if x is None else x).shape[2]
-    buffer = torch.empty(N * r * features)
+    buffer = dy.new_empty(N * r * features)
 
     def composed(how: str):
         dz = (dy @ B).mul_(scaling)
         G = _outer(dy, scaling * h, how, buffer) if x is None else _outer(dz, x, how, buffer)
-        return dz, G, torch.linalg.vector_norm(G, dim=(1, 2))
+        return dz, G, torch.linalg.vector_norm(G, dim=(1, 2), dtype=torch.float32)
 
     return {how: lambda how=how: composed(how) for how in ORDERS}
 
@@ -74,7 +74,7 @@ def smooth(t: Tensor, dim: int) -> Tensor:
     """The filter of SPEC section 3 by conv1d, symmetric padding; t (a,b)."""
     rows = t if dim == 1 else t.t()
     padded = torch.cat((rows[:, :2].flip(1), rows, rows[:, -2:].flip(1)), 1)
-    rows = F.conv1d(padded.unsqueeze(1), KERNEL).squeeze(1)
+    rows = F.conv1d(padded.unsqueeze(1), KERNEL.to(t.device)).squeeze(1)
     return rows if dim == 1 else rows.t()
 
 
@@ -87,7 +87,7 @@ def privatize(
         out = []
         for w, g in zip(weights, G):
             total = reduce(w, g)
-            total = total + noise_std * torch.randn(total.shape)
+            total = total + noise_std * torch.randn_like(total)
             out.append(smooth(total, dim) / divisor)
         return out
 

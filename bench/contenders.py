@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.profiler import record_function
-from torch.utils.data import DataLoader
-from zoo import HEAD, Spec, base_model, dataset, loss_of
+from zoo import Spec, base_model, loader, loss_of
 
 from lalora_kernels.adapt import adapt
 from lalora_kernels.nn import lora_layers
@@ -26,21 +25,22 @@ BACKWARD = "bench::backward"  # marks where the forward's memory is read (memory
 
 def adapted(spec: Spec) -> nn.Module:
     """The model with this library's adapters; B is not zero, so that A has a gradient."""
-    model = adapt(base_model(spec), r=spec.r, target_modules=spec.targets, modules_to_save=HEAD, verbose=False)
+    model = adapt(base_model(spec), r=spec.r, target_modules=spec.targets, modules_to_save=spec.head, verbose=False)
     generator = torch.Generator().manual_seed(2)
-    for _, layer in lora_layers(model):
-        nn.init.normal_(layer.lora_B, std=0.02, generator=generator)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_B.copy_(0.02 * torch.randn(layer.lora_B.shape, generator=generator))
     return model
 
 
-def peft_model(spec: Spec) -> nn.Module:
-    """The same in PEFT, with the same weights."""
+def peft_model(spec: Spec, float32_factors: bool = True) -> nn.Module:
+    """The same in PEFT, with the same weights; beside a half-precision base, factors in float32 or in its dtype."""
     import peft
 
     ours = adapted(spec)
     layers = dict(lora_layers(ours))
-    config = peft.LoraConfig(r=spec.r, lora_alpha=spec.r, target_modules=list(layers), modules_to_save=HEAD)
-    model = peft.get_peft_model(base_model(spec), config).train()
+    config = peft.LoraConfig(r=spec.r, lora_alpha=spec.r, target_modules=list(layers), modules_to_save=spec.head)
+    model = peft.get_peft_model(base_model(spec), config, autocast_adapter_dtype=float32_factors).train()
     with torch.no_grad():
         for name, p in model.named_parameters():
             for factor in ("lora_A", "lora_B"):
@@ -66,9 +66,9 @@ class Contender:
         self.kept: dict[str, Tensor] | None = None
 
     def _endless(self) -> Iterator:
-        loader = DataLoader(dataset(self.spec), batch_size=self.spec.batch)
+        batches = loader(self.spec)
         while True:
-            yield from loader
+            yield from batches
 
     def keep_grads(self) -> None:
         """From now on the inner optimizer's step notes the gradients it is given; ``grads`` returns them."""
@@ -85,8 +85,8 @@ class Contender:
 class Peft(Contender):
     """Ordinary LoRA, not private, A and B."""
 
-    def __init__(self, spec: Spec, noise: float = 1.0, clip: float = 1.0):
-        super().__init__(spec, peft_model(spec))
+    def __init__(self, spec: Spec, noise: float = 1.0, clip: float = 1.0, float32_factors: bool = True):
+        super().__init__(spec, peft_model(spec, float32_factors))
 
     def step(self) -> None:
         x, y = next(self.batches)
@@ -102,10 +102,10 @@ class LaLora(Contender):
 
     def __init__(self, spec: Spec, noise: float = 1.0, clip: float = 1.0, factors: str = "BA", smoothing="binomial5"):
         super().__init__(spec, adapted(spec))
-        self.optimizer, loader = make_private(
+        self.optimizer, batches = make_private(
             self.model,
             self.sgd,
-            DataLoader(dataset(spec), batch_size=spec.batch),
+            loader(spec),
             method=Schedule("bench", lambda _, step: factors[(step - 1) % len(factors)]),
             smoothing=smoothing,
             max_grad_norm=clip,
@@ -113,7 +113,7 @@ class LaLora(Contender):
             sample_rate=1.0,
             check=False,  # the first step's check of two records is made once, not once a step
         )
-        self.batches = loader.steps(1 << 40)
+        self.batches = batches.steps(1 << 40)
         self.factors = factors
         self.parts: dict[str, list[float]] = {f"ours, {f} active": [] for f in factors}
 

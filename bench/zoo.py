@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lalora_kernels.models import torchvision_beside_cpu_torch
 
@@ -41,6 +41,43 @@ MODELS = {
              hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
         64,
     ),
+    # for cards
+    "roberta-128": (
+        "RoBERTa-base (12 layers, 768 wide, T = 128)",
+        ("RobertaConfig", "RobertaForSequenceClassification"),
+        dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
+             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        128,
+    ),
+    "vit-b": ("ViT-B/16 (12 layers, 768 wide, T = 197)", ("ViTConfig", "ViTForImageClassification"), {}, None),
+    "swin-b": (
+        "Swin-B (224 x 224, 100 classes)",
+        ("SwinConfig", "SwinForImageClassification"),
+        dict(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32], image_size=IMAGE, drop_path_rate=0.0,
+             num_labels=100),
+        None,
+    ),
+    "llama-1b": (
+        "a 1B-parameter Llama (16 layers, 2048 wide, T = 1024)",
+        ("LlamaConfig", "LlamaForSequenceClassification"),
+        dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+             num_key_value_heads=8, vocab_size=32000, pad_token_id=0, use_cache=False),
+        1024,
+    ),
+    # for dry runs
+    "tiny-vit": (
+        "a ViT of two layers",
+        ("ViTConfig", "ViTForImageClassification"),
+        dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32),
+        None,
+    ),
+    "tiny-llama": (
+        "a Llama of two layers",
+        ("LlamaConfig", "LlamaForSequenceClassification"),
+        dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+             vocab_size=32000, pad_token_id=0, use_cache=False),
+        16,
+    ),
 }  # fmt: skip
 
 
@@ -52,6 +89,12 @@ class Spec:
     targets: str  # "qv" or "all-linear"
     r: int
     batch: int = 16
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32  # of the base model
+
+    @property
+    def head(self) -> list[str]:
+        return ["score"] if "llama" in self.model else HEAD
 
     def __str__(self) -> str:
         return f"{self.model} {self.targets} r{self.r}"
@@ -63,22 +106,35 @@ def base_model(spec: Spec) -> nn.Module:
 
     _, (config, kind), settings, _ = MODELS[spec.model]
     torch.manual_seed(0)
-    return getattr(transformers, kind)(getattr(transformers, config)(num_labels=CLASSES, **settings)).train()
+    with torch.device(spec.device):
+        model = getattr(transformers, kind)(getattr(transformers, config)(**{"num_labels": CLASSES, **settings}))
+    return model.to(spec.dtype).train()
 
 
 def dataset(spec: Spec) -> TensorDataset:
     """As many records as a batch has."""
-    tokens = MODELS[spec.model][3]
+    _, _, settings, tokens = MODELS[spec.model]
     generator = torch.Generator().manual_seed(1)
     if tokens is None:
-        inputs = torch.randn(spec.batch, 3, IMAGE, IMAGE, generator=generator)
+        size = settings.get("image_size", IMAGE)
+        inputs = torch.randn(spec.batch, 3, size, size, generator=generator).to(spec.dtype)
     else:
         inputs = torch.randint(5, 30000, (spec.batch, tokens), generator=generator)
     return TensorDataset(inputs, torch.randint(0, CLASSES, (spec.batch,), generator=generator))
 
 
+def loader(spec: Spec) -> DataLoader:
+    """Batches of all records. On a card they are there already: a step is compared, not its loading."""
+    if spec.device == "cpu":
+        return DataLoader(dataset(spec), batch_size=spec.batch)
+    tensors = [t.to(spec.device) for t in dataset(spec).tensors]
+    return DataLoader(
+        range(spec.batch), batch_size=spec.batch, collate_fn=lambda records: [t[: len(records)] for t in tensors]
+    )
+
+
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits, labels)
+    return nn.functional.cross_entropy(logits.float(), labels)
 
 
 class BaseProducts:

@@ -214,6 +214,16 @@ def check_layouts(target: Target, cases=TENSOR_CASES) -> None:
     assert all(torch.equal(o.cpu(), w) for o, w in zip(on, want, strict=True)), "S that is out changes the result"
 
 
+def check_smooth(target: Target, cases=TENSOR_CASES) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for shape, dim in cases:
+        if dim is not None:
+            t = torch.randn(shape, generator=generator)
+            for padding in ("symmetric", "reflect"):
+                got = target.ops.smooth(t.to(target.device), dim, padding)
+                relative(got, reference.smooth(t.double(), dim, padding), KERNEL_F32, f"{shape} {dim} {padding}")
+
+
 WORD_RANGES = ((0, 3), (5, 300), (2**31 - 20, 41), (2**32 - 41, 41))
 NORMAL_RANGES = ((0, 1), (0, 1500), (3, 70), (2**34 - 1001, 1001), (2**33 + 5, 130), (7, 0))
 
