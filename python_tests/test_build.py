@@ -150,7 +150,7 @@ def test_the_report_says_when_the_kernels_cannot_run():
     assert done.returncode == 1 and "avx1024" in done.stdout
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the git checkout, which says what belongs to the sources")
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git says what belongs to the sources; this is no checkout")
 def test_sdist_and_wheel_hold_what_is_needed_and_no_more(tmp_path):
     """The lists of files alone; ``make dist`` builds, installs and steps."""
     sources, out = tmp_path / "sources", tmp_path / "out"
