@@ -122,7 +122,27 @@ def mlp(n: int = 3):
     return model, (torch.randn(n, 7), torch.randint(0, 2, (n,))), _classify
 
 
+class _Pixels(nn.Module):
+    """Embedded words laid out as an image, convolved: adapters on all but Linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(11, 6, padding_idx=3)
+        self.conv1 = nn.Conv2d(6, 5, (3, 2), stride=(2, 1), padding=(1, 0))
+        self.conv2 = nn.Conv2d(5, 4, 2, padding="same", bias=False)
+        self.head = nn.Linear(4 * 2 * 3, 3)
+
+    def forward(self, ids):
+        x = self.words(ids).transpose(1, 2).reshape(len(ids), -1, 3, 4)
+        return self.head(self.conv2(self.conv1(x).tanh()).flatten(1))
+
+
+def pixels(n: int = 3):
+    return _Pixels(), (torch.randint(0, 11, (n, 12)), torch.randint(0, 3, (n,))), _classify
+
+
 FAMILIES = {
+    "pixels": (pixels, ["words", "conv1", "conv2"], ["head"]),
     "bert": (bert, ["query", "value", "dense"], ["classifier"]),
     "vit": (vit, "all", ["classifier"]),
     "swin": (swin, "all", ["classifier"]),
@@ -135,20 +155,22 @@ FAMILIES = {
 
 def adapted(family: str, n: int = 3, dtype: torch.dtype = torch.float64, r: int = 4, norms: bool = True):
     """(model, batch, loss) of a family with adapters on its linear layers (factors not zero), its head, LayerNorms."""
-    from lalora_kernels.nn import LoRAConv1D, LoRALinear, lora_layers
+    from lalora_kernels.nn import lora_layers
+    from lalora_kernels.targets import lora_class
 
     build, targets, heads = FAMILIES[family]
     model, batch, loss = build(n)
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
-        linear, conv = type(module) is nn.Linear, type(module).__name__ == "Conv1D"
-        if not (linear or conv):
+        kind = lora_class(module)
+        linear = type(module) is nn.Linear
+        if kind is None:
             continue
         if any(name == h or name.endswith("." + h) for h in heads):
             module.requires_grad_(True)
-        elif targets == "all" or name.rsplit(".", 1)[-1] in targets:
+        elif linear and targets == "all" or name.rsplit(".", 1)[-1] in targets:
             parent = model.get_submodule(name.rsplit(".", 1)[0]) if "." in name else model
-            layer = (LoRALinear if linear else LoRAConv1D).from_linear(module, r=r, lora_alpha=2 * r)
+            layer = kind.from_linear(module, r=r, lora_alpha=2 * r)
             setattr(parent, name.rsplit(".", 1)[-1], layer)
     for _, layer in lora_layers(model):
         nn.init.normal_(layer.lora_B, std=0.2)

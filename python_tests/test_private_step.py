@@ -56,7 +56,7 @@ def written_out(model, records, loss, *, clipping, C, smoothing, divisor):
         else:
             c = C / (total + 0.01)
         s = (c.view(-1, *[1] * (g.dim() - 1)) * g).sum(0).numpy()
-        axis = {"lora_A": 1, "lora_B": 0}.get(n.rsplit(".", 1)[-1])
+        axis = {"A": 1, "B": 0}.get(n.rpartition("_")[2]) if ".lora_" in n else None
         if smoothing and axis is not None:
             widths = [(2, 2) if a == axis else (0, 0) for a in range(s.ndim)]
             padded = np.pad(s, widths, mode="symmetric")

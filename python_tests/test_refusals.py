@@ -205,3 +205,78 @@ class TestShuffledLoaders:
             opt.step()
         norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
         assert 0 < norm <= 1e-3 * (1 + 1e-5)
+
+
+class TestAGradientBeforeTheStep:
+    """Between backward and step there is none; a loop that clips it would believe in a bound that is not there."""
+
+    def at_the_step(self, **kwargs):
+        model, data, loss = toy(dtype=torch.float32)
+        opt, loader = private(model, data, sample_rate=1.0, **kwargs)
+        loss(model, next(iter(loader.steps(1)))).backward()
+        return model, opt
+
+    @pytest.mark.parametrize("physical", [None, 5])
+    @pytest.mark.parametrize("foreach", [None, False, True])
+    @pytest.mark.parametrize("clip", [nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_])
+    def test_clipping_it_is_refused_with_the_cure(self, clip, foreach, physical):
+        model, opt = self.at_the_step(physical_batch_size=physical)
+        with pytest.raises(RuntimeError, match="does not exist yet.*max_grad_norm.*Leave clip_grad_norm_"):
+            clip(model.parameters(), 1.0, foreach=foreach)
+        with pytest.raises(RuntimeError, match="does not exist yet"):
+            clip(next(p for p in model.parameters() if p.requires_grad), 1.0, foreach=foreach)
+        opt.step()
+
+    def test_accelerates_clipping_as_in_transformers_trainer_is_refused(self):
+        from accelerate import Accelerator
+
+        model, _ = self.at_the_step()
+        with pytest.raises(RuntimeError, match="Trainer: max_grad_norm=0"):
+            Accelerator(cpu=True).clip_grad_norm_(model.parameters(), 1.0)
+
+    def test_reading_or_changing_it_is_refused(self):
+        model, _ = self.at_the_step()
+        p = model.fc1.lora_B
+        for use in (lambda: p.grad.norm(), lambda: p.grad.mul_(2), lambda: float(p.grad[0, 0]), lambda: p.grad.numpy()):
+            with pytest.raises(RuntimeError, match="read p.grad after the step"):
+                use()
+        assert "no gradient before" in repr(p.grad) and p.grad.shape == p.shape and p.grad.dtype == p.dtype
+
+    def test_after_the_step_it_is_the_released_one(self):
+        model, opt = self.at_the_step()
+        opt.step()
+        assert type(model.fc1.lora_B.grad) is torch.Tensor
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)  # post-processing
+        norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+        assert float(torch.stack(norms).norm()) <= 1e-3 * (1 + 1e-5)
+        assert model.fc1.lora_A.grad is None
+
+    @pytest.mark.parametrize("zero", ["optimizer", "model"])
+    def test_dropping_it_changes_nothing(self, zero):
+        model, opt = self.at_the_step()
+        (opt if zero == "optimizer" else model).zero_grad()
+        opt.step()
+        assert model.fc1.lora_B.grad.any()
+
+    def test_a_gradient_of_another_kind_in_a_second_backward_is_refused(self):
+        model, _ = self.at_the_step()
+        with pytest.raises(RuntimeError, match="fc1.lora_B received a gradient that is not the engine's"):
+            model.fc1.lora_B.square().sum().backward()
+
+    def test_nothing_is_left_behind(self):
+        model, opt = self.at_the_step()
+        opt.detach()
+        assert all(p.grad is None for p in model.parameters())
+
+    def test_unscaling_and_then_clipping_as_with_a_grad_scaler_is_refused(self):
+        model, data, loss = toy(dtype=torch.float32)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        opt, loader = private(model, data, sample_rate=1.0, grad_scaler=scaler)
+        for batch in loader.steps(1):
+            scaler.scale(loss(model, batch)).backward()
+            scaler.unscale_(opt)
+            with pytest.raises(RuntimeError, match="does not exist yet"):
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(opt)
+            scaler.update()
+        assert opt.local_step == 2

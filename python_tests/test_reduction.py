@@ -1,0 +1,169 @@
+"""The loop's own loss, told by its gradient: a mean over records, a sum, or one that couples them."""
+
+import pytest
+import torch
+from test_private_step import KEY
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lalora_kernels.nn import LoRALinear
+from lalora_kernels.privacy.make_private import make_private
+from lalora_kernels.privacy.noise import NoiseSource
+from lalora_kernels.privacy.reduction import TRIES, reduction_of
+
+F = nn.functional
+N, T, V = 6, 5, 7
+
+
+def logits_and_gradient(loss, *shape, dtype=torch.float32, scale=3.0, seed=0):
+    torch.manual_seed(seed)
+    z = (scale * torch.randn(*shape, dtype=dtype)).requires_grad_(True)
+    (dz,) = torch.autograd.grad(loss(z), z)
+    return z.detach(), dz
+
+
+def labels(*shape, classes=V):
+    return torch.randint(0, classes, shape, generator=torch.Generator().manual_seed(1))
+
+
+def ragged(equal: bool = False):
+    y = labels(N, T)
+    for i, length in enumerate([3] * N if equal else [5, 1, 3, 4, 2, 5]):
+        y[i, length:] = -100
+    return y
+
+
+CASES = {
+    "classes, mean": (lambda z: F.cross_entropy(z, labels(N)), (N, V), "mean"),
+    "classes, sum": (lambda z: F.cross_entropy(z, labels(N), reduction="sum"), (N, V), "sum"),
+    "classes, mean by hand": (lambda z: F.cross_entropy(z, labels(N), reduction="none").sum() / N, (N, V), "mean"),
+    "two classes, mean": (lambda z: F.cross_entropy(z, labels(N, classes=2)), (N, 2), "mean"),
+    "two classes, sum": (lambda z: F.cross_entropy(z, labels(N, classes=2), reduction="sum"), (N, 2), "sum"),
+    "pixels, mean": (lambda z: F.cross_entropy(z, labels(N, 2, 3)), (N, V, 2, 3), "mean"),
+    "pixels, sum": (lambda z: F.cross_entropy(z, labels(N, 2, 3), reduction="sum"), (N, V, 2, 3), "sum"),
+    "tokens, equal lengths": (lambda z: F.cross_entropy(z.flatten(0, 1), ragged(True).flatten()), (N, T, V), "mean"),
+    "tokens, mean over all": (lambda z: F.cross_entropy(z.flatten(0, 1), ragged().flatten()), (N, T, V), "shares"),
+    "tokens, sum": (lambda z: F.cross_entropy(z.flatten(0, 1), ragged().flatten(), reduction="sum"), (N, T, V), "sum"),
+    "tokens, sum by N": (
+        lambda z: F.cross_entropy(z.flatten(0, 1), ragged().flatten(), reduction="sum") / N, (N, T, V), "mean"),
+    "tokens, own means": (
+        lambda z: sum(F.cross_entropy(a, b) for a, b in zip(z, ragged())) / N, (N, T, V), "mean"),
+    "weighted classes, mean": (
+        lambda z: F.cross_entropy(z, labels(N), torch.linspace(1, 9, V).to(z)), (N, V), "shares"),
+    "ignored records": (
+        lambda z: F.cross_entropy(z, torch.where(torch.arange(N) == 2, -100, labels(N))), (N, V), "shares"),
+    "logistic, mean": (lambda z: F.binary_cross_entropy_with_logits(z, labels(N, classes=2).float()), (N,), "mean"),
+    "logistic, sum": (
+        lambda z: F.binary_cross_entropy_with_logits(z, labels(N, 3, classes=2).float(), reduction="sum"), (N, 3),
+        "sum"),
+    "logistic, several, mean": (
+        lambda z: F.binary_cross_entropy_with_logits(z, labels(N, 3, classes=2).float()), (N, 3), "mean"),
+    "squares": (lambda z: F.mse_loss(z, torch.ones(N, V)), (N, V), None),
+    "scaled": (lambda z: 0.25 * F.cross_entropy(z, labels(N)), (N, V), None),
+    "contrastive": (lambda z: F.cross_entropy(z @ z.t(), torch.arange(N)), (N, V), None),
+    "nothing": (lambda z: 0.0 * z.sum(), (N, V), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_gradient_tells(case, dtype):
+    loss, shape, expected = CASES[case]
+    z, dz = logits_and_gradient(loss, *shape, dtype=dtype)
+    assert reduction_of(z, dz) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_saturated_and_flat_logits(seed):
+    for scale in (1e-3, 20.0):
+        for reduction in ("mean", "sum"):
+            z, dz = logits_and_gradient(
+                lambda z, r=reduction: F.cross_entropy(z, labels(N), reduction=r), N, V, scale=scale, seed=seed
+            )
+            assert reduction_of(z, dz) == reduction
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = LoRALinear(4, 4, r=2)
+        self.head = nn.Linear(4, V)
+
+    def forward(self, x):
+        return {"hidden": (h := self.body(x).tanh()), "logits": self.head(h)}
+
+
+def loop(loss, reduction="mean", check=True, steps=2, **kwargs):
+    torch.manual_seed(0)
+    model = Tagger()
+    data = TensorDataset(torch.randn(N, T, 4), ragged())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    optimizer, loader = make_private(
+        model, optimizer, DataLoader(data, batch_size=N), noise_multiplier=1.0, sample_rate=1.0, check=check,
+        loss_reduction=reduction, noise=NoiseSource.fixed(KEY), **kwargs,
+    )  # fmt: skip
+    for x, y in loader.steps(steps):
+        loss(model(x)["logits"], y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def token_mean(z, y):
+    return F.cross_entropy(z.flatten(0, 1), y.flatten())
+
+
+def token_sum(z, y):
+    return F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="sum")
+
+
+def own_mean(z, y):
+    each = F.cross_entropy(z.transpose(1, 2), y, reduction="none")
+    return (each.sum(1) / (y != -100).sum(1)).mean()
+
+
+class TestTheLoop:
+    def test_a_mean_over_all_tokens_of_the_batch_couples_records(self):
+        """What transformers' models do with labels. No layer mixes records, so only the loss can show it."""
+        with pytest.raises(ValueError, match="divides by a count over the whole batch.*each record's own positions"):
+            loop(token_mean)
+
+    @pytest.mark.parametrize("loss, claimed, cure", [(token_sum, "mean", "sum"), (own_mean, "sum", "mean")])
+    def test_another_reduction_than_claimed(self, loss, claimed, cure):
+        with pytest.raises(ValueError, match=f"loss_reduction='{claimed}'; pass loss_reduction='{cure}'"):
+            loop(loss, claimed)
+
+    def test_it_is_refused_before_anything_is_released(self, monkeypatch):
+        charged = []
+        monkeypatch.setattr("lalora_kernels.privacy.ledger.Ledger.charge", lambda *a, **k: charged.append(a))
+        with pytest.raises(ValueError, match="count over the whole batch"):
+            loop(token_mean)
+        assert not charged
+
+    @pytest.mark.parametrize("loss, claimed", [(token_sum, "sum"), (own_mean, "mean")])
+    def test_a_right_claim_passes_and_says_so(self, loss, claimed):
+        assert loop(loss, claimed).loss_reduction_checked
+
+    def test_a_loss_that_shows_nothing_passes_and_says_so(self):
+        assert not loop(lambda z, y: z.square().mean()).loss_reduction_checked
+
+    def test_without_checks_nothing_is_looked_at(self):
+        assert not loop(token_mean, check=False).loss_reduction_checked
+
+    def test_lengths_that_are_equal_at_first_do_not_hide_a_mean_over_tokens(self):
+        calls = []
+
+        def late(z, y):
+            calls.append(1)
+            return token_mean(z, y if len(calls) == TRIES else torch.zeros_like(y))
+
+        with pytest.raises(ValueError, match="count over the whole batch"):
+            loop(late, steps=TRIES)
+        assert len(calls) == TRIES
+
+    def test_a_scaled_loss_is_seen_unscaled(self):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        torch.manual_seed(0)
+        assert loop(lambda z, y: scaler.scale(own_mean(z, y)), grad_scaler=scaler, steps=1).loss_reduction_checked
+        with pytest.raises(ValueError, match="pass loss_reduction='sum'"):
+            loop(lambda z, y: scaler.scale(token_sum(z, y)), grad_scaler=scaler, steps=1)
