@@ -1,29 +1,56 @@
-"""``report.html``: one file, no network, that says what a run reached, what it cost, and what that guarantees."""
+"""One HTML file, no network, that says what runs reached, what they cost, and what that guarantees."""
 
-import base64
 import html
-import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lalora_kernels.files import write_atomic
 
+NOT_PRIVATE = "not_private"  # metrics.jsonl's name for what is computed on private data
+
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.numbers { display: flex; flex-wrap: wrap; gap: 1rem; }
+:root { color-scheme: light dark; --text: #1b1f24; --ground: #fff; --line: #8885; --soft: #8881; --warn: #9a3412;
+  --c0: #1f6feb; --c1: #c2410c; --c2: #15803d; --c3: #9333ea;
+  --c4: #b45309; --c5: #be185d; --c6: #0e7490; --c7: #6b7280; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --ground: #14171a; --warn: #fdba74;
+  --c0: #6cb0ff; --c1: #ff9b6a; --c2: #6bd48c; --c3: #cfa5ff;
+  --c4: #f0c050; --c5: #ff8dbb; --c6: #62d3e8; --c7: #b3bac2; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--ground); max-width: 64rem;
+  margin: 1.5rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2.2rem; } h3 { font-size: 1rem; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; padding: 0; }
 .numbers div { background: var(--soft); border-radius: .5rem; padding: .6rem 1rem; }
-.numbers b { display: block; font-size: 1.4rem; }
-img { max-width: 100%; background: #fff; border-radius: .5rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-"""
+.numbers dt { font-size: .9rem; } .numbers dd { margin: 0; font-size: 1.4rem; font-weight: 600; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1.5rem; }
+figure { margin: 0; min-width: 0; max-width: 30rem; } figcaption { font-weight: 600; }
+figcaption small { font-weight: 400; } figure svg { width: 100%; height: auto; display: block; }
+figure text { fill: var(--text); font: 12px system-ui, sans-serif; }
+.grid { stroke: var(--line); stroke-width: .7; }
+.level { stroke: var(--text); stroke-width: 1.4; stroke-dasharray: 2 4; }
+.line { fill: none; stroke-width: 2; } .thin { stroke: var(--c7); stroke-width: 1; opacity: .6; } .dot { stroke: none; }
+.band { stroke: none; opacity: .18; }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem .9rem; padding: 0; margin: .3rem 0 0;
+  font-size: .85rem; }
+.legend svg.key { width: 24px; height: 12px; display: inline-block; margin-right: .35rem; vertical-align: middle; }
+.wide { overflow-x: auto; margin: .8rem 0; } .wide:focus-visible { outline: 2px solid var(--c0); }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } td.text, th.text { text-align: left; }
+caption { text-align: left; font-weight: 600; padding: .4rem 0; }
+.settings td { white-space: normal; text-align: left; }
+details { margin: .8rem 0; } summary { cursor: pointer; padding: .25rem 0; }
+.private { border-left: 4px solid var(--warn); padding: .1rem 0 .1rem 1rem; margin: 1.5rem 0; }
+.mark { color: var(--warn); font-weight: 600; }
+article > details > summary { font-size: 1.2rem; font-weight: 600; }
+""" + "".join(
+    f".line.c{i} {{ stroke: var(--c{i}); stroke-dasharray: {dash}; }} .dot.c{i}, .band.c{i} {{ fill: var(--c{i}); }}\n"
+    for i, dash in enumerate(("none", "7 3", "2 2", "9 3 2 3", "12 4", "4 4", "1 3", "9 2 2 2 2 2"))
+)
 
 GUARANTEE = """
 Each client's records are protected at record level: ({epsilon}, {delta:g})-differential privacy, adding or removing one
@@ -31,105 +58,80 @@ record, against everyone who sees what the client sends, the server included. Ev
 Gaussian release; a client's ledger composes all of its steps with privacy loss distributions. No amplification by the
 choice of clients is claimed.
 """
+ELSEWHERE = """
+Each client's records are protected at record level, by its own budget and its own ledger, which stay with the client:
+what was spent is not known here.
+"""
 NO_GUARANTEE = "This run added no noise (ε = ∞): it is a yardstick and guarantees nothing."
+NO_EPSILON = "No ε is reported: a client's ledger says that none can be claimed (a fixed key, which is for tests)."
 NOT_COVERED = """
 Not covered: the sizes of the clients' data sets and who took part, which are public here; settings that were chosen by
-looking at private data; other runs on the same records, which add to what is spent; and the number of records left out
-because their gradient was not finite, which is exact.
+looking at private data; other runs on the same records, which add to what is spent; and what this page marks as not
+private, with the number of records left out because their gradient was not finite.
 """
+MARK = "not private: computed on private data, without noise; do not publish"
 
 
-def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` into a run folder from its config.json, metrics.jsonl and ledger.json; returns its path."""
+@dataclass
+class RunData:
+    """One run folder, read."""
+
+    name: str
+    about: dict[str, Any]
+    history: list[dict[str, Any]]
+    books: dict[str, Any]  # each client's part of ledger.json; empty where ledgers stay with the clients
+    ledgers: dict[str, Any]  # client -> Ledger, its hash chain verified
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.about["settings"]
+
+    @property
+    def private(self) -> bool:
+        return self.settings["epsilon"] != "inf"
+
+    @property
+    def budget(self) -> float | None:
+        return float(self.settings["epsilon"]) if self.private else None
+
+
+def read_run(folder: str | Path) -> RunData:
+    """Read and verify a run folder. Raises FileNotFoundError for a file that is missing, BadInput for one that is not a
+    run's, LedgerError where a ledger's hash chain does not hold."""
+    from lalora_kernels.data import BadInput
+    from lalora_kernels.federated.run import read_ledgers
+
     folder = Path(folder)
-    about = json.loads((folder / "config.json").read_text())
-    ledger = json.loads((folder / "ledger.json").read_text())
-    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    path = folder / "report.html"
-    write_atomic(path, _page(about, ledger["clients"], history))
+    try:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        history = [json.loads(line) for line in lines]
+        books = {}
+        if (folder / "ledger.json").exists() or "plan" in about:
+            books = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
+        ledgers = read_ledgers(folder, books) if books else {}
+        run = RunData(folder.resolve().name, about, history, books.get("clients", {}), ledgers)
+        if not run.settings or not history:
+            raise ValueError("it holds no settings or no round")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{folder} is not a complete run: {error}") from error
+    return run
+
+
+def write_report(folder: str | Path, *more: str | Path, out: str | Path | None = None, public: bool = False) -> Path:
+    """Write one page on one run, or on several side by side; returns its path.
+
+    ``out``: the file; else report.html in the only run's folder, or comparison.html here. ``public`` leaves out
+    whatever was computed on private data. Raises as ``read_run``.
+    """
+    from lalora_kernels.report_page import page
+
+    runs = [read_run(one) for one in (folder, *more)]
+    path = Path(out) if out is not None else Path("comparison.html") if more else Path(folder) / "report.html"
+    write_atomic(path, page(runs, public))
     return path
-
-
-def curves(history: list[dict[str, Any]], budget: float | None) -> bytes:
-    """Accuracy and ε over rounds as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    private = history[-1]["epsilon"] is not None
-    figure = Figure(figsize=(10, 4) if private else (6, 4), layout="constrained")
-    axes = figure.subplots(1, 2 if private else 1, squeeze=False)[0]
-    rounds = [record["round"] for record in history]
-    axes[0].plot(rounds, [100 * record["accuracy"] for record in history], color="#1f6feb", marker=".")
-    axes[0].axhline(100 * history[0]["accuracy"], color="#888", linestyle=":", label="before")
-    axes[0].set(xlabel="round", ylabel="test accuracy, %", title="Accuracy")
-    axes[0].legend()
-    if private:
-        for client in range(len(history[-1]["epsilons"])):
-            axes[1].plot(rounds, [record["epsilons"][client] for record in history], color="#bbb", linewidth=1)
-        axes[1].plot(rounds, [record["epsilon"] for record in history], color="#d1242f", label="most exposed client")
-        if budget is not None:
-            axes[1].axhline(budget, color="#888", linestyle=":", label="budget")
-        axes[1].set(xlabel="round", ylabel="ε spent", title="Privacy spent, each client")
-        axes[1].legend()
-    for ax in axes:
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.grid(alpha=0.2)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
-
-
-def _page(about: dict[str, Any], books: dict[str, Any], history: list[dict[str, Any]]) -> str:
-    settings, plan = about["settings"], about["plan"]
-    first, last = history[0], history[-1]
-    private = settings["epsilon"] != "inf"
-    picture = base64.b64encode(curves(history, settings["epsilon"] if private else None)).decode()
-    epsilon = show_epsilon(last["epsilon"], private)
-    numbers = [
-        (f"{100 * last['accuracy']:.1f} %", "test accuracy"),
-        (f"{100 * first['accuracy']:.1f} %", "before"),
-        (epsilon, "most exposed client"),
-        (f"{last['seconds']:.0f} s", f"{last['round']} of {settings['rounds']} rounds"),
-    ]
-    clients = [
-        (
-            c["client"], c["records"], f"{c['sample_rate']:.4f}", c["steps"], f"{c['noise_multiplier']:.3f}",
-            show_epsilon(books[str(c["client"])]["epsilon"], private), books[str(c["client"])]["nonfinite_samples"],
-        )
-        for c in plan["clients"]
-    ]  # fmt: skip
-    rounds = [
-        (
-            r["round"], f"{100 * r['accuracy']:.1f}", "–" if r["loss"] is None else f"{r['loss']:.3f}",
-            show_epsilon(r["epsilon"], private), ", ".join(map(str, r["clients"])) or "–", f"{r['bytes_sent']:,}",
-        )
-        for r in history
-    ]  # fmt: skip
-    guarantee = GUARANTEE.format(epsilon=epsilon, delta=settings["delta"]) + NOT_COVERED if private else NO_GUARANTEE
-    title = html.escape(f"{settings['method']} on {settings['dataset']}, {settings['clients']} clients")
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{STYLE}</style></head><body>
-<h1>{title}</h1>
-<div class="numbers">{"".join(f"<div><b>{html.escape(v)}</b>{html.escape(k)}</div>" for v, k in numbers)}</div>
-<p><img alt="accuracy and epsilon over rounds" src="data:image/png;base64,{picture}"></p>
-<h2>What is guaranteed</h2><p>{html.escape(guarantee.strip())}</p>
-<h2>Clients</h2>
-{_table(("client", "records", "sampling rate q", "private steps", "noise σ/C", "ε spent", "left out"), clients)}
-<h2>Rounds</h2>
-{_table(("round", "accuracy, %", "test loss", "largest ε", "clients", "bytes sent up"), rounds)}
-<h2>Settings</h2>
-{_table(("setting", "value"), [(k, "–" if v is None else v) for k, v in settings.items()])}
-<p>{html.escape(", ".join(f"{k} {v}" for k, v in about["versions"].items()))}</p>
-</body></html>
-"""
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def show_epsilon(epsilon: float | None, private: bool = True) -> str:
@@ -139,3 +141,13 @@ def show_epsilon(epsilon: float | None, private: bool = True) -> str:
     if epsilon is None:
         return "no ε"
     return f"ε = {math.ceil(100 * epsilon - 1e-9) / 100:.2f}"
+
+
+def table(caption: str, header: Sequence[str], rows: Iterable[Iterable[Any]], kind: str = "") -> str:
+    """A table in a box that scrolls by itself, also by keyboard."""
+    head = "".join(f'<th scope="col">{html.escape(h)}</th>' for h in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="wide" role="region" aria-label="{html.escape(caption)}" tabindex="0"><table class="{kind}">'
+        f"<caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )

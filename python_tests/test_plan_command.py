@@ -42,7 +42,7 @@ def refused(capsys, *args: str) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method, head", zip(METHODS, ["no", "yes", "yes", "no"]))
+@pytest.mark.parametrize("method, head", list(zip(METHODS, ["no", "yes", "yes", "no"])))
 def test_the_plan_is_what_the_run_then_does(world, tmp_path, capsys, method, head):
     settings = SMALL | {"model": world[0], "dataset": world[1], "train_head": head}
     plan = planned(capsys, *flags(settings), "--no-dry-run")

@@ -30,6 +30,7 @@ class Checkpoint:
     updates: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)  # as in metrics.jsonl, from round 0: before
     seconds: float = 0.0  # of all sessions so far
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)  # client -> what diagnostics.py says of its update
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -38,7 +39,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     for client, update in checkpoint.updates.items():
         tensors |= {f"update/{client}/{key}": value for key, value in update.items()}
     tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
-    rest = json.dumps({"round": checkpoint.round, "history": checkpoint.history, "seconds": checkpoint.seconds})
+    names = ("round", "history", "seconds", "notes")
+    rest = json.dumps({name: getattr(checkpoint, name) for name in names})
     write_atomic(folder / FILE, save(tensors, metadata={"lalora": rest, "sha256": _digest(tensors, rest)}))
 
 

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lalora_kernels.adapt import lora_factors, saved_modules
 from lalora_kernels.federated.config import Config
+from lalora_kernels.federated.diagnostics import Diagnostics
 from lalora_kernels.federated.methods import Method
 from lalora_kernels.models import Classifier
 from lalora_kernels.privacy.ledger import Ledger
@@ -86,6 +88,9 @@ class Client:
     ledger: Ledger
     noise: NoiseSource
     nonfinite_samples: int = 0  # not privatized; for the client's own eyes
+    max_grad_norm: float | None = None  # C of adaptive clipping at the end of its last round
+    public: dict[str, Any] = field(default_factory=dict)  # of the last round; see diagnostics.py
+    not_private: dict[str, Any] = field(default_factory=dict)
 
     def train_round(
         self,
@@ -106,14 +111,18 @@ class Client:
         optimizer, batches = self.private_step(classifier, method, config, round)
         try:
             optimizer.start_round(round)
+            watched = Diagnostics(optimizer)
             for batch in batches.steps(config.local_steps):
                 loss = classifier.loss(classifier.to_device(batch))
                 loss.backward()
-                optimizer.step()
+                watched.step()
                 optimizer.zero_grad()
                 on_step()
+            self.public, self.not_private = watched.public(), watched.not_private()
         finally:
             self.nonfinite_samples += optimizer.nonfinite_samples
+            if config.clipping == "adaptive":
+                self.max_grad_norm = optimizer.max_grad_norm
             optimizer.detach()
         return {key: value for key, value in get_state(classifier.model).items() if method.travels(key, round)}
 
@@ -121,7 +130,7 @@ class Client:
         self, classifier: Classifier, method: Method, config: Config, round: int
     ) -> tuple[PrivateOptimizer, PrivateLoader]:
         """``make_private`` over this client's records, σ, ledger and noise; raises as it does."""
-        model = classifier.model
+        model, adaptive = classifier.model, config.clipping == "adaptive"
         model.train()
         return make_private(
             model,
@@ -129,8 +138,9 @@ class Client:
             DataLoader(self.records, batch_size=config.batch_size, collate_fn=classifier.collate),
             method=method.schedule,
             smoothing=None if config.smoothing == "none" else config.smoothing,
-            clipping=config.clipping,
-            max_grad_norm=config.max_grad_norm,
+            clipping="flat" if adaptive else config.clipping,
+            max_grad_norm=config.max_grad_norm if self.max_grad_norm is None else self.max_grad_norm,
+            target_unclipped_quantile=config.target_unclipped_quantile if adaptive else None,
             noise_multiplier=self.noise_multiplier,
             expected_batch_size=config.batch_size,
             physical_batch_size=config.physical_batch_size,

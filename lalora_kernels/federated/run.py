@@ -17,6 +17,7 @@ from lalora_kernels.federated.checkpoint import FILE as CHECKPOINT
 from lalora_kernels.federated.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lalora_kernels.federated.client import Client, get_state, set_state
 from lalora_kernels.federated.config import Config, make_config
+from lalora_kernels.federated.diagnostics import NOT_PRIVATE
 from lalora_kernels.federated.guard import Outcome, Rules, refuse_lost_rounds
 from lalora_kernels.federated.lock import RunLock
 from lalora_kernels.federated.methods import get_method
@@ -169,13 +170,14 @@ class Run:
                 )
                 self._save_ledgers()  # what it cost, before what it bought
                 self.at.updates[i] = update
+                self.at.notes[str(i)] = {"public": self.clients[i].public, NOT_PRIVATE: self.clients[i].not_private}
                 self.at.seconds += time.monotonic() - began
                 began = time.monotonic()
                 save_checkpoint(self.folder, self.at)
             weights = {i: float(len(self.task.parts[i])) if config.average == "size" else 1.0 for i in self.at.updates}
             outcome = server.aggregate(number, self.at.updates, weights, len(chosen))
             sent = sum(map(update_bytes, self.at.updates.values()))
-            self.at = Checkpoint(number, server.state, {}, self.at.history, self.at.seconds)
+            self.at = Checkpoint(number, server.state, {}, self.at.history, self.at.seconds, self.at.notes)
             self._record(number, server, outcome, sent, time.monotonic() - began, watch)
             self._save()
             refuse_lost_rounds(self.at.history)
@@ -199,6 +201,7 @@ class Run:
         self.at.seconds += seconds + time.monotonic() - began
         epsilons = self.epsilons()
         known = [e for e in epsilons if e is not None]
+        notes, self.at.notes = self.at.notes, {}
         record = {
             "round": number,
             "accuracy": accuracy,
@@ -210,15 +213,27 @@ class Run:
             "moved": outcome.moved,
             "bytes_sent": sent,
             "seconds": round(self.at.seconds, 3),
+            "diagnostics": {client: note["public"] for client, note in notes.items()},
+            NOT_PRIVATE: {"clients": {client: note[NOT_PRIVATE] for client, note in notes.items()}},
         }
+        if not number:
+            record[NOT_PRIVATE]["labels"] = self._label_counts()
         self.at.history.append(record)
         watch.on_round(record)
+
+    def _label_counts(self) -> dict[str, Any]:
+        """How many records of each class every client holds."""
+        data, counts = self.task.data, {}
+        for client, part in zip(self.clients, self.task.parts):
+            counts[client.name] = torch.bincount(data.train.labels[part.tolist()], minlength=len(data.classes)).tolist()
+        return {"classes": data.classes, "clients": counts}
 
     def _save_ledgers(self) -> None:
         books = {
             c.name: {
                 "epsilon": epsilon,
                 "nonfinite_samples": c.nonfinite_samples,  # exact, so for the client's own eyes
+                "max_grad_norm": c.max_grad_norm,
                 "ledger": c.ledger.state_dict(),
                 "noise": c.noise.state_dict(),
             }
@@ -254,6 +269,8 @@ def _with_ledgers(task: Task, plan: Plan, folder: Path, books: Mapping[str, Any]
             client = _client(task, one, ledger, None)
             client.noise.load_state_dict(books["clients"][name]["noise"])
             client.nonfinite_samples = int(books["clients"][name]["nonfinite_samples"])
+            if (bound := books["clients"][name]["max_grad_norm"]) is not None:
+                client.max_grad_norm = float(bound)
             clients.append(client)
     except (ValueError, OverflowError) as error:  # a LedgerError is one
         raise BadInput(f"{folder / LEDGERS}: {error}") from error
