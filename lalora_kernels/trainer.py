@@ -1,0 +1,379 @@
+"""transformers' Trainer as a private one. Imports transformers and accelerate: not part of ``import lalora_kernels``.
+
+One batch of the Trainer's loop is one logical Poisson batch. ``training_step`` walks through its physical parts, so the
+loop's own accumulation, which counts batches, is not used; the Trainer's ``optimizer.step()`` releases.
+"""
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.utils import logging
+
+from lalora_kernels.nn import set_active
+from lalora_kernels.privacy.accountant import get_noise_multiplier
+from lalora_kernels.privacy.ledger import Ledger, LedgerError
+from lalora_kernels.privacy.make_private import make_private
+from lalora_kernels.privacy.optimizer import PrivateOptimizer
+from lalora_kernels.privacy.sampling import _count
+from lalora_kernels.trainer_batches import LogicalBatch, PrivateBatches
+from lalora_kernels.trainer_loss import logits_of, record_losses
+
+logger = logging.get_logger(__name__)
+LEDGER = "ledger.json"
+# What ``privacy`` may say to make_private; the rest follows from TrainingArguments.
+SETTINGS = set(
+    "method smoothing clipping noise_multiplier target_epsilon target_delta expected_batch_size noise backend check "
+    "target_unclipped_quantile clipbound_learning_rate min_clipbound max_clipbound unclipped_num_std".split()
+)
+LOSS_RTOL, TRIES = 1e-3, 8  # two ways to one number in float32; records to tell them apart by
+
+
+class PrivateTrainerMixin:
+    """Before ``Trainer`` (or ``Seq2SeqTrainer``) among a class's bases: training is private, all else is the Trainer's.
+
+    Args beside the Trainer's:
+        privacy: settings of ``make_private``: target_epsilon and target_delta (or noise_multiplier and target_delta),
+            method, smoothing, clipping, ... ``args.max_grad_norm`` is C; the number of steps is the Trainer's;
+            b = ``per_device_train_batch_size * gradient_accumulation_steps`` records are expected in a logical batch,
+            of which ``per_device_train_batch_size`` are computed at a time.
+
+    A record's loss is the cross-entropy of its own positions (trainer_loss.py), the model's own for regression and
+    multi-label targets, or ``compute_loss_func(outputs, labels, num_items_in_batch=None)``, a mean over records.
+    Every log holds ``epsilon``, spent so far at target_delta. Losses of the training records are logged as
+    ``loss_not_private``: the guarantee does not cover them. ``output_dir/ledger.json`` is written before every release,
+    and a copy with every checkpoint; a resumed run continues it under a fresh key.
+
+    Raises ValueError for what would make ε false or go unseen: fp16, several processes or devices, samplers of your
+    own or by length, DeepSpeed, FSDP, Liger kernels, auto_find_batch_size, optimizers that step in backward,
+    hyper-parameter search, a ledger of another run in ``output_dir``.
+    """
+
+    def __init__(self, *args, privacy: Mapping[str, Any], **kwargs):
+        _refuse_settings(privacy)
+        self._private: PrivateOptimizer | None = None
+        self._batches: PrivateBatches | None = None
+        self._resuming = self._said = self._loss_checked = self._shift = False
+        self._epsilon: tuple[int, float | None] | None = None
+        super().__init__(*args, **kwargs)
+        _refuse_arguments(self)
+        self.privacy = dict(privacy)
+        self.max_grad_norm = float(self.args.max_grad_norm)
+        b = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        self.expected_batch_size = self.privacy.pop("expected_batch_size", b)
+        # The loop sees one batch a step and clips nothing; Poisson draws have no order in which to skip.
+        self.args = copy.copy(self.args)
+        self.args.gradient_accumulation_steps, self.args.max_grad_norm, self.args.ignore_data_skip = 1, 0.0, True
+
+    # ---------------------------------------------------------------- data
+
+    def get_train_dataloader(self) -> PrivateBatches:
+        """The private loader in the Trainer's terms; accelerate does not prepare it."""
+        if self.train_dataset is None:
+            raise ValueError("Trainer: training requires a train_dataset.")
+        if self._batches is None:
+            dataset, collate = self.train_dataset, self.data_collator
+            _count(dataset)
+            if hasattr(dataset, "remove_columns"):
+                dataset = self._remove_unused_columns(dataset, description="Training")
+            else:
+                collate = self._get_collator_with_removed_columns(collate, description="Training")
+            a = self.args
+            data = DataLoader(
+                dataset,
+                batch_size=a.per_device_train_batch_size,
+                collate_fn=collate,
+                num_workers=a.dataloader_num_workers,
+                pin_memory=a.dataloader_pin_memory and torch.cuda.is_available(),
+                persistent_workers=a.dataloader_persistent_workers,
+                prefetch_factor=a.dataloader_prefetch_factor,
+            )
+            self._batches = PrivateBatches(data, self.expected_batch_size)
+        return self._batches
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """One logical batch, and no count of its tokens, which would make records depend on each other."""
+        return [batch for _, batch in zip(range(num_batches), epoch_iterator)], None
+
+    # ---------------------------------------------------------------- the private optimizer
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        self._resuming = resume_from_checkpoint is not None
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    @property
+    def ledger(self) -> Ledger:
+        """What this run has spent. Raises RuntimeError before ``train``."""
+        if self._private is None:
+            raise RuntimeError("there is no ledger before train()")
+        return self._private.ledger
+
+    def create_optimizer(self, model=None):
+        """The Trainer's optimizer, or yours, made private."""
+        if self._private is not None:
+            return self.optimizer
+        set_active(self.model, "AB")
+        plain = super().create_optimizer(model)
+        ledger = self._open_ledger()
+        sigma = self._noise_multiplier(ledger)
+        rest = {k: v for k, v in self.privacy.items() if k not in ("noise_multiplier", "target_epsilon")}
+        self._private, loader = make_private(
+            self.model,
+            plain,
+            self._batches.data,
+            noise_multiplier=sigma,
+            max_grad_norm=self.max_grad_norm,
+            expected_batch_size=self.expected_batch_size,
+            physical_batch_size=self.args.per_device_train_batch_size,
+            ledger=ledger,
+            **rest,
+        )
+        if ledger.entries:
+            last = ledger.entries[-1]
+            self._private.engine.noise.load_state_dict({"next_release": last.first_release + last.count})
+        self._batches.bind(loader)
+        charge = self._private.engine.charge
+
+        def charge_and_write() -> None:
+            charge()
+            ledger.save(Path(self.args.output_dir, LEDGER))
+
+        self._private.engine.charge = charge_and_write
+        self.optimizer = self._private
+        return self.optimizer
+
+    def _open_ledger(self) -> Ledger:
+        path, budget = Path(self.args.output_dir, LEDGER), self.privacy.get("target_epsilon")
+        if not self._resuming:
+            if path.exists():
+                raise ValueError(
+                    f"{path} is the ledger of another run, which this one would replace; resume that run with "
+                    f"train(resume_from_checkpoint=True), or give another output_dir"
+                )
+            return Ledger(target_epsilon=budget, target_delta=self.privacy["target_delta"])
+        ledger = Ledger.load(path)
+        stored, asked = (ledger.target_epsilon, ledger.target_delta), (budget, self.privacy["target_delta"])
+        if stored != asked:
+            raise ValueError(f"{path} has the budget {stored} and privacy says {asked}; resume with the stored one")
+        return ledger
+
+    def _noise_multiplier(self, ledger: Ledger) -> float:
+        """σ for all steps; after a resume that lost steps, or with another number of steps, for what is left."""
+        given, target = self.privacy.get("noise_multiplier"), self.privacy.get("target_epsilon")
+        if given is not None:
+            return given
+        q = self.expected_batch_size / len(self._batches.dataset)
+        question = {"target_epsilon": target, "target_delta": self.privacy["target_delta"], "sample_rate": q}
+        steps, done = self.state.max_steps, self.state.global_step
+        sigma = get_noise_multiplier(steps=steps, **question)
+        if ledger.entries and ledger.releases != ((sigma, q, done),):
+            sigma = get_noise_multiplier(steps=max(steps - done, 1), history=ledger.releases, **question)
+        return sigma
+
+    # ---------------------------------------------------------------- a step
+
+    def training_step(self, model: nn.Module, inputs: LogicalBatch, num_items_in_batch=None) -> Tensor:
+        """Forward and backward of every physical part; the last part's clipping is left to ``optimizer.step``."""
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        records = 0
+        for batch, info in inputs:
+            batch = self._prepare_inputs(batch)
+            if info.valid and not self._loss_checked:
+                self._check_loss(model, batch)
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, batch)
+            self.accelerator.backward(loss)
+            if info.valid:
+                total += loss.detach() * info.valid
+                records += info.valid
+            if not info.last:
+                self._private.step()
+        return total / max(records, 1)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """In training the mean over records of each one's own loss; in evaluation the Trainer's."""
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        if not model.training or self._private is None or self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if labels is None:
+            raise ValueError(
+                "the batch has no 'labels', and what else a loss is made of may tie records together; pass "
+                "compute_loss_func=..., the mean over records of each record's own loss"
+            )
+        given = inputs if self._keeps_labels(labels) else {k: v for k, v in inputs.items() if k != "labels"}
+        outputs = model(**given)
+        if self._own_loss(labels, logits_of(outputs)):
+            loss = outputs["loss"]
+        else:
+            loss = record_losses(
+                logits_of(outputs),
+                labels,
+                shift=self._shift,
+                label_smoothing=self.args.label_smoothing_factor,
+            ).mean()
+        return (loss, outputs) if return_outputs else loss
+
+    def _keeps_labels(self, labels: Tensor) -> bool:
+        config = getattr(self.model, "config", None)
+        encoder_decoder = getattr(config, "is_encoder_decoder", False)  # makes the decoder's inputs of them
+        return encoder_decoder or labels.is_floating_point() or getattr(config, "num_labels", None) == 1
+
+    @staticmethod
+    def _own_loss(labels: Tensor, logits: Tensor) -> bool:
+        """Regression and multi-label targets: the model's own is a mean over records already."""
+        return labels.is_floating_point() or (labels.dim() == 1 and logits.shape[-1] == 1)
+
+    @torch.no_grad()
+    def _check_loss(self, model: nn.Module, batch: Any) -> None:
+        """See by single records whether the model's own loss is the cross-entropy taken here, and whether it shifts.
+
+        Raises ValueError where it is not.
+        """
+        if getattr(getattr(self.model, "config", None), "output_router_logits", False):
+            raise ValueError("output_router_logits adds a loss that ties a batch's tokens together; set it to False")
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if self.compute_loss_func is not None or labels is None:
+            self._loss_checked = True
+            return
+        model.eval()
+        for i in range(min(len(labels), TRIES)):
+            record = {k: v[i : i + 1] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
+            with self.compute_loss_context_manager():
+                outputs = model(**record)
+            own = outputs.get("loss") if isinstance(outputs, Mapping) else None
+            if own is not None and self._own_loss(labels, logits_of(outputs)):
+                self._loss_checked = True
+                break
+            if own is not None and not own.isfinite():
+                continue  # a record without a label that counts
+            ours = [float(record_losses(logits_of(outputs), record["labels"], shift=shift)) for shift in (False, True)]
+            fits = [own is not None and abs(x - float(own)) <= LOSS_RTOL * abs(float(own)) + 1e-6 for x in ours]
+            if not any(fits):
+                raise ValueError(
+                    f"the model's own loss of one record is {own} and the cross-entropy of its logits {ours[0]:.6g} "
+                    f"({ours[1]:.6g} with labels shifted), so it computes something else; pass compute_loss_func=..., "
+                    f"the mean over records of each record's own loss"
+                )
+            if labels.dim() == 1 or fits[0] != fits[1]:
+                self._shift, self._loss_checked = fits[1], True
+                break
+        model.train()
+
+    def _clip_grad_norm(self, model) -> None:
+        return None  # the engine clips, each record's; a norm of the batch's gradient would not be private
+
+    def _get_grad_norm(self, model, grad_norm=None) -> None:
+        return None
+
+    def floating_point_ops(self, inputs) -> int:
+        """0: the number of a batch's tokens is private."""
+        return 0
+
+    # ---------------------------------------------------------------- logs and checkpoints
+
+    def get_epsilon(self) -> float | None:
+        """ε spent so far at target_delta; None where none can be claimed (a fixed noise key)."""
+        ledger = self.ledger
+        if self._epsilon is None or self._epsilon[0] != ledger.steps:
+            try:
+                self._epsilon = ledger.steps, ledger.epsilon()
+            except LedgerError as error:
+                logger.warning_once(str(error))
+                self._epsilon = ledger.steps, None
+        return self._epsilon[1]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's, with ``epsilon`` beside what training logs, and its losses named for what they are."""
+        if self._private is not None and ("loss" in logs or "train_loss" in logs):
+            for name in ("loss", "train_loss"):
+                if name in logs:
+                    logs[f"{name}_not_private"] = logs.pop(name)
+            epsilon = self.get_epsilon()
+            if epsilon is not None:
+                logs["epsilon"] = epsilon
+            if not self._said:
+                self._said = True
+                logger.warning(
+                    "loss_not_private is computed from the private records without noise: the guarantee does not "
+                    "cover it, so do not publish it."
+                )
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        # The ledger first: weights are never there without what they cost.
+        self._write_ledger(os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
+        super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's, with the ledger beside the weights."""
+        self._write_ledger(self.args.output_dir if output_dir is None else output_dir)
+        super().save_model(output_dir, _internal_call)
+
+    def _write_ledger(self, folder: str) -> None:
+        if self._private is not None:
+            os.makedirs(folder, exist_ok=True)
+            self.ledger.save(Path(folder, LEDGER))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            if not Path(checkpoint, "optimizer.pt").is_file():
+                raise ValueError(
+                    f"{checkpoint} holds no optimizer.pt, so where its training stood is unknown; resume from a "
+                    f"checkpoint saved without save_only_model"
+                )
+            self.ledger.load_state_dict(Ledger.load(Path(checkpoint, LEDGER)).state_dict())
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def hyperparameter_search(self, *args, **kwargs):
+        """Refused: every trial would spend a budget of its own on the same records."""
+        raise ValueError("every trial of a search spends ε on the same records; search on public data with Trainer")
+
+
+class PrivateTrainer(PrivateTrainerMixin, Trainer):
+    """``transformers.Trainer`` that trains privately; see ``PrivateTrainerMixin``."""
+
+
+def _refuse_settings(privacy: Mapping[str, Any]) -> None:
+    if unknown := sorted(set(privacy) - SETTINGS):
+        raise ValueError(
+            f"privacy holds {', '.join(unknown)}, which it does not know or which follow from TrainingArguments; "
+            f"known: {', '.join(sorted(SETTINGS))}"
+        )
+    if privacy.get("target_delta") is None:
+        raise ValueError("privacy needs target_delta, at which ε is logged")
+    if (privacy.get("target_epsilon") is None) == (privacy.get("noise_multiplier") is None):
+        raise ValueError("privacy holds either target_epsilon or noise_multiplier")
+
+
+def _refuse_arguments(trainer: Trainer) -> None:
+    a = trainer.args
+    optim = str(getattr(a.optim, "value", a.optim))
+    reasons = {
+        "fp16 scales the loss by what overflowed before; use bf16=True": a.fp16,
+        "nn.DataParallel splits batches over devices; make one device visible": a.n_gpu > 1,
+        "several processes are for a loop of your own with DistributedDataParallel": a.world_size > 1,
+        "deepspeed shards what per-sample gradients need whole": a.deepspeed or trainer.is_deepspeed_enabled,
+        "fsdp shards what per-sample gradients need whole": a.fsdp or trainer.is_fsdp_enabled,
+        "parallelism_config shards what per-sample gradients need whole": a.parallelism_config is not None,
+        f"train_sampling_strategy={a.train_sampling_strategy!r} picks records by another rule than Poisson sampling; "
+        f"leave it at 'random'": a.train_sampling_strategy != "random",
+        "use_liger_kernel replaces forwards and takes a mean over a batch's tokens": a.use_liger_kernel,
+        "auto_find_batch_size starts over after a step was charged; set per_device_train_batch_size lower, and "
+        "gradient_accumulation_steps higher": a.auto_find_batch_size,
+        "include_num_input_tokens_seen counts the tokens of private batches": a.include_num_input_tokens_seen != "no",
+        f"optim={optim!r} steps within backward, before anything is clipped": any(
+            word in optim for word in ("lomo", "layerwise")
+        ),
+        "model_init starts over while the ledger goes on; pass model": trainer.model_init is not None,
+        "the optimizer is private already; pass the plain one": isinstance(trainer.optimizer, PrivateOptimizer),
+        "max_grad_norm is C, and above 0": not a.max_grad_norm > 0,
+    }
+    if found := [reason for reason, applies in reasons.items() if applies]:
+        raise ValueError("PrivateTrainer: " + "; ".join(found))
