@@ -1,6 +1,7 @@
 """The Triton kernels in Triton's interpreter, on every case of cases.py, against the reference in float64."""
 
 import os
+import sys
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are decorated
 
@@ -192,6 +193,31 @@ def test_a_table_is_built_once_for_a_set_of_tensors(monkeypatch):
     for _ in range(2 * segments.KEPT):
         triton_ops.clip_reduce(G, torch.zeros(1, 3), [torch.zeros(8, 2)])
     assert len(segments._tables) <= segments.KEPT
+
+
+def test_float32_products_take_tf32_only_where_torchs_own_may(monkeypatch):
+    matmul = torch.backends.cuda.matmul
+    before, seen = matmul.allow_tf32, []
+
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda *_, PRECISION, **__: seen.append(PRECISION)
+
+    monkeypatch.setattr(sys.modules["lalora_kernels.triton_ops.sample_grad"], "sample_grad_kernel", Launch())
+    try:
+        for allowed in (False, True):
+            matmul.allow_tf32 = allowed
+            triton_ops.sample_grad(torch.ones(1, 3, 4), torch.ones(4, 2), 1.0, h=torch.ones(1, 3, 2))
+        monkeypatch.setattr(torch.version, "hip", "6.2")
+        assert common.precision() == "ieee"
+        monkeypatch.setattr(torch.version, "hip", None)
+        if hasattr(matmul, "fp32_precision"):  # which forbids to read allow_tf32 from then on
+            for setting in ("ieee", "tf32"):
+                matmul.fp32_precision = setting
+                assert common.precision() == setting
+    finally:
+        matmul.allow_tf32 = before
+    assert seen == ["ieee", "tf32"]
 
 
 def test_configurations_are_timed_only_on_request(monkeypatch):

@@ -25,7 +25,11 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 def precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """Of float32 products: tf32 only where torch's own may be, and never on AMD, whose compiler may not know it."""
+    matmul = torch.backends.cuda.matmul
+    # Newer torch refuses to read allow_tf32 once somebody has set fp32_precision.
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed and not torch.version.hip else "ieee"
 
 
 class Chip(NamedTuple):

@@ -181,8 +181,13 @@ def rank_block(r: int) -> int:
 def configs(chip_arch: int, itemsize: int, rb: int, two_sums: bool = False) -> tuple[Config, ...]:
     """The first is the default. ``two_sums``: the float16 case of ``fma_thin``, which holds twice the registers."""
     if itemsize == 4:
-        features = max(32, min(128, 2048 // rb))
-        return Config(features, 32, 8, 2), Config(features, 32, 4, 2), Config(features // 2, 32, 4, 2)
+        features, positions = max(32, min(128, 2048 // rb)), 32 if rb < 256 else 16
+        stages = 3 if chip_arch >= 90 else 2
+        return (
+            Config(features, positions, 8, stages),
+            Config(features, positions, 4, 2),
+            Config(max(16, features // 2), positions, 4, 2),
+        )
     features = max(64, min(256, (8192 if two_sums or chip_arch < 90 else 16384) // rb))
     stages = 2 if chip_arch >= 90 else 3
     return (
@@ -280,6 +285,8 @@ def _gradient(kind: str, given: Tensor | None, accumulate: bool, wide: Tensor, t
     if out.numel():
         two_sums = kind == "A" and wide.dtype == HALF
         choices = configs(chip(wide.device).arch, wide.element_size(), rank_block(r), two_sums)
+        if kind == "A" and wide.element_size() == 2 and rank_block(r) >= 256:
+            choices = Config(32, 32, 8, 2), *choices  # dz in two halves fills the registers
         key = ("sample_grad", kind, chip(wide.device), wide.dtype, N, T, F, r, *(z is None for z in dz))
         config = pick(key, choices, lambda c: thin_gradient(c, wide, thin, scale, torch.empty_like(G), False, *dz))
         sq = thin_gradient(config, wide, thin, scale, G, accumulate and given is not None, *dz)
