@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lalora_kernels import functional
-from lalora_kernels.nn import Adapted
+from lalora_kernels.nn import Adapted, submodules
 from lalora_kernels.privacy.clipping import clip_weights, tensor_bound
 from lalora_kernels.privacy.distributed import Group, quiet_ddp
 from lalora_kernels.privacy.nonfinite import NonfiniteCount
@@ -174,6 +174,9 @@ class Engine:
         for s in (*self.sites, *self.recorders):
             s.verify()
         known = {s.param for s in self.sites}
+        parameters = (p for m in submodules(self.model) for p in m._parameters.values())
+        if all(p is None or not p.requires_grad or p in known for p in parameters):
+            return
         for name, p in self.model.named_parameters():
             if p.requires_grad and p not in known:
                 raise RuntimeError(
@@ -182,7 +185,8 @@ class Engine:
                 )
 
     def _refuse_foreign(self, p: nn.Parameter, name: str) -> None:
-        if p.grad is not None and not isinstance(p.grad, NotYet):  # None: what a private layer's own backward hands to autograd
+        # None: what a private layer's own backward hands to autograd.
+        if p.grad is not None and not isinstance(p.grad, NotYet):
             raise RuntimeError(foreign(name))
 
     def check_input(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
