@@ -62,7 +62,8 @@ FLAGS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         ("epsilon", "budget of each client over the whole run; inf: no noise and no guarantee"),
         ("delta", "the δ that goes with it"),
         ("clipping", "how one record's gradient is bounded"),
-        ("max_grad_norm", "that bound, C"),
+        ("max_grad_norm", "that bound, C; adaptive clipping starts from it"),
+        ("target_unclipped_quantile", "adaptive clipping: share of the records that C shall leave as they are"),
     )),
     ("optimization", (
         ("batch_size", "expected size of a private batch (b); each record joins with probability b / records"),

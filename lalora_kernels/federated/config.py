@@ -20,7 +20,7 @@ from lalora_kernels.privacy.clipping import CLIPPING
 CHOICES = {
     "method": tuple(METHODS),
     "smoothing": ("binomial5", "none"),
-    "clipping": tuple(CLIPPING),
+    "clipping": (*CLIPPING, "adaptive"),
     "partition": ("dirichlet", "iid"),
     "average": ("uniform", "size"),
     "aggregator": ("mean", "median", "trimmed_mean"),
@@ -44,6 +44,7 @@ RANGES = {
     "epsilon": (0, math.inf, False),
     "delta": (0, 1, False),
     "max_grad_norm": (0, math.inf, False),
+    "target_unclipped_quantile": (0, 1, True),
     "lr": (0, math.inf, False),
     "lr_b_ratio": (0, math.inf, False),
     "momentum": (0, 1, True),
@@ -100,6 +101,7 @@ class Config:
     delta: float = 1e-5
     clipping: str = "flat"
     max_grad_norm: float = 1.0
+    target_unclipped_quantile: float = 0.5  # of adaptive clipping
     # optimization
     batch_size: int = 64
     physical_batch_size: int | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lalora_kernels.nn import factor_of
 from lalora_kernels.schedule import Schedule, get_schedule
 
 Update = Mapping[str, Tensor]
@@ -68,8 +69,8 @@ class Method:
 
     def travels(self, key: str, round: int) -> bool:
         """Whether the tensor named ``key`` travels in this round: one of its factors, or no factor (a head, a norm)."""
-        factor = key.rpartition(".lora_")[2] if ".lora_" in key else ""
-        return factor in self.factors(round) if factor in ("A", "B") else True
+        factor = factor_of(key)
+        return True if factor is None else factor in self.factors(round)
 
 
 # FFA-LoRA: A is drawn once, from the public seed, so every client starts from the same A and never moves it.
