@@ -11,11 +11,14 @@ import torch
 from dp_accounting import GaussianDpEvent
 from dp_accounting.pld import PLDAccountant
 from scipy import stats
+from small import digits_npz, vit_folder
 from tolerances import EPSILON_GRID, KS_ACCEPT
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lalora_kernels import functional
+from lalora_kernels.federated.config import make_config
+from lalora_kernels.federated.run import Run, Watch, prepare
 from lalora_kernels.nn import LoRALinear
 from lalora_kernels.privacy.adaptive import AdaptiveClipping
 from lalora_kernels.privacy.checks import single_sample_gradients
@@ -257,3 +260,43 @@ def test_the_bound_stays_within_its_ends():
             max_clipbound=2.0,
         )  # fmt: skip
         assert train(model, opt, loader, 2)[-1] == end
+
+
+class Stopped(KeyboardInterrupt):
+    pass
+
+
+def test_a_federated_run_adapts_C_pays_for_it_and_goes_on_with_it(tmp_path):
+    """A client's C follows its norms from round to round and over a resume; the ledger holds sum and count."""
+    config = make_config({
+        "model": vit_folder(tmp_path / "vit"), "dataset": digits_npz(tmp_path / "d.npz", 60, 30), "clients": 1,
+        "fraction": 1.0, "rounds": 2, "local_steps": 2, "rank": 2, "batch_size": 8, "partition": "iid", "epsilon": 8.0,
+        "delta": 1e-4, "lr": 0.1, "device": "cpu", "clipping": "adaptive", "max_grad_norm": 30.0,
+        "target_unclipped_quantile": 0.2,
+    })  # fmt: skip
+    run = Run.start(prepare(config), tmp_path / "run")
+    sigma = run.plan.clients[0].noise_multiplier
+    both = (sigma**-2 - (2 * max(8 / 20, 2 * sigma)) ** -2) ** -0.5  # with a count of that deviation it costs sigma
+    steps, bounds, original = [0], [30.0], AdaptiveClipping.release
+
+    def count():
+        steps[0] += 1
+        if steps[0] == 3:  # in the second round
+            raise Stopped
+
+    def release(self, engine, number):
+        assert engine.max_grad_norm == bounds[-1]
+        assert engine.noise_std == pytest.approx(both * bounds[-1], rel=1e-9) and both > 1.01 * sigma
+        original(self, engine, number)
+        bounds.append(engine.max_grad_norm)
+
+    with mock.patch.object(AdaptiveClipping, "release", release):
+        with pytest.raises(Stopped):
+            run.train(Watch(on_step=count))
+        del bounds[3:]  # the second round is made again, from where the first one ended
+        run = Run.resume(tmp_path / "run")
+        run.train()
+    assert len(set(bounds)) == 5 and run.clients[0].max_grad_norm == bounds[-1]
+    (entry,) = run.clients[0].ledger.entries
+    assert (entry.clipping, entry.max_grad_norm, entry.noise_multiplier) == ("flat, adaptive", None, sigma)
+    assert entry.count == 4 and run.clients[0].ledger.epsilon(1e-4) <= 8.0

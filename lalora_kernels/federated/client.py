@@ -14,6 +14,7 @@ from lalora_kernels.federated.config import Config
 from lalora_kernels.federated.diagnostics import Diagnostics
 from lalora_kernels.federated.methods import Method
 from lalora_kernels.models import Classifier
+from lalora_kernels.nn import factor_of
 from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.privacy.make_private import make_private
 from lalora_kernels.privacy.noise import NoiseSource
@@ -50,8 +51,8 @@ def set_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def make_optimizer(model: nn.Module, config: Config, lr: float) -> torch.optim.Optimizer:
     """A plain torch optimizer over all that trains; B's learning rate is ``lr_b_ratio`` times ``lr``."""
     tensors = trainable_tensors(model)
-    b = [p for key, p in tensors.items() if key.endswith("lora_B")]
-    rest = [p for key, p in tensors.items() if not key.endswith("lora_B")]
+    b = [p for key, p in tensors.items() if factor_of(key) == "B"]
+    rest = [p for key, p in tensors.items() if factor_of(key) != "B"]
     groups = [{"params": rest}, {"params": b, "lr": lr * config.lr_b_ratio}]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, weight_decay=config.weight_decay)

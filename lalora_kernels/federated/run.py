@@ -269,7 +269,7 @@ def _with_ledgers(task: Task, plan: Plan, folder: Path, books: Mapping[str, Any]
             client = _client(task, one, ledger, None)
             client.noise.load_state_dict(books["clients"][name]["noise"])
             client.nonfinite_samples = int(books["clients"][name]["nonfinite_samples"])
-            if (bound := books["clients"][name]["max_grad_norm"]) is not None:
+            if (bound := books["clients"][name].get("max_grad_norm")) is not None:
                 client.max_grad_norm = float(bound)
             clients.append(client)
     except (ValueError, OverflowError) as error:  # a LedgerError is one
