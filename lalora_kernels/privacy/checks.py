@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lalora_kernels.nn import lora_layers, set_active
+from lalora_kernels.nn import factor_parameters, set_active
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.recorders import Site
 from lalora_kernels.privacy.sampling import BatchInfo
@@ -43,15 +43,15 @@ def _leaves(tree: Any) -> list[Tensor]:
 
 
 def _double(model: nn.Module) -> nn.Module:
-    """A float64 copy in eval mode whose B factors are not zero, so that A's gradient is not zero either."""
+    """A float64 copy in eval mode whose factors are not zero, so that no factor's gradient is."""
     twin = copy.deepcopy(model).double().eval()
     for (_, m), (_, t) in zip(model.named_modules(), twin.named_modules()):
         if isinstance(m, nn.modules.batchnorm._NormBase):
             t.train(m.training)
     generator = torch.Generator().manual_seed(0)
-    for _, layer in lora_layers(twin):
-        noise = torch.randn(layer.lora_B.shape, generator=generator, dtype=torch.float64)
-        layer.lora_B.data.add_(0.1 * noise.to(layer.lora_B.device))
+    for _, p in factor_parameters(twin):
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        p.data.add_(0.1 * noise.to(p.device))
     return twin
 
 
@@ -131,8 +131,7 @@ def check_per_sample(
     if rows < 2:
         raise ValueError("check_per_sample needs two records or more; one cannot show mixing")
     twin = _double(model)
-    if any(True for _ in lora_layers(twin)):
-        set_active(twin, factors)
+    set_active(twin, factors)
     culprit = _first_mixing_module(twin, batch, loss, rows)
     if culprit is not None:
         raise ValueError(
