@@ -33,22 +33,20 @@ class Diagnostics:
     def step(self) -> None:
         """One physical batch's share of a private step. Nothing is copied from the device before the round's end."""
         engine = self.optimizer.engine
-        batch = engine.batch
+        batch, C, noise_std = engine.batch, engine.max_grad_norm, engine.noise_std  # adaptive clipping moves them
         self.optimizer.step()
-        if batch is None:
-            return  # the step raises where that is an error
         sq = engine.sq[:, : batch.valid] * engine.grad_scale**2
-        bound = tensor_bound(engine.clipping, engine.max_grad_norm, len(engine.active))
+        bound = tensor_bound(engine.clipping, C, len(engine.active))
         norms = sq.sum(0).sqrt()
-        self.norms.append(norms / engine.max_grad_norm)
+        self.norms.append(norms / C)
         per_tensor = engine.clipping == "per_layer"
         self.clipped.append((sq.amax(0).sqrt() if per_tensor else norms) > bound)
-        if batch.last and engine.noise_std:
+        if batch.last and noise_std:
             grads = [site.param.grad for site in engine.active]
             norm = torch.stack([grad.double().norm() for grad in grads]).norm() * engine.divisor
             alone = sum(noise_variance(site.param.shape, site.smooth_dim if engine.smoothing else None)
                         for site in engine.active)  # fmt: skip
-            self.released.append(norm / (engine.noise_std * math.sqrt(alone)))
+            self.released.append(norm / (noise_std * math.sqrt(alone)))
 
     def public(self) -> dict[str, Any]:
         """{"released": quantiles over the round's steps of ||released gradient|| / that of noise alone}; {} without
