@@ -22,7 +22,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
-from safetensors.torch import save
+from safetensors.torch import load, save
 from small import digits_npz
 from torch import nn
 
@@ -219,6 +219,7 @@ def a_model() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential()
     model.fc1, model.fc2 = nn.Linear(4, 3), nn.Linear(3, 2)
+    model.words, model.conv = nn.Embedding(5, 4), nn.Conv2d(2, 3, 2)
     return model
 
 
@@ -226,7 +227,7 @@ def a_model() -> nn.Module:
 def an_adapter() -> tuple[bytes, dict]:
     folder = Path(tempfile.mkdtemp())
     model = a_model()
-    adapt(model, r=2, target_modules=["fc1"], modules_to_save=["fc2"], verbose=False)
+    adapt(model, r=2, target_modules=["fc1", "words", "conv"], modules_to_save=["fc2"], verbose=False)
     save_adapter(model, folder)
     weights = (folder / "adapter_model.safetensors").read_bytes()
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -235,12 +236,29 @@ def an_adapter() -> tuple[bytes, dict]:
 
 
 @st.composite
+def changed_tensors(draw, weights: bytes) -> bytes:
+    """A whole file whose tensors have other names, sizes or types, or are missing."""
+    tensors = load(weights)
+    for key in draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=3, unique=True)):
+        t = tensors.pop(key)
+        layer, _, end = key.rpartition(".lora_")
+        ends = [end, "A", "A.weight", "B.weight", "embedding_A", "embedding_B", "magnitude_vector"]
+        name = draw(st.sampled_from([None, key, f"{layer}.base_layer.weight", *(f"{layer}.lora_{e}" for e in ends)]))
+        if name is not None:
+            shape = draw(st.sampled_from([t.shape, (), (0,), t.shape[::-1], (*t.shape, 1), (5, 4)]))
+            tensors[name] = torch.zeros(shape, dtype=draw(st.sampled_from([t.dtype, torch.int64, torch.bfloat16])))
+    return save(tensors)
+
+
+@st.composite
 def adapter_files(draw):
     weights, config = an_adapter()
-    which = draw(st.sampled_from(["weights", "config", "config", "both"]))
-    if which != "config":
+    which = draw(st.sampled_from(["weights", "tensors", "config", "config", "both"]))
+    if which == "tensors":
+        weights = draw(changed_tensors(weights))
+    elif which != "config":
         weights = draw(changed_bytes(weights))
-    if which != "weights":
+    if which in ("config", "both"):
         config = draw(changed_json(config) | changed_bytes(json.dumps(config).encode()))
     return weights, config
 
