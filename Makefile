@@ -5,7 +5,7 @@ JOBS   ?= 2
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 BUILD  := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: train test table bench lint audit planted fuzz kill-test docs dist clean
+.PHONY: train test table bench lint audit planted sanitize fuzz kill-test docs dist clean
 
 train: $(VENV)/.train
 	$(VENV)/bin/lalora train $(ARGS)
@@ -28,6 +28,11 @@ audit: $(VENV)/.test
 # Faults planted in copies of the package, one at a time, and the test that catches each (a quarter of an hour).
 planted: $(VENV)/.test
 	cd python_tests && $(CURDIR)/$(VENV)/bin/python -m planted --out ../bench/results/planted-cpu.md $(ARGS)
+
+# The CPU kernels' tests under AddressSanitizer with UBSan, then under ThreadSanitizer (minutes; ARGS=--plant: each build
+# finds a fault put into its source).
+sanitize: $(VENV)/.test
+	$(VENV)/bin/python python_tests/sanitize.py $(ARGS)
 
 # Every file reader and every operation on what nobody would pass, for so many minutes.
 FUZZ_MINUTES ?= 10

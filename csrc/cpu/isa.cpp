@@ -5,6 +5,7 @@
 #include <new>
 
 #include "scratch.h"
+#include "tsan.h"
 
 namespace lalora {
 
