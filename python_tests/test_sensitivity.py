@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lalora_kernels import functional
-from lalora_kernels.nn import LoRALinear
+from lalora_kernels.nn import LoRAConv2d, LoRAEmbedding, LoRALinear
 from lalora_kernels.privacy.make_private import make_private
 from lalora_kernels.privacy.noise import NoiseSource
 
@@ -24,25 +24,30 @@ TOKENS = 5
 
 
 class Net(nn.Module):
-    """Adapters, LayerNorm, a head and an embedding; its loss is linear in the output, so that each record's gradient
-    has the scale that the record says."""
+    """Adapters of all kinds, LayerNorm, a head and an embedding that is read in two places; its loss is linear in the
+    output, so that each record's gradient has the scale that the record says."""
 
     def __init__(self):
         super().__init__()
-        self.embedding = nn.Embedding(TOKENS, 6)
+        self.embedding, self.again = nn.Embedding(TOKENS, 6), nn.Embedding(TOKENS, 6)
+        self.again.weight = self.embedding.weight
+        self.words = LoRAEmbedding(TOKENS, 6, r=2, lora_alpha=3)
+        self.conv = LoRAConv2d(6, 6, (1, 3), padding="same", r=2, lora_alpha=3)
         self.fc1 = LoRALinear.from_linear(nn.Linear(6, 5), r=2, lora_alpha=4)
         self.norm = nn.LayerNorm(5)
         self.fc2 = LoRALinear.from_linear(nn.Linear(5, 4), r=3, lora_alpha=3)
         self.head = nn.Linear(4, 3)
 
     def forward(self, x, ids):
-        return self.head(self.fc2(self.norm(self.fc1(x + self.embedding(ids)))) + x[..., :4])
+        words = self.embedding(ids) + self.again(ids.flip(1)) + self.words(ids)
+        near = self.conv((x + words).transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
+        return self.head(self.fc2(self.norm(self.fc1(near))) + x[..., :4])
 
 
 def net(dtype: torch.dtype) -> Net:
     torch.manual_seed(0)
     model = Net()
-    for layer in (model.fc1, model.fc2):
+    for layer in (model.words, model.conv, model.fc1, model.fc2):
         nn.init.normal_(layer.lora_B)
     for part in (model.embedding, model.norm, model.head):
         part.requires_grad_(True)
@@ -273,7 +278,7 @@ def test_noise_and_sums_are_float32_where_parameters_are_bfloat16():
     expected = sigma * 10.0 * torch.cat([
         functional.chacha20_normal(p.numel(), key=KEY, release=0, tensor_index=index).double()
         for index, (name, p) in enumerate(trained)
-        if not name.endswith("lora_A")
+        if not name.endswith("_A")
     ])  # fmt: skip
     torch.testing.assert_close(noisy - many, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
