@@ -5,7 +5,7 @@ JOBS   ?= 2
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 BUILD  := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: train test table bench lint audit planted sanitize fuzz kill-test docs dist clean
+.PHONY: train test table bench gpu-compile lint audit planted sanitize fuzz kill-test docs dist clean
 
 train: $(VENV)/.train
 	$(VENV)/bin/lalora train $(ARGS)
@@ -20,6 +20,10 @@ table: $(VENV)/.train
 
 bench: $(VENV)/.test
 	$(VENV)/bin/python -m pytest bench $(ARGS)
+
+# Every GPU kernel compiled for sm_80 and sm_90, without a card: registers, spills, kinds of instructions.
+gpu-compile: $(VENV)/.test
+	$(VENV)/bin/python bench/gpu_compile.py --write bench/results $(ARGS)
 
 # Attacks on the private step, at full size (minutes).
 audit: $(VENV)/.test
