@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lalora_kernels.nn import LoRALayer, LoRALinear, lora_layers
-from lalora_kernels.targets import lora_class, modules_by_name, refusal, resolve_saved, resolve_targets
+from lalora_kernels.targets import (
+    fused_projections,
+    lora_class,
+    modules_by_name,
+    refusal,
+    resolve_saved,
+    resolve_targets,
+)
 
 SAVED = "_saved_with_adapter"  # set on every module of modules_to_save; saved_modules() reads it
 
@@ -21,6 +28,7 @@ def adapt(
     use_rslora: bool = False,
     target_modules: str | Iterable[str] = "qv",
     modules_to_save: str | Iterable[str] | None = None,
+    fused: str = "qkv",
     verbose: bool = True,
 ) -> nn.Module:
     """Swap layers for LoRA layers in place, freeze everything else, and return the same model.
@@ -30,7 +38,9 @@ def adapt(
     output head; any other string a regular expression that matches the whole name. ``"qv"`` is the query and value
     projections by the names that this model's family gives them. ``modules_to_save``, a list of such names, stay
     trainable as they are and are saved with the adapter; nothing inside them is adapted. A layer that is reachable
-    under two names becomes one LoRA layer in both places. ``verbose`` prints what was done.
+    under two names becomes one LoRA layer in both places. ``fused`` says what is adapted of a fused projection (timm's
+    qkv, GPT-2's c_attn): all of it, as PEFT does, or with "qv" its query and value outputs; B's rows for the keys then
+    stay zero, also in the file, so PEFT loads the same function. ``verbose`` prints what was done.
 
     ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding`` and transformers' ``Conv1D`` can be adapted. Raises ValueError,
     before anything is changed, for names that no module has, for a target that matches nothing, is adapted already or
@@ -40,7 +50,14 @@ def adapt(
     check_settings(r, lora_alpha, lora_dropout)
     saved = resolve_saved(model, modules_to_save)
     names, left_out = resolve_targets(model, target_modules, saved)
+    thirds = fused_projections(model, names) if fused == "qv" else []
+    if fused not in ("qkv", "qv") or (fused == "qv" and not thirds):
+        raise ValueError(f"fused={fused!r}: it is 'qkv', or 'qv' with a target named qkv or c_attn")
     install(model, dict.fromkeys(names, (r, lora_alpha)), saved, lora_dropout, use_rslora)
+    for name in thirds:
+        layer = model.get_submodule(name)
+        third = layer.out_features // 3
+        layer.only_rows(slice(0, third), slice(2 * third, None))
     if verbose:
         print(trainable_summary(model))
         for name, why in left_out.items():

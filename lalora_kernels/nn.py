@@ -21,6 +21,11 @@ class Adapted:
         """Role -> (module, name in it) of what a forward uses: "lora_A", "lora_B", "weight", "bias", "lora_bias"."""
         raise NotImplementedError
 
+    @property
+    def trained_rows(self) -> Tensor | None:
+        """(m,1), 1 for the rows of B that the adapter has and 0 for those that stay zero; None: it has all."""
+        return self._buffers.get("rows")
+
 
 class LoRALayer(Adapted):
     """What every LoRA layer has, beside a class of torch.nn: factors, scaling, dropout, merging.
@@ -83,13 +88,27 @@ class LoRALayer(Adapted):
         drops = self.training and not isinstance(self.lora_dropout, nn.Identity)
         return self.lora_dropout(x) if drops else None
 
+    def only_rows(self, *parts: slice) -> None:
+        """Adapt these outputs only: B's other rows are zero, in the state dict too, and never move."""
+        rows = torch.zeros(self.lora_B.shape[0], 1, dtype=self.lora_B.dtype, device=self.lora_B.device)
+        for part in parts:
+            rows[part] = 1.0
+        self.register_buffer("rows", rows, persistent=False)
+        with torch.no_grad():
+            self.lora_B.mul_(rows)
+
+    def masked_B(self) -> Tensor:
+        """B as it acts; see ``only_rows``."""
+        rows = self.trained_rows
+        return self.lora_B if rows is None else self.lora_B * rows
+
     def _refuse_training_merged(self) -> None:
         if torch.is_grad_enabled() and (self.lora_A.requires_grad or self.lora_B.requires_grad):
             raise RuntimeError("this LoRA layer is merged and cannot train; call unmerge() first, or torch.no_grad()")
 
     def get_delta_weight(self) -> Tensor:
         """s B A in the weight's own layout and dtype."""
-        delta = self.scaling * (self.lora_B.flatten(1) @ self.lora_A.flatten(1))
+        delta = self.scaling * (self.masked_B().flatten(1) @ self.lora_A.flatten(1))
         return (delta.t() if self.fan_in_fan_out else delta).to(self.weight.dtype).view_as(self.weight)
 
     @torch.no_grad()
@@ -164,7 +183,7 @@ class LoRALinear(LoRALayer, nn.Linear):
             self._weight_mn(),
             self.bias,
             self.lora_A,
-            self.lora_B,
+            self.masked_B(),
             self.scaling,
             x_lora=self._dropped(x),
             recorder=self.recorder,

@@ -107,6 +107,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     else:
         install(model, plan, saved, float(config.get("lora_dropout") or 0.0), bool(config.get("use_rslora")))
         modules = modules_by_name(model)
+    _refuse_rows(modules, factors)
     state = model.state_dict()
     with torch.no_grad():
         for (name, factor), value in factors.items():
@@ -338,6 +339,15 @@ def _refuse_other_adapter(
             wrong.append(f"{name}: r {r}, scaling {scaling:g} in the file; {layer.r}, {layer.scaling:g} in the model")
     if wrong:
         raise ValueError(f"the model is adapted in another way; call unadapt(model) first:{_list(wrong)}")
+
+
+def _refuse_rows(modules: dict[str, nn.Module], factors: dict[tuple[str, str], Tensor]) -> None:
+    for (name, factor), value in factors.items():
+        rows = getattr(modules[name], "trained_rows", None)
+        if factor == "B" and rows is not None and value[rows.cpu().flatten() == 0].any():
+            raise ValueError(
+                f"{name}: the file adapts outputs that fused='qv' leaves out in this model; adapt it with fused='qkv'"
+            )
 
 
 def _refuse_shapes(

@@ -34,6 +34,8 @@ QUERY_VALUE = (
     ("qkv_proj",),
     ("Wqkv",),
 )
+FUSED = ("qkv", "c_attn")  # outputs are all queries, then all keys, then all values
+INTERLEAVED = ("query_key_value", "qkv_proj", "Wqkv")  # by heads, or with fewer keys than queries
 HEADS = ("score", "classifier", "lm_head", "head")  # where neither transformers nor timm says what the head is
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -171,6 +173,19 @@ def resolve_targets(
     if not names:
         raise ValueError(_no_match(target_modules, modules, left_out))
     return names, left_out
+
+
+def fused_projections(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that are fused projections of three equal parts. Raises ValueError for other layouts."""
+    found = []
+    for name in names:
+        last = name.rpartition(".")[2]
+        m, n = sorted(getattr(model.get_submodule(name), "weight", torch.empty(0, 0)).shape[:2], reverse=True)
+        if last in INTERLEAVED or (last in FUSED and m != 3 * n):
+            raise ValueError(f"fused='qv': the outputs of {name} are not queries, keys and values in three equal parts")
+        if last in FUSED:
+            found.append(name)
+    return found
 
 
 def _no_match(target_modules: str | Iterable[str], modules: dict[str, nn.Module], left_out: dict[str, str]) -> str:

@@ -416,6 +416,9 @@ class Engine:
         if self.group is not None and sites:
             self.group.send_released(self._buffer("grad", sum(s.param.numel() for s in sites)))
         for s, grad in zip(sites, out):
+            rows = s.module.trained_rows if s.role == "lora_B" and isinstance(s.module, Adapted) else None
+            if rows is not None:
+                grad.mul_(rows)
             s.param.grad = s.released = grad if grad.dtype == s.param.dtype else grad.to(s.param.dtype)
         if self.adaptive is not None:
             self.adaptive.release(self, release)

@@ -128,7 +128,9 @@ class PrivateOptimizer(Optimizer):
         for p, site in sites.items():
             frozen = site.role in ("lora_A", "lora_B") and site.role[-1] not in factors
             if p not in inside and not frozen:
-                raise ValueError(f"{site.name} trains but is not in the optimizer; build it from all trainable parameters")
+                raise ValueError(
+                    f"{site.name} trains but is not in the optimizer; build it from all trainable parameters"
+                )
         held = [p for group in self.param_groups for p in group["params"]]
         if len(held) > len(inside):
             twice = next((sites[p].name for p in inside if p in sites and sum(p is q for q in held) > 1), "a tensor")

@@ -109,7 +109,7 @@ class Recorder:
 
 
 class LoRARecorder(Recorder):
-    """Recorder of one LoRA layer: sites "lora_A", "lora_B" and, where they train, "bias" and "lora_bias" (PEFT's, of B)."""
+    """Recorder of a LoRA layer: sites "lora_A", "lora_B" and, where they train, "bias" and PEFT's "lora_bias" of B."""
 
     TWICE = (
         "{} was backpropagated twice in one batch, but clipping='per_layer' clips at the first; add the losses up and "
@@ -146,6 +146,8 @@ class LoRARecorder(Recorder):
         e = self.engine
         lead = dy.shape[:-1]
         dy3 = e.fold(dy, self.name)
+        rows = self.layer.trained_rows
+        dyB = dy3 if rows is None else dy3 * rows.t().to(dy3.dtype)  # B's other rows are zero, so dz is the same
         h3 = None if h is None else e.fold(h, self.name)
         x3 = None if x is None else e.fold(x, self.name)
         a, b = self.active("lora_A") if x is not None else None, self.active("lora_B") if h is not None else None
@@ -167,7 +169,7 @@ class LoRARecorder(Recorder):
                 if s is not None:
                     s.fused = True
             dz, _, sq_b, _, sq_a = functional.sample_grad_clip(
-                dy3,
+                dyB,
                 B,
                 scaling,
                 max_norm=e.tensor_bound,
@@ -187,7 +189,7 @@ class LoRARecorder(Recorder):
                 if again and s is not None and not s.marked:  # the other one holds another layer's part
                     e.gradient_of(s).zero_()
             dz, _, sq_b, _, sq_a = functional.sample_grad(
-                dy3,
+                dyB,
                 B,
                 scaling,
                 h=h3,
