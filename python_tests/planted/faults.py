@@ -1,32 +1,20 @@
 """The planted faults. ``old`` stands exactly once in ``file``; ``new`` takes its place."""
 
-from dataclasses import dataclass
-
-ENGINE, MAKE, CLIPPING = (f"lalora_kernels/privacy/{name}.py" for name in ("engine", "make_private", "clipping"))
-NOISE, SAMPLING, LEDGER = (f"lalora_kernels/privacy/{name}.py" for name in ("noise", "sampling", "ledger"))
-RECORDERS, RULES, ACCOUNTANT = (f"lalora_kernels/privacy/{name}.py" for name in ("recorders", "rules", "accountant"))
-REFERENCE, CPU, FEDERATED = "lalora_kernels/reference", "csrc/cpu", "lalora_kernels/federated"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """``tests`` are the files of python_tests that should notice, the likeliest first."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-
-    @property
-    def native(self) -> bool:
-        """Whether the kernels must be built again."""
-        return self.file.startswith("csrc/")
-
-
-def _fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
-    return Fault(name, file, old, new, tuple(f"test_{t}.py" for t in tests))
-
+from planted.fault import (
+    ACCOUNTANT,
+    CLIPPING,
+    CPU,
+    ENGINE,
+    FEDERATED,
+    LEDGER,
+    MAKE,
+    NOISE,
+    RECORDERS,
+    REFERENCE,
+    SAMPLING,
+)
+from planted.fault import fault as _fault
+from planted.layers import LAYERS
 
 _CLIP_AFTER_SUM = (
     "whole = sum(s.G.sum(0).square().sum() for s in sites if s.materialized).sqrt() * self.grad_scale; "
@@ -209,7 +197,7 @@ FAULTS = (
     _fault(
         "a mean loss is not scaled back before clipping",
         ENGINE,
-        'float(batch.rows) if self.loss_reduction == "mean" else 1.0',
+        'float(rows) if self.loss_reduction == "mean" else 1.0',
         "1.0",
         "private_step",
     ),
@@ -252,7 +240,7 @@ FAULTS = (
     _fault(
         "the placeholder counted by fused clipping",
         f"{REFERENCE}/sample_grad_clip.py",
-        "c[valid if valid is not None else len(c) :] = 0.0",
+        "c[valid if valid is not None else len(c) :].zero_()",
         "pass",
         "backends",
     ),
@@ -295,21 +283,21 @@ FAULTS = (
     _fault(
         "the inactive factor trains too",
         "lalora_kernels/nn.py",
-        "p.requires_grad_(factor in factors)",
+        "p.requires_grad_(role[-1] in factors)",
         "p.requires_grad_(True)",
         "private_step",
     ),
     _fault(
         "the inactive factor keeps its gradient",
         "lalora_kernels/nn.py",
-        "            if factor not in factors:\n                p.grad = None\n",
+        "        if role[-1] not in factors:\n            p.grad = None\n",
         "",
         "privacy_gaps",
     ),
     _fault(
         "a gradient that is not the engine's is let through",
         ENGINE,
-        "if p.grad is not None:  # None: what a private layer's own backward hands to autograd",
+        "if p.grad is not None and not isinstance(p.grad, NotYet):",
         "if False:",
         "private_step",
     ),
@@ -397,8 +385,9 @@ FAULTS = (
     _fault(
         "an unfit model is found out in mid-run only",
         f"{FEDERATED}/run.py",
-        "        _refuse_unfit(task, clients[0])\n",
+        "        refuse_unfit(task, clients[0])\n",
         "",
         "privacy_gaps",
     ),
+    *LAYERS,
 )  # fmt: skip
