@@ -13,7 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from planted.faults import FAULTS, Fault
+from planted.fault import Fault
+from planted.faults import FAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("lalora_kernels", "python_tests", "csrc", "build", "setup.py", "pyproject.toml")
