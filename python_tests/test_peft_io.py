@@ -615,8 +615,8 @@ def test_a_shared_block_is_fine_but_a_layer_in_two_places_is_not(tmp_path):
 def test_a_layer_that_cannot_be_adapted_is_named(tmp_path):
     save_adapter(trained(body(), target_modules=["fc1"]), tmp_path)
     model = body()
-    model.blocks[0]["fc1"] = nn.Conv2d(6, 5, 1)
-    with pytest.raises(ValueError, match="blocks.0.fc1 cannot be adapted: its type is Conv2d"):
+    model.blocks[0]["fc1"] = nn.Conv1d(6, 5, 1)
+    with pytest.raises(ValueError, match="blocks.0.fc1 cannot be adapted: its type is Conv1d"):
         load_adapter(model, tmp_path)
 
 
