@@ -17,10 +17,11 @@ from lalora_kernels.privacy.distributed import Group, quiet_ddp
 from lalora_kernels.privacy.nonfinite import NonfiniteCount
 from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder, Site, Undo
 from lalora_kernels.privacy.reduction import ReductionCheck
-from lalora_kernels.privacy.rules import ExtraRecorder, refuse_tables, rule_of
+from lalora_kernels.privacy.rules import ExtraRecorder, has_statistics, refuse_batch_statistics, refuse_tables
 from lalora_kernels.privacy.sampling import BatchInfo
 from lalora_kernels.privacy.sentinel import NotYet, foreign, stand_in, take_away
-from lalora_kernels.privacy.ties import kind_of, tie
+from lalora_kernels.privacy.ties import tie
+from lalora_kernels.privacy.trained import Use, trained_tensors
 
 
 class Engine:
@@ -72,40 +73,17 @@ class Engine:
     # ---------------------------------------------------------------- attaching
 
     def _attach(self) -> None:
-        self._norms = [
-            (name, m)
-            for name, m in self.model.named_modules()
-            if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats
-        ]
-        self._refuse_batch_statistics()
+        self._norms = [(n, m) for n, m in self.model.named_modules() if has_statistics(m)]
+        refuse_batch_statistics(self._norms)
         refuse_tables(self.model)
         seen: dict[nn.Parameter, Site] = {}
-        names = {module: name for name, module in self.model.named_modules()}
-        lora = {module: self._lora_tensors(name, module) for module, name in names.items() if _is_lora(name, module)}
-        held = {place for tensors in lora.values() for place in tensors.values()}
-        for module, name in names.items():
+        for name, module, uses in trained_tensors(self.model):
             found = {}
-            for role, (owner, key) in lora.get(module, {k: (module, k) for k in module._parameters}).items():
-                p = owner._parameters[key]
-                if p is None or not (p.requires_grad or module in lora and role in ("lora_A", "lora_B")):
-                    continue
-                if module not in lora and (owner, key) in held:
-                    continue
-                full = f"{names[owner]}.{key}" if names[owner] else key
-                rule = rule_of(module)
-                covered = role != "weight" if module in lora else rule is not None and key in rule.covers
-                if not covered:
-                    raise ValueError(
-                        f"{full} is trainable, but no rule gives its gradient per sample ({type(module).__name__}); "
-                        f"freeze it with requires_grad_(False), or train it through an adapter"
-                    )
-                table, defers = getattr(module, "is_table", False), rule is not None and rule.defers
-                kind = kind_of(role, module in lora, table, defers)
-                if p in seen:
-                    found[role] = tie(seen[p], full, owner, key, kind)
-                    continue
-                found[role] = seen[p] = self._add_site(full, owner, key, role if module in lora else key)
-                seen[p].kind = kind
+            for use in uses:
+                if use.param in seen:
+                    found[use.role] = tie(seen[use.param], use)
+                else:
+                    found[use.role] = seen[use.param] = self._add_site(use)
             if found:
                 self._record(name, module, found)
         if not self.sites:
@@ -119,20 +97,15 @@ class Engine:
         if self.check_pending:
             self._handles.append(self.model.register_forward_hook(self.reduction))
 
-    @staticmethod
-    def _lora_tensors(name: str, layer: Adapted) -> dict[str, tuple[nn.Module, str]]:
-        try:
-            return layer.tensors()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-
-    def _add_site(self, name: str, module: nn.Module, key: str, role: str) -> Site:
-        p = module._parameters[key]
-        smooth_dim = {"lora_A": 1, "lora_B": 0}.get(role)
-        site = Site(name, module, key, role, p, len(self.sites), smooth_dim, p.requires_grad)
+    def _add_site(self, use: Use) -> Site:
+        p = use.param
+        smooth_dim = {"lora_A": 1, "lora_B": 0}.get(use.role) if use.adapted else None
+        site = Site(
+            use.name, use.owner, use.key, use.role, p, len(self.sites), smooth_dim, p.requires_grad, kind=use.kind
+        )
         self.sites.append(site)
         p.requires_grad_(True)  # torch takes the hook of no other tensor
-        self._handles.append(p.register_post_accumulate_grad_hook(lambda p: self._refuse_foreign(p, name)))
+        self._handles.append(p.register_post_accumulate_grad_hook(lambda p: self._refuse_foreign(p, use.name)))
         p.requires_grad_(site.trained)
         return site
 
@@ -162,14 +135,6 @@ class Engine:
 
     # ---------------------------------------------------------------- refusals
 
-    def _refuse_batch_statistics(self) -> None:
-        for name, m in self._norms:
-            if m.training:
-                raise ValueError(
-                    f"{name} ({type(m).__name__}) mixes the records of a batch in train mode; replace it by GroupNorm "
-                    f"or LayerNorm, or keep it in eval mode"
-                )
-
     def _refuse_changes(self) -> None:
         for s in (*self.sites, *self.recorders):
             s.verify()
@@ -193,7 +158,7 @@ class Engine:
         """The model must see the batch that the loader announced, in train mode."""
         if self.batch is None or not model.training or not torch.is_grad_enabled():
             return
-        self._refuse_batch_statistics()
+        refuse_batch_statistics(self._norms)
         first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if first is not None and first.shape[0] != self.batch.rows:
             raise ValueError(
@@ -426,17 +391,3 @@ class Engine:
     def _loss_scale(self) -> Tensor:
         scale = self.grad_scaler._get_scale_async() if self.grad_scaler.is_enabled() else None
         return torch.ones((), dtype=torch.float64) if scale is None else scale.double()
-
-
-def _is_lora(name: str, module: nn.Module) -> bool:
-    """Whether it is an adapted layer. Raises ValueError for one of PEFT's own."""
-    if isinstance(module, Adapted):
-        return True
-    kind = type(module)
-    if kind.__module__.startswith("peft.tuners.") and any(p.requires_grad for p in module.parameters()):
-        if isinstance(getattr(module, "base_layer", None), nn.Module):
-            raise ValueError(
-                f"{name} is PEFT's own {kind.__module__}.{kind.__qualname__}, which knows neither the method nor the "
-                f"smoothing; call lalora_kernels.patch_peft(model) first"
-            )
-    return False

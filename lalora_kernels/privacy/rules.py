@@ -111,6 +111,21 @@ def rule_of(module: nn.Module) -> Rule | None:
     return RULES.get(kind) or RULES_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
+def has_statistics(m: nn.Module) -> bool:
+    """Whether it is a norm over the records of a batch (BatchNorm and its kin)."""
+    return isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats
+
+
+def refuse_batch_statistics(norms: list[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError for one in train mode."""
+    for name, m in norms:
+        if m.training:
+            raise ValueError(
+                f"{name} ({type(m).__name__}) mixes the records of a batch in train mode; replace it by GroupNorm or "
+                f"LayerNorm, or keep it in eval mode"
+            )
+
+
 def refuse_tables(model: nn.Module) -> None:
     """Raise ValueError for an embedding that a batch rewrites, also a frozen one, or whose gradient others scale."""
     for name, m in model.named_modules():

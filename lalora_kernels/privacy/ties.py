@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from lalora_kernels.privacy.recorders import Recorder, Site
+    from lalora_kernels.privacy.trained import Use
 
 TABLE = "factor A of an adapted embedding"
 WEIGHT = "full weight"
@@ -29,14 +30,14 @@ def kind_of(role: str, adapted: bool, table: bool, defers: bool) -> str:
     return WEIGHT if role == "weight" and defers else SMALL
 
 
-def tie(site: Site, name: str, module: nn.Module, key: str, kind: str) -> Site:
-    """Another use of the site's tensor. Raises ValueError, naming both places, for one that cannot be added to it."""
-    if site.kind != kind:
+def tie(site: Site, use: Use) -> Site:
+    """Add another use of the site's tensor. Raises ValueError, naming both places, where the two do not add up."""
+    if site.kind != use.kind:
         raise ValueError(
-            f"{name} ({kind}) and {site.name} ({site.kind}) are one parameter in two modules, and their gradients "
-            f"cannot be added up per sample; freeze it, or untie them by giving one of them a copy"
+            f"{use.name} ({use.kind}) and {site.name} ({site.kind}) are one parameter in two modules, and their "
+            f"gradients cannot be added up per sample; freeze it, or untie them by giving one of them a copy"
         )
-    site.places.append((name, module, key))
+    site.places.append((use.name, use.owner, use.key))
     return site
 
 

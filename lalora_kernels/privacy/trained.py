@@ -1,0 +1,76 @@
+"""Which tensors of a model train, and by what their per-sample gradient is known."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from lalora_kernels.nn import Adapted
+from lalora_kernels.privacy.rules import rule_of
+from lalora_kernels.privacy.ties import kind_of
+
+
+@dataclass(frozen=True)
+class Use:
+    """One module's use of a tensor that trains, or will when its factor's turn comes."""
+
+    name: str  # qualified
+    owner: nn.Module  # the module that holds it: a child, where PEFT keeps a factor in a layer of its own
+    key: str  # its name there
+    role: str  # "lora_A" and "lora_B" of an adapted layer; else its name
+    adapted: bool
+    kind: str  # see ties.kind_of
+
+    @property
+    def param(self) -> nn.Parameter:
+        """The tensor."""
+        return self.owner._parameters[self.key]
+
+
+def trained_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Use]]]:
+    """(name, module, its uses) of every module, a shared one once.
+
+    Raises ValueError, naming it, for a trainable tensor that no rule covers, and for PEFT's own layers.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    lora = {module: _tensors(name, module) for module, name in names.items() if _is_lora(name, module)}
+    held = {place for tensors in lora.values() for place in tensors.values()}
+    for module, name in names.items():
+        adapted, rule = module in lora, rule_of(module)
+        uses = []
+        for role, (owner, key) in lora.get(module, {k: (module, k) for k in module._parameters}).items():
+            p = owner._parameters[key]
+            if p is None or not (p.requires_grad or adapted and role in ("lora_A", "lora_B")):
+                continue
+            if not adapted and (owner, key) in held:
+                continue
+            full = f"{names[owner]}.{key}" if names[owner] else key
+            if not (role != "weight" if adapted else rule is not None and key in rule.covers):
+                raise ValueError(
+                    f"{full} is trainable, but no rule gives its gradient per sample ({type(module).__name__}); "
+                    f"freeze it with requires_grad_(False), or train it through an adapter"
+                )
+            table, defers = getattr(module, "is_table", False), rule is not None and rule.defers
+            uses.append(Use(full, owner, key, role, adapted, kind_of(role, adapted, table, defers)))
+        yield name, module, uses
+
+
+def _tensors(name: str, layer: Adapted) -> dict[str, tuple[nn.Module, str]]:
+    try:
+        return layer.tensors()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _is_lora(name: str, module: nn.Module) -> bool:
+    """Whether it is an adapted layer. Raises ValueError for one of PEFT's own."""
+    if isinstance(module, Adapted):
+        return True
+    kind = type(module)
+    if kind.__module__.startswith("peft.tuners.") and any(p.requires_grad for p in module.parameters()):
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            raise ValueError(
+                f"{name} is PEFT's own {kind.__module__}.{kind.__qualname__}, which knows neither the method nor the "
+                f"smoothing; call lalora_kernels.patch_peft(model) first"
+            )
+    return False
