@@ -6,6 +6,7 @@ PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 BUILD  := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: train test table bench gpu-compile lint audit planted sanitize fuzz kill-test docs dist clean
+.PHONY: flower-demo flower-test
 
 train: $(VENV)/.train
 	$(VENV)/bin/lalora train $(ARGS)
@@ -50,6 +51,14 @@ kill-test: $(VENV)/.test
 	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) python_tests/test_robustness.py \
 		-k "killed" $(ARGS)
 
+# Flower on loopback: a SuperLink and three SuperNodes with TLS, the embedded default for three rounds.
+flower-demo: $(VENV)/.flower
+	OMP_NUM_THREADS=1 $(VENV)/bin/lalora flower demo $(ARGS)
+
+# Faults over real processes, with and without TLS; `make test` leaves them out.
+flower-test: $(VENV)/.test $(VENV)/.flower
+	OMP_NUM_THREADS=1 FLOWER=1 $(VENV)/bin/python -m pytest --timeout 600 python_tests/test_flower_processes.py $(ARGS)
+
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
@@ -77,3 +86,8 @@ $(VENV)/.train: $(BUILD) | $(VENV)/bin/python
 $(VENV)/.test: $(BUILD) | $(VENV)/bin/python
 	$(PIP) install -q -e '.[test]' -c constraints.txt
 	touch $@ $(VENV)/.train
+
+# Flower and Ray, which only the two targets above need.
+$(VENV)/.flower: pyproject.toml constraints.txt | $(VENV)/.train
+	$(PIP) install -q -e '.[flower]' -c constraints.txt
+	touch $@

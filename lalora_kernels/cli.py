@@ -1,4 +1,4 @@
-"""The command ``lalora``: plan, train, table, report, ledger, audit.
+"""The command ``lalora``: plan, train, flower, table, report, ledger, audit.
 
 Exit codes: 0 done; 2 the input or the settings do not fit (one line says what); 130 interrupted; 1 anything else.
 """
@@ -15,6 +15,8 @@ from lalora_kernels import __version__
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import CHOICES, Config, make_config, read_toml, type_of
 from lalora_kernels.federated.guard import QuorumLost
+from lalora_kernels.flower_command import FlowerFailed, add_flower, simulate
+from lalora_kernels.flower_command import flower as run_flower
 from lalora_kernels.plan_command import add_plan
 from lalora_kernels.plan_command import plan as run_plan
 from lalora_kernels.privacy.accountant import ACCOUNTANTS
@@ -80,6 +82,9 @@ FLAGS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 )  # fmt: skip
 
 
+ENGINE = "in-process: one loop; flower-sim: the same clients simulated over Flower (default: in-process)"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     about = "Federated fine-tuning of LoRA adapters with record-level differential privacy for every client."
@@ -87,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lalora_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_plan(commands, _add_settings)
+    add_flower(commands, _add_settings)
     train = commands.add_parser(
         "train",
         usage="lalora train [options]",
@@ -101,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--config", metavar="FILE.toml", help="settings by the names of the flags; flags override them")
     run.add_argument("--out", metavar="FOLDER", help="run folder (default: runs/DATASET-METHOD-TIME)")
     run.add_argument("--resume", metavar="FOLDER", help="continue this run, with its own settings")
+    run.add_argument("--engine", choices=("in-process", "flower-sim"), default="in-process", help=ENGINE)
     run.add_argument("--quiet", action="store_true", help="print only the last line")
     run.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _add_settings(train)
@@ -181,7 +188,7 @@ def _add_settings(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the user set: the TOML file's values, overridden by flags."""
-    values = read_toml(args.config) if args.config else {}
+    values = read_toml(args.config) if getattr(args, "config", None) else {}
     names = [field.name for field in dataclasses.fields(Config)]
     return values | {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
@@ -193,6 +200,8 @@ def train(args: argparse.Namespace) -> int:
         raise BadInput("--resume continues a run with its own settings; leave the other flags out")
     config = None if args.resume else make_config(given, args.config or "the command line")
     folder = Path(args.resume or args.out or _new_folder(config))
+    if args.engine == "flower-sim":
+        return simulate(config, folder, (lambda text: None) if args.quiet else print)
     from lalora_kernels.display import Display
     from lalora_kernels.federated.run import Run, prepare
 
@@ -217,6 +226,11 @@ def train(args: argparse.Namespace) -> int:
 def _new_folder(config: Config) -> Path:
     data = Path(config.dataset.removeprefix("hf:")).name.split(".")[0]
     return Path("runs") / f"{data}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def flower(args: argparse.Namespace) -> int:
+    """``lalora flower``."""
+    return run_flower(args, settings(args))
 
 
 class _setup:
@@ -294,7 +308,10 @@ def audit(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    commands = {"plan": plan, "train": train, "table": table, "report": report, "ledger": ledger, "audit": audit}
+    commands = {
+        "plan": plan, "train": train, "flower": flower, "table": table, "report": report, "ledger": ledger,
+        "audit": audit,
+    }  # fmt: skip
     command = commands[args.command]
     try:
         return command(args)
@@ -303,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"lalora: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
-    except (BudgetExceeded, QuorumLost) as error:
+    except (BudgetExceeded, QuorumLost, FlowerFailed) as error:
         if args.debug:
             raise
         print(f"lalora: {error}", file=sys.stderr)

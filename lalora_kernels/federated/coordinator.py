@@ -301,6 +301,25 @@ class Coordinator:
         write_atomic(self.folder / RESULT, text + "\n")
 
 
+def serve(folder: str | Path, settings: str, sizes: str, timeout: float, transport: Transport) -> None:
+    """Start a run with ``settings`` (JSON), or resume the folder's where they are empty, and bring it to its end.
+
+    ``sizes``: record counts with commas, or "" for those of the dealt public data. However it ends, ``result.json``
+    says so; raises what went wrong.
+    """
+    try:
+        if settings:
+            task = prepare(make_config(json.loads(settings)))
+            run = Coordinator.start(task, folder, [int(n) for n in sizes.split(",")] if sizes else None, timeout)
+        else:
+            run = Coordinator.resume(folder)
+    except Exception as error:
+        text = json.dumps({"outcome": "failed", "why": f"{type(error).__name__}: {error}", "round": None})
+        write_atomic(Path(folder) / RESULT, text + "\n")
+        raise
+    run.train(transport)
+
+
 @dataclass
 class _Traffic:
     """Whole messages, headers included, in bytes; what each client that answered said; what was dropped and why."""

@@ -1,0 +1,1 @@
+"""The Flower app: messages in and out, nothing else."""
