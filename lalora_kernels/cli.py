@@ -15,6 +15,7 @@ from lalora_kernels import __version__
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import CHOICES, Config, make_config, read_toml, type_of
 from lalora_kernels.federated.guard import QuorumLost
+from lalora_kernels.federated.methods import METHODS
 from lalora_kernels.flower_command import FlowerFailed, add_flower, simulate
 from lalora_kernels.flower_command import flower as run_flower
 from lalora_kernels.plan_command import add_plan
@@ -38,7 +39,7 @@ FLAGS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     )),
     ("method", (
         ("method", "which LoRA factor trains when, and what travels"),
-        ("smoothing", "low-pass filter on the noisy gradient; costs no privacy"),
+        ("smoothing", "low-pass filter on the noisy gradient; costs no privacy; all but the first two are experimental"),
         ("rank", "r of the adapters"),
         ("lora_alpha", "the adapter's output is scaled by lora_alpha / r (default: r)"),
         ("targets", "layers to adapt: all-linear, qv, names with commas, or a regular expression"),
@@ -109,6 +110,10 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", metavar="FOLDER", help="continue this run, with its own settings")
     run.add_argument("--engine", choices=("in-process", "flower-sim"), default="in-process", help=ENGINE)
     run.add_argument("--quiet", action="store_true", help="print only the last line")
+    run.add_argument("--json", action="store_true", help="one JSON object a line: start, every round, end")
+    run.add_argument("--tensorboard", action="store_true", help="also log to RUN/tensorboard")
+    run.add_argument("--wandb", action="store_true", help="also log to Weights & Biases (WANDB_MODE=offline: to disk)")
+    run.add_argument("--log-private", action="store_true", help="log what is computed on private data too")
     run.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _add_settings(train)
 
@@ -120,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
         "deviation of the test accuracy as a Markdown table. Runs that are there already are not repeated.",
     )
     sweep = table.add_argument_group("the table")
-    sweep.add_argument("--methods", nargs="+", metavar="METHOD", default=list(CHOICES["method"]), help="(default: all)")
+    sweep.add_argument("--methods", nargs="+", metavar="METHOD", default=list(METHODS), help="(default: the four)")
     both = ["none", "binomial5"]
     sweep.add_argument("--smoothings", nargs="+", metavar="FILTER", default=both, help="(default: both)")
     sweep.add_argument("--epsilons", nargs="+", type=float, metavar="E", default=[1.0, 3.0], help="(default: 1 3)")
@@ -201,11 +206,16 @@ def train(args: argparse.Namespace) -> int:
     config = None if args.resume else make_config(given, args.config or "the command line")
     folder = Path(args.resume or args.out or _new_folder(config))
     if args.engine == "flower-sim":
+        if args.json or args.tensorboard or args.wandb:
+            raise BadInput("--json, --tensorboard and --wandb go with --engine in-process")
         return simulate(config, folder, (lambda text: None) if args.quiet else print)
-    from lalora_kernels.display import Display
+    from lalora_kernels.display import Display, JsonDisplay
     from lalora_kernels.federated.run import Run, prepare
+    from lalora_kernels.loggers import KINDS, Loggers, both, check
 
-    with Display(quiet=args.quiet) as display:
+    kinds = [kind for kind in KINDS if getattr(args, kind)]
+    check(kinds)
+    with (JsonDisplay if args.json else Display)(quiet=args.quiet) as display:
         try:
             with _setup():
                 display.note(f"{'resuming' if args.resume else 'run folder'} {folder}")
@@ -214,10 +224,11 @@ def train(args: argparse.Namespace) -> int:
                 else:
                     run = Run.start(prepare(config, display.watch()), folder)
             display.begin(run)
-            run.train(display.watch())
+            with Loggers(kinds, run, args.log_private) as log:
+                watch = display.watch()
+                run.train(dataclasses.replace(watch, on_round=both(watch.on_round, log)))
         except KeyboardInterrupt:
-            resumable = (folder / "config.json").exists()
-            display.last(f"interrupted; continue with: lalora train --resume {folder}" if resumable else "interrupted")
+            display.interrupted(folder, resumable=(folder / "config.json").exists())
             return INTERRUPTED
         display.finish(run)
     return OK

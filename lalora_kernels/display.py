@@ -1,5 +1,11 @@
-"""What ``lalora train`` shows: a table that grows by a row each round; progress bars, where there is a terminal."""
+"""What ``lalora train`` shows: a table that grows by a row each round; progress bars, where there is a terminal.
 
+With --json: one JSON object a line, each with an "event": "start", "round" (metrics.jsonl's record without what is
+computed on private data), and "end" or "interrupted".
+"""
+
+import json
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -7,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lalora_kernels.adapt import trainable_summary
 from lalora_kernels.federated.client import trainable_tensors
+from lalora_kernels.federated.diagnostics import NOT_PRIVATE
 from lalora_kernels.federated.run import ADAPTER, Run, Watch
 from lalora_kernels.report import show_epsilon, write_report
 
@@ -44,6 +51,10 @@ class Display:
         """The line that is always printed, below the bars."""
         self.progress.stop()
         self.console.print(text)
+
+    def interrupted(self, folder: Path, resumable: bool) -> None:
+        """Ctrl-C: how to go on."""
+        self.last(f"interrupted; continue with: lalora train --resume {folder}" if resumable else "interrupted")
 
     def begin(self, run: Run) -> None:
         """What will be trained on what, then the table's head and the rounds that are there already."""
@@ -111,3 +122,44 @@ class Display:
             f"accuracy {last['accuracy']:.2f} (before {first['accuracy']:.2f}) · {epsilon}{who} · adapter in "
             f"{run.folder / ADAPTER}"
         )
+
+
+class JsonDisplay(Display):
+    """The same for programs: JSON Lines on standard output, and no bars. ``quiet`` leaves the last one."""
+
+    def __init__(self, quiet: bool = False, console: Console | None = None):
+        super().__init__(quiet, console)
+        self.progress.disable = True
+
+    def _event(self, event: str, values: dict[str, Any], last: bool = False) -> None:
+        if last or not self.quiet:
+            print(json.dumps({"event": event} | values), file=self.console.file, flush=True)
+
+    def note(self, text: str) -> None:
+        """Prose is for people."""
+
+    def interrupted(self, folder: Path, resumable: bool) -> None:
+        self._event("interrupted", {"folder": str(folder), "resumable": resumable}, last=True)
+
+    def begin(self, run: Run) -> None:
+        tensors = trainable_tensors(run.task.classifier.model).values()
+        self._event("start", {
+            "folder": str(run.folder),
+            "settings": json.loads(run.task.config.to_json()),
+            "plan": run.plan.as_dict(),
+            "moved_parameters": sum(tensor.numel() for tensor in tensors),
+        })  # fmt: skip
+        for record in run.at.history:
+            self._round(record)
+
+    def _round(self, record: dict[str, Any]) -> None:
+        self._event("round", {name: value for name, value in record.items() if name != NOT_PRIVATE})
+
+    def finish(self, run: Run) -> None:
+        first, last = run.at.history[0], run.at.history[-1]
+        self._event("end", {
+            "folder": str(run.folder), "report": str(write_report(run.folder)), "adapter": str(run.folder / ADAPTER),
+            "accuracy": last["accuracy"], "before": first["accuracy"], "epsilon": last["epsilon"],
+            "delta": run.task.config.delta if run.task.config.private else None, "rounds": last["round"],
+            "bytes_sent": sum(record["bytes_sent"] for record in run.at.history), "seconds": last["seconds"],
+        }, last=True)  # fmt: skip

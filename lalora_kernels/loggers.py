@@ -1,0 +1,138 @@
+"""Rounds in TensorBoard and in Weights & Biases, through their own writers.
+
+What may leave the machine is sorted before it gets there: test accuracy and loss (of the server's public records), ε,
+bytes, the run's clock, and what was computed from noised gradients. What was computed on private data (metrics.jsonl's
+``not_private``) is logged only where somebody asks for it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lalora_kernels.data import BadInput
+from lalora_kernels.federated.diagnostics import NOT_PRIVATE, QUANTILES
+from lalora_kernels.federated.run import Run
+from lalora_kernels.models import first_line, need
+
+KINDS = ("tensorboard", "wandb")
+FOLDER = "tensorboard"  # in the run folder
+PROJECT = "lalora"
+
+
+def check(kinds: Sequence[str]) -> None:
+    """Raise BadInput, saying what to install, for a writer that is not there; to be called before anything else."""
+    for kind in kinds:
+        need({"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}[kind], f"'lalora_kernels[{kind}]'")
+
+
+def scalars(record: dict[str, Any], private: bool = False) -> dict[str, float]:
+    """A round's record as flat names and numbers; ``private``: also those computed on private data, under that name."""
+    found = {name: record[name] for name in ("accuracy", "loss", "bytes_sent", "seconds")}
+    found["epsilon/largest"] = record["epsilon"]
+    for client, epsilon in enumerate(record.get("epsilons", [])):
+        found[f"epsilon/client {client}"] = epsilon
+    for client, note in record.get("diagnostics", {}).items():
+        found |= _quantiles(f"released norm over noise/client {client}", note.get("released"))
+    if private:
+        for client, note in record.get(NOT_PRIVATE, {}).get("clients", {}).items():
+            found |= _quantiles(f"{NOT_PRIVATE}/norm over C/client {client}", note["norms"])
+            for name in ("clipped", "drawn", "seconds", "peak_memory"):
+                found[f"{NOT_PRIVATE}/{name}/client {client}"] = note[name]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _quantiles(name: str, values: Sequence[float] | None) -> dict[str, float]:
+    return {f"{name}/{100 * q:.0f}%": value for q, value in zip(QUANTILES, values or ())}
+
+
+class Loggers:
+    """Context manager: opens the writers with the rounds that are there already, takes each new one, closes them.
+
+    Raises BadInput where a writer does not start.
+    """
+
+    def __init__(self, kinds: Sequence[str], run: Run, private: bool = False):
+        self.run, self.private = run, private
+        self.writers: list[TensorBoard | WandB] = []
+        for kind in kinds:
+            try:
+                self.writers.append({"tensorboard": TensorBoard, "wandb": WandB}[kind](run))
+            except Exception as error:  # each writer raises its own: no account, no network, a folder that is read-only
+                self.close()
+                raise BadInput(f"--{kind}: {first_line(error)}") from error
+
+    def __enter__(self) -> "Loggers":
+        for record in self.run.at.history:
+            self(record)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        for writer in self.writers:
+            writer.write(record["round"], scalars(record, self.private))
+
+    def close(self) -> None:
+        """Flush and close every writer."""
+        for writer in self.writers:
+            writer.close()
+        self.writers = []
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard; a resumed run writes its rounds anew, and TensorBoard drops the older ones."""
+
+    def __init__(self, run: Run):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(run.folder / FOLDER, purge_step=0)
+        self.writer.add_text("settings", f"```json\n{run.task.config.to_json()}```")
+
+    def write(self, round: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name.replace(" ", "_"), value, round)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """One Weights & Biases run, the same after a resume. WANDB_MODE=offline is respected.
+
+    Everything that its client would collect by itself (the process's memory and time, console output, code, the
+    machine) is switched off: that depends on private data, or is nobody's business.
+    """
+
+    def __init__(self, run: Run):
+        import wandb
+
+        settings = wandb.Settings(
+            x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True, console="off", disable_git=True,
+            disable_code=True, save_code=False, silent=True,
+        )  # fmt: skip
+        identity = hashlib.sha256(run.clients[0].ledger.id.encode()).hexdigest()[:16]  # drawn at the start, kept since
+        self.run = wandb.init(
+            project=PROJECT, name=Path(run.folder).resolve().name, id=identity, resume="allow", dir=str(run.folder),
+            config=json.loads(run.task.config.to_json()), settings=settings,
+        )  # fmt: skip
+
+    def write(self, round: int, values: dict[str, float]) -> None:
+        if round >= self.run.step:  # after a resume, it has the rounds before
+            self.run.log(values, step=round)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def both(first: Callable[[dict], None], second: Callable[[dict], None]) -> Callable[[dict], None]:
+    """A callback that calls both."""
+
+    def call(record: dict) -> None:
+        first(record)
+        second(record)
+
+    return call
