@@ -11,11 +11,17 @@ import lalora_kernels as lk
 KEY = bytes(range(32))
 
 
-def train(backend, method, clipping, steps=4):
+def train(backend, method, clipping, peft=False, steps=4):
     """Parameters after a few private steps; LoRA layers, a LayerNorm and a head train."""
     torch.manual_seed(0)
     layers = nn.Linear(12, 24), nn.LayerNorm(24), nn.GELU(), nn.Linear(24, 24), nn.Linear(24, 3)
-    model = lk.adapt(nn.Sequential(*layers), r=4, target_modules=["0", "3"], modules_to_save=["1", "4"], verbose=False)
+    settings = {"r": 4, "target_modules": ["0", "3"], "modules_to_save": ["1", "4"]}
+    if peft:
+        from peft import LoraConfig, get_peft_model
+
+        model = lk.patch_peft(get_peft_model(nn.Sequential(*layers), LoraConfig(**settings)))
+    else:
+        model = lk.adapt(nn.Sequential(*layers), **settings, verbose=False)
     data = TensorDataset(torch.randn(60, 5, 12), torch.randint(0, 3, (60, 5)))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     optimizer, loader = lk.make_private(
@@ -34,16 +40,17 @@ def train(backend, method, clipping, steps=4):
 
 
 @pytest.mark.parametrize(
-    "backend, method, clipping",
+    "backend, method, clipping, peft",
     [
-        ("aot_eager", "la-lora", "flat"),
-        ("aot_eager", "dp-lora", "per_layer"),
-        ("inductor", "la-lora", "automatic"),
+        ("aot_eager", "la-lora", "flat", False),
+        ("aot_eager", "dp-lora", "per_layer", False),
+        ("inductor", "la-lora", "automatic", False),
+        ("aot_eager", "la-lora", "flat", True),
     ],
 )
-def test_compiled_steps_equal_eager_ones(backend, method, clipping):
+def test_compiled_steps_equal_eager_ones(backend, method, clipping, peft):
     torch.compiler.reset()
-    eager, compiled = train(None, method, clipping), train(backend, method, clipping)
+    eager, compiled = train(None, method, clipping, peft), train(backend, method, clipping, peft)
     assert float((eager - compiled).norm() / eager.norm()) < COMPILED_F32
 
 

@@ -11,25 +11,34 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import lalora_kernels as lk
+from lalora_kernels.models import torchvision_beside_cpu_torch
 
-SETTINGS = {  # clipping, whether the model is wrapped in DistributedDataParallel, physical batch, fixed key
-    "flat": ("flat", True, None, True),
-    "per_layer": ("per_layer", False, None, True),
-    "split": ("automatic", False, 2, True),
-    "secret": ("flat", False, None, False),
+SETTINGS = {  # clipping, whether in DistributedDataParallel, physical batch, fixed key, whether PEFT's model patched
+    "flat": ("flat", True, None, True, False),
+    "per_layer": ("per_layer", False, None, True, False),
+    "split": ("automatic", False, 2, True, False),
+    "secret": ("flat", False, None, False, False),
+    "peft": ("flat", True, None, True, True),
 }
 
 
-def train(rank: int, clipping: str, ddp: bool, physical: int | None, fixed: bool) -> torch.Tensor:
+def train(rank: int, clipping: str, ddp: bool, physical: int | None, fixed: bool, peft: bool) -> torch.Tensor:
     """Parameters after five steps. Ranks begin with other factors, which make_private brings together."""
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(40, 6, generator=generator), torch.randint(0, 3, (40,), generator=generator))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.GELU(), nn.Linear(10, 3))
-    lk.adapt(model, r=2, target_modules=["0"], modules_to_save=["1", "3"], verbose=False)
+    settings = {"r": 2, "target_modules": ["0"], "modules_to_save": ["1", "3"]}
+    if peft:
+        from peft import LoraConfig, get_peft_model
+
+        model = lk.patch_peft(get_peft_model(model, LoraConfig(**settings)))
+    else:
+        lk.adapt(model, **settings, verbose=False)
     torch.manual_seed(rank)
-    nn.init.normal_(model[0].lora_A)
-    nn.init.normal_(model[3].weight)
+    for p in model.parameters():
+        if p.requires_grad and p.dim() == 2 and p.any():
+            nn.init.normal_(p)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
     forward = DistributedDataParallel(model) if ddp else model
     optimizer, loader = lk.make_private(
@@ -45,6 +54,7 @@ def train(rank: int, clipping: str, ddp: bool, physical: int | None, fixed: bool
 
 
 def worker(rank: int, folder: str) -> None:
+    torchvision_beside_cpu_torch()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save({name: train(rank, *settings) for name, settings in SETTINGS.items()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -58,10 +68,10 @@ def ranks(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("name", ["flat", "per_layer", "split"])
+@pytest.mark.parametrize("name", ["flat", "per_layer", "split", "peft"])
 def test_two_processes_equal_one(ranks, name):
-    clipping, _, _, fixed = SETTINGS[name]
-    one = train(0, clipping, False, None, fixed)
+    clipping, _, _, fixed, peft = SETTINGS[name]
+    one = train(0, clipping, False, None, fixed, peft)
     assert torch.equal(ranks[0][name], ranks[1][name])
     assert float((ranks[0][name] - one).norm() / one.norm()) < SPLIT_F32
 

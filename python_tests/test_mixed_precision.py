@@ -8,14 +8,22 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lalora_kernels as lk
+from lalora_kernels.nn import factor_parameters
 
 
-def make(clipping="flat", scaler=None, sample_rate=0.5):
+def make(clipping="flat", scaler=None, sample_rate=0.5, peft=False):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 24), nn.LayerNorm(24), nn.GELU(), nn.Linear(24, 24), nn.Linear(24, 3))
-    lk.adapt(model, r=4, target_modules=["0", "3"], modules_to_save=["1", "4"], verbose=False)
-    for _, layer in lk.lora_layers(model):
-        nn.init.normal_(layer.lora_B, std=0.3)
+    settings = {"r": 4, "target_modules": ["0", "3"], "modules_to_save": ["1", "4"]}
+    if peft:
+        from peft import LoraConfig, get_peft_model
+
+        model = lk.patch_peft(get_peft_model(model, LoraConfig(**settings)))
+    else:
+        lk.adapt(model, **settings, verbose=False)
+    for role, p in factor_parameters(model):
+        if role == "lora_B":
+            nn.init.normal_(p, std=0.3)
     data = TensorDataset(torch.randn(24, 5, 12), torch.randint(0, 3, (24, 5)))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     optimizer, loader = lk.make_private(
@@ -47,6 +55,14 @@ def steps(model, optimizer, loader, dtype, scaler=None, count=2):
 
 def distance(found, expected):
     return max(float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, AUTOCAST_BF16), (torch.float16, AUTOCAST_F16)])
+def test_a_patched_peft_model(dtype, tolerance):
+    expected = steps(*make(peft=True), None)
+    assert distance(steps(*make(peft=True), dtype), expected) < tolerance
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    assert distance(steps(*make(peft=True, scaler=scaler), dtype, scaler), expected) < tolerance
 
 
 @pytest.mark.parametrize("clipping", ["flat", "per_layer", "automatic"])

@@ -332,6 +332,21 @@ def test_bfloat16_autocast(tmp_path):
     assert torch.linalg.norm(a - b) < 0.1 * torch.linalg.norm(b - adapted("bert", torch.float32)[0].get_parameter(name))
 
 
+def test_compiled(tmp_path):
+    torch.compiler.reset()
+    _, patched, data = adapted("vit", torch.float32)
+    data["pixel_values"] = data["pixel_values"].float()
+    twin = copy.deepcopy(patched)
+    trainer = trainer_of(
+        patched, data, tmp_path / "a", privacy=WHOLE, torch_compile=True, torch_compile_backend="aot_eager"
+    )
+    trainer.train()
+    assert trainer.model_wrapped is not trainer.model
+    trainer_of(twin, data, tmp_path / "b", privacy=WHOLE).train()
+    for (name, p), q in zip(patched.named_parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q, **MODEL_F32, msg=name)
+
+
 def test_our_own_adapters_and_predict(tmp_path):
     torch.manual_seed(0)
     base, _, data, saved = bert()
@@ -426,7 +441,17 @@ class TestRefusals:
         trainer.args.max_grad_norm = 1.0
         _refuse_arguments(trainer)
         setattr(trainer.args, name, value)
-        with pytest.raises(ValueError, match=name.removeprefix("_n_gpu") or "DataParallel"):
+        with pytest.raises(ValueError, match="nn.DataParallel" if name == "_n_gpu" else name):
+            _refuse_arguments(trainer)
+
+    def test_several_processes(self, tmp_path, monkeypatch):
+        from lalora_kernels.trainer import _refuse_arguments
+
+        _, patched, data = adapted("bert")
+        trainer = trainer_of(patched, data, tmp_path)
+        trainer.args.max_grad_norm = 1.0
+        monkeypatch.setattr(TrainingArguments, "world_size", 2)
+        with pytest.raises(ValueError, match="several processes are for a loop of your own"):
             _refuse_arguments(trainer)
 
     @pytest.mark.parametrize(
