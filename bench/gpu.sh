@@ -26,4 +26,4 @@ else
   [ "$arch" = 90 ] && arch=90a # the cluster kernel's own target
   LALORA_CUDA_ARCHS=${LALORA_CUDA_ARCHS:-$arch} "$python" setup.py -q build_ext --inplace
 fi
-"$python" bench/gpu_run.py "$@"
+LALORA_GPU_SPENT=$SECONDS "$python" bench/gpu_run.py "$@"

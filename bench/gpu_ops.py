@@ -17,7 +17,7 @@ SCALING = 0.5
 SHAPES = [(16, 512, 4096, 16), (64, 197, 768, 16), (8, 2048, 4096, 64)]  # (N, T, m, r)
 TINY = [(2, 5, 24, 4)]
 FLUSH = 1 << 28  # bytes: several times the L2 of any card so far
-AHEAD = 1_000_000  # cycles that the card sleeps while the host enqueues what is timed
+AHEAD = 4_000_000  # cycles that the card sleeps while the host enqueues what is timed
 
 
 def race(device: str, contenders: Mapping[str, Callable], rounds: int, host: bool = False) -> dict[str, list[float]]:

@@ -33,7 +33,8 @@ class Run:
     """The result in the making; ``save`` after each part, so that what is cut off keeps what it has."""
 
     def __init__(self, dry: bool, out: Path, minutes: float):
-        self.dry, self.out, self.end = dry, out, time.monotonic() + 60 * minutes
+        spent = float(os.environ.get("LALORA_GPU_SPENT", "0"))  # by gpu.sh, building
+        self.dry, self.out, self.end = dry, out, time.monotonic() + 60 * minutes - spent
         self.result: dict = {"dry": dry, **about(dry), "passed": {}, "tests": {}, "rows": [], "seconds": {}}
 
     def left(self) -> float:
@@ -100,37 +101,46 @@ def run_tests(run: Run) -> None:
             ).returncode
         except subprocess.TimeoutExpired:
             code = "out of time"
-        tested, failed = outcomes(report) if report.exists() else ({}, ["no report"])
+        tested, failed, steps = outcomes(report) if report.exists() else ({}, ["no report"], None)
         ops = {op for name in tested for b, _, op in [name.partition(".")] if b == backend and tested[name]}
         run.result["passed"][backend] = sorted(ops)
-        run.result["tests"][backend] = {"exit": code, "failed": failed, "kernels": tested}
+        run.result["tests"][backend] = {"exit": code, "failed": failed, "kernels": tested, "steps": steps}
         run.result["seconds"][f"tests {backend}"] = round(time.monotonic() - start)
         run.save()
 
 
-def outcomes(report: Path) -> tuple[dict[str, bool], list[str]]:
-    """(kernel -> whether all of its tests that ran passed, at least one of them; names of tests that failed)."""
-    tested, failed = {}, []
+def outcomes(report: Path) -> tuple[dict[str, bool], list[str], bool | None]:
+    """Kernel -> whether all of its tests that ran passed, at least one of them; names of tests that failed; whether
+    all tests of whole steps, which are about no one kernel, passed (None: none ran)."""
+    tested, failed, steps = {}, [], None
     for case in xml.parse(report).iter("testcase"):
         if case.find("skipped") is not None:
             continue
         bad = case.find("failure") is not None or case.find("error") is not None
         if bad:
             failed.append(case.get("name"))
-        for prop in case.iter("property"):
-            if prop.get("name") == "kernel":
-                tested[prop.get("value")] = tested.get(prop.get("value"), True) and not bad
-    return tested, failed
+        kernels = [prop.get("value") for prop in case.iter("property") if prop.get("name") == "kernel"]
+        for kernel in kernels:
+            tested[kernel] = tested.get(kernel, True) and not bad
+        if not kernels:
+            steps = steps is not False and not bad
+    return tested, failed, steps
 
 
 def prove(run: Run) -> None:
-    """Lift the mark of what passed, on this family of cards; what failed there loses an older proof."""
+    """Lift the mark of what passed, on this family of cards; what failed there loses an older proof.
+
+    Whole steps must have passed too, or no kernel has.
+    """
+    found = [t["steps"] for t in run.result["tests"].values() if t["steps"] is not None]
+    if not found or not all(found):
+        run.result["passed"] = {backend: [] for backend in BACKENDS}
     path, family = run.save(), run.result["family"]
     proven = json.loads(PROVEN.read_text())
     for backend, tested in ((b, t["kernels"]) for b, t in run.result["tests"].items()):
         for name, good in tested.items():
             families = proven.setdefault(backend, {}).setdefault(name.partition(".")[2], {})
-            if good:
+            if good and name.partition(".")[2] in run.result["passed"][backend]:
                 families[family] = path.name
             else:
                 families.pop(family, None)
@@ -283,6 +293,9 @@ def main() -> int:
     for report in run.out.glob("tests-*.xml"):
         report.unlink()
     print("\n" + re.sub(r"(?s)^# .*?\n\n", "", path.with_suffix(".md").read_text()))
+    judged = [row["met"] for row in run.result["rows"] if row["met"] is not None]
+    if judged:
+        print(f"{sum(judged)} of {len(judged)} targets met; commit {path.name}, its .md and {PROVEN.relative_to(ROOT)}")
     print(f"{path}: " + ", ".join(f"{k} {v} s" for k, v in run.result["seconds"].items()))
     broken = [b for b, t in run.result["tests"].items() if t["exit"]] + (
         ["compile"] if run.result.get("compile", {}).get("exit") else []

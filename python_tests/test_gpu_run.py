@@ -78,9 +78,11 @@ REPORT = """<testsuites><testsuite>
 def test_one_failure_takes_the_proof_and_a_skipped_test_gives_none(tmp_path):
     report = tmp_path / "report.xml"
     report.write_text(REPORT)
-    tested, failed = gpu_run.outcomes(report)
+    tested, failed, steps = gpu_run.outcomes(report)
     assert tested == {"triton.privatize": False, "triton.smooth": True, "cuda.clip_reduce": False}
-    assert failed == ["b", "f"]
+    assert failed == ["b", "f"] and steps is True
+    report.write_text(REPORT.replace('name="g"/>', 'name="g"><failure/></testcase><testcase name="h"/>'))
+    assert gpu_run.outcomes(report)[2] is False
 
 
 def test_proofs_are_added_and_lost(run, monkeypatch):
@@ -89,7 +91,7 @@ def test_proofs_are_added_and_lost(run, monkeypatch):
     gpu_run.PROVEN.write_text(json.dumps(before))
     run.result["passed"] = {"triton": ["smooth"]}
     kernels = {"triton.privatize": False, "triton.smooth": True}
-    run.result["tests"] = {"triton": {"kernels": kernels, "failed": ["x"]}}
+    run.result["tests"] = {"triton": {"kernels": kernels, "failed": ["x"], "steps": True}}
     gpu_run.prove(run)
     gpu.proven.cache_clear()
     assert json.loads(gpu_run.PROVEN.read_text())["triton"] == {
@@ -99,6 +101,15 @@ def test_proofs_are_added_and_lost(run, monkeypatch):
     }
 
 
+@pytest.mark.parametrize("steps", [None, False])
+def test_nothing_is_proven_where_whole_steps_did_not_pass(run, steps):
+    run.result.update(family="sm_90", passed={"triton": ["smooth"], "cuda": []})
+    run.result["tests"] = {"triton": {"kernels": {"triton.smooth": True}, "failed": [], "steps": steps}}
+    gpu_run.prove(run)
+    gpu.proven.cache_clear()
+    assert json.loads(gpu_run.PROVEN.read_text()) == {}
+
+
 def test_the_cards_tests_name_their_kernels(tmp_path):
     """What test_gpu_card.py reports is what gpu_run.py counts."""
     report = tmp_path / "report.xml"
@@ -106,7 +117,7 @@ def test_the_cards_tests_name_their_kernels(tmp_path):
     command += [f"--junitxml={report}", "-o", "junit_family=xunit1"]
     done = subprocess.run(command, env={**os.environ, "LALORA_GPU_DRY": "1"}, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert gpu_run.outcomes(report) == ({"triton.chacha20_words": True, "cuda.chacha20_words": True}, [])
+    assert gpu_run.outcomes(report) == ({"triton.chacha20_words": True, "cuda.chacha20_words": True}, [], None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
