@@ -169,6 +169,50 @@ def test_a_layer_called_under_no_grad_is_not_recorded():
     check(model, (torch.randn(4, 5, dtype=torch.float64), torch.randint(0, 3, (4,))), teacher)
 
 
+class Reader(nn.Module):
+    """Causal: a position sees its own document up to itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.qk = nn.Embedding(11, 6), LoRALinear.from_linear(nn.Linear(6, 6), r=2)
+        self.head = nn.Linear(6, 11)
+        nn.init.normal_(self.qk.lora_B)
+
+    def forward(self, ids, documents):
+        x = self.embed(ids)
+        same = (documents[:, :, None] == documents[:, None, :]).tril()
+        scores = (self.qk(x) @ x.mT).masked_fill(~same, -1e9)
+        return self.head(x + scores.softmax(-1) @ x)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_padded_and_packed_sequences_with_ignore_index(layout, reduction):
+    """One record is a row: of one document and padding, or of several documents, whose first tokens nobody predicts."""
+    torch.manual_seed(14)
+    ids = torch.randint(0, 11, (4, 9))
+    if layout == "padded":
+        documents = (torch.arange(9) >= torch.tensor([[9], [4], [1], [6]])).long()
+        targets = ids.masked_fill(documents == 1, -100)
+    else:
+        documents = torch.tensor([[0] * 9, [0] * 3 + [1] * 6, [0] + [1] * 4 + [2] * 4, [0] * 8 + [1]])
+        first = torch.ones_like(documents, dtype=torch.bool)
+        first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        targets = ids.masked_fill(first, -100)
+
+    def loss(model, batch):
+        ids, documents, targets = batch
+        each = F.cross_entropy(model(ids, documents).mT, targets, ignore_index=-100, reduction="none").sum(1)
+        return each.sum() if reduction == "sum" else (each / (targets != -100).sum(1)).mean()
+
+    model = Reader().double()
+    batch = (ids, documents, targets)
+    expected = single_sample_gradients(model, batch, loss)
+    assert all(g.abs().sum() > 0 for g in expected.values())
+    found = per_sample_gradients(model, batch, loss, loss_reduction=reduction)
+    assert largest_relative_error(found, expected) < PER_SAMPLE_F64
+
+
 def test_several_forwards_before_one_backward():
     torch.manual_seed(9)
     model = nn.Sequential(LoRALinear.from_linear(nn.Linear(5, 5), r=2), nn.GELU(), nn.Linear(5, 3))

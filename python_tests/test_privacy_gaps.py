@@ -1,10 +1,12 @@
 """What no other file checks and a planted fault (python_tests/planted) would otherwise get past the suite."""
 
 import pytest
+import torch
 from small import digits_npz, vit_folder
-from test_private_step import private, toy, train
+from test_private_step import KEY, private, toy, train
 from torch import nn
 
+from lalora_kernels import functional
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.run import Run, prepare
 from lalora_kernels.nn import set_active
@@ -42,6 +44,37 @@ def test_set_active_leaves_the_idle_factor_no_gradient_in_ordinary_training_eith
         assert all(p.grad is None for n, p in model.named_parameters() if idle and n.endswith(idle))
         loss(model, data.tensors).backward()
         assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n and p.requires_grad)
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_a_layer_that_is_called_under_no_grad_in_some_steps_gets_noise_alone_in_those(clipping):
+    """And what the other layers are clipped to is what they are without it."""
+    results = []
+    for idle in (False, True):
+        model, data, loss = toy(dtype=torch.float32)
+        opt, loader = private(
+            model, data, noise_multiplier=0.5, sample_rate=1.0, clipping=clipping, smoothing=None, max_grad_norm=0.2,
+            method="dp-lora",
+        )  # fmt: skip
+        released = []
+        for step, batch in enumerate(loader.steps(3)):
+            if idle and step == 1:
+                with torch.no_grad():
+                    h = model.act(model.fc1(batch[0]))
+                nn.functional.cross_entropy(model.head(model.fc2(h)), batch[1]).backward()
+            else:
+                loss(model, batch).backward()
+            opt.step()
+            released.append({s.name: s.released * 12 for s in opt.engine.active})
+            opt.zero_grad()
+        results.append((opt.engine, released))
+    (engine, usual), (_, idled) = results
+    for site in engine.sites:
+        noise = functional.chacha20_normal(site.param.numel(), key=KEY, release=1, tensor_index=site.index)
+        alone = torch.allclose(idled[1][site.name].flatten(), 0.1 * noise, rtol=0, atol=1e-6)
+        assert alone == site.name.startswith("fc1."), site.name
+        assert torch.equal(usual[0][site.name], idled[0][site.name])
+        assert not torch.allclose(idled[2][site.name].flatten(), 0.1 * noise, rtol=0, atol=1e-6)
 
 
 class Mixing(nn.Module):

@@ -40,11 +40,18 @@ class TestTheModelAfterMakePrivate:
         with pytest.raises(RuntimeError, match="fc1.lora_B was replaced or tied"):
             one_step(model, loss, opt, loader)
 
-    def test_another_dtype(self):
+    @pytest.mark.parametrize(
+        "to, message",
+        [
+            (torch.float32, "was moved from cpu torch.float64 to cpu torch.float32"),
+            ("meta", "was replaced .* call make_private again"),  # torch makes new parameters where it cannot keep them
+        ],
+    )
+    def test_another_dtype_or_device(self, to, message):
         model, data, loss = toy()
         opt, loader = private(model, data)
-        model.float()
-        with pytest.raises(RuntimeError, match="was moved from cpu torch.float64 to cpu torch.float32"):
+        model.to(to)
+        with pytest.raises(RuntimeError, match=message):
             one_step(model, loss, opt, loader)
 
     def test_unchanged_models_train_on(self):
