@@ -18,6 +18,9 @@ SHAPES = [
 ]
 # float32 sums of up to 2,048 products against float64
 TOLERANCE = 2e-6
+# a composition in bfloat16 rounds its gradient to 8 bits; ours is float32, but for a dz that is rounded
+BFLOAT16 = 1e-2
+HALF_SHAPES = [(16, 128, 768, 16), (8, 512, 4096, 16)]
 SCALING, KEY, N = 0.5, bytes(range(32)), 16
 NORMALS = 1 << 24
 
@@ -28,16 +31,16 @@ factors = pytest.mark.parametrize("factor", ["B", "A"])
 class Inputs:
     """One layer's operands; ``work`` is (bytes that must cross once, operations)."""
 
-    def __init__(self, shape: tuple[int, int, int, int], factor: str):
+    def __init__(self, shape: tuple[int, int, int, int], factor: str, dtype: torch.dtype = torch.float32):
         N, T, m, r = shape
         torch.manual_seed(0)
-        self.dy, self.B = torch.randn(N, T, m), torch.randn(m, r)
-        self.h = torch.randn(N, T, r) if factor == "B" else None
-        self.x = torch.randn(N, T, m) if factor == "A" else None
+        self.dy, self.B = torch.randn(N, T, m, dtype=dtype), torch.randn(m, r, dtype=dtype)
+        self.h = torch.randn(N, T, r, dtype=dtype) if factor == "B" else None
+        self.x = torch.randn(N, T, m, dtype=dtype) if factor == "A" else None
         self.G = torch.empty((N, m, r) if factor == "B" else (N, r, m))
         read = sum(t.numel() for t in (self.dy, self.B, self.h, self.x) if t is not None)
-        self.read_bytes, self.G_bytes = 4 * read, 4 * self.G.numel()
-        self.dz_bytes, self.flops = 4 * N * T * r, 4 * N * T * m * r
+        self.read_bytes, self.G_bytes = dtype.itemsize * read, 4 * self.G.numel()
+        self.dz_bytes, self.flops = dtype.itemsize * N * T * r, 4 * N * T * m * r
 
     def limits(self, race, moved: int) -> dict:
         """The roofline's two sides as contenders, in the same rounds."""
@@ -45,29 +48,45 @@ class Inputs:
         return {"read": reading(self.read_bytes), "gemm": gemm()}
 
 
-@shapes
-@factors
-def bench_sample_grad(race, shape, factor):
-    i = Inputs(shape, factor)
+def _sample_grad(race, i: Inputs, factor: str, tolerance: float) -> tuple:
+    """Ours, and the compositions, all checked."""
     out = {"G_B": i.G} if factor == "B" else {"G_A": i.G}
 
     def ours():
         return functional.sample_grad(i.dy, i.B, SCALING, h=i.h, x=i.x, **out)
 
     others = baselines.sample_grad(i.dy, i.B, SCALING, i.h, i.x)
-    wide = (None if t is None else t.double() for t in (i.h, i.x))
-    dz, G_B, sq_B, G_A, sq_A = reference.sample_grad(i.dy.double(), i.B.double(), SCALING, **dict(zip("hx", wide)))
+    want = reference.sample_grad(i.dy.double(), i.B.double(), SCALING, **_wide(i))
     got = ours()
     k = 1 if factor == "B" else 3
-    for have, want in zip((got[0], got[k], got[k + 1]), (dz, *((G_B, sq_B) if factor == "B" else (G_A, sq_A)))):
-        race.check("ours", have, want, TOLERANCE)
+    race.check("ours", got[0], want[0], tolerance)
+    race.check("ours", got[k], want[k], TOLERANCE)  # whatever the inputs' dtype
+    race.check("ours", got[k + 1], want[k + 1], TOLERANCE)
     for name, f in others.items():
         z, G, norm = f()
-        race.check(name, z, dz, TOLERANCE)
-        race.check(name, G, G_B if factor == "B" else G_A, TOLERANCE)
-        race.check(name, norm.double().square(), sq_B if factor == "B" else sq_A, 4 * TOLERANCE)
+        race.check(name, z, want[0], tolerance)
+        race.check(name, G, want[k], tolerance)
+        race.check(name, norm.double().square(), want[k + 1], 4 * tolerance)
+    return ours, others
+
+
+@shapes
+@factors
+def bench_sample_grad(race, shape, factor):
+    i = Inputs(shape, factor)
+    ours, others = _sample_grad(race, i, factor, TOLERANCE)
     race.facts(op="sample_grad", factor=factor, shape=shape)
     race.run(ours, {**others, **i.limits(race, i.read_bytes + i.G_bytes + i.dz_bytes)})
+
+
+@pytest.mark.parametrize("shape", HALF_SHAPES, ids=lambda s: "x".join(map(str, s)))
+@factors
+def bench_sample_grad_bfloat16(race, shape, factor):
+    i = Inputs(shape, factor, torch.bfloat16)
+    ours, others = _sample_grad(race, i, factor, BFLOAT16)
+    race.facts(op="sample_grad, bfloat16", factor=factor, shape=shape, bytes=i.read_bytes + i.G_bytes + i.dz_bytes)
+    race.facts(flops=i.flops, read_bytes=i.read_bytes, gemm_flops=2 * GEMM**3)
+    race.run(ours, {**others, "read": reading(i.read_bytes), "gemm": gemm(torch.bfloat16)})
 
 
 @shapes

@@ -123,9 +123,9 @@ def copying(nbytes: int) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def gemm() -> Callable[[], object]:
-    """2 GEMM^3 operations in float32, large enough for the library's best rate."""
-    a, b, c = (torch.ones(GEMM, GEMM) for _ in range(3))
+def gemm(dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+    """2 GEMM^3 operations, large enough for the library's best rate."""
+    a, b, c = (torch.ones(GEMM, GEMM, dtype=dtype) for _ in range(3))
     return lambda: torch.mm(a, b, out=c)
 
 

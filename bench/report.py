@@ -235,6 +235,7 @@ class Report:
     def sections(self) -> list[str]:
         sections = [
             self.gradients("sample_grad"),
+            self.gradients("sample_grad, bfloat16"),
             self.gradients("sample_grad_clip"),
             self.streams("privatize", "copy"),
             self.streams("clip_reduce", "read"),
