@@ -636,3 +636,19 @@ def test_features_of_peft_that_are_not_supported_are_refused_by_name(config, fea
     peft.get_peft_model(body(), peft.LoraConfig(r=2, target_modules=["fc1"], **config)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"not supported here: .*{feature}"):
         load_adapter(body(), tmp_path)
+
+
+def test_names_of_transformers_4_are_told_with_the_cure(tmp_path):
+    """ViT's and Swin's layers were renamed in transformers 5; PEFT files from before do not fit."""
+    torch.manual_seed(15)
+    base, _, _ = FAMILIES["vit"][0]()
+    save_adapter(trained(copy.deepcopy(base), r=2, target_modules="qv"), tmp_path)
+    old = {"q_proj": "attention.query", "v_proj": "attention.value"}
+    tensors = {}
+    for key, value in load_file(tmp_path / WEIGHTS).items():
+        for new, name in old.items():
+            key = key.replace(new, name)
+        tensors[key] = value
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=r"(?s)no place for:.*attention\.query.*query, value are names of trans.* 4"):
+        load_adapter(base, tmp_path)
