@@ -112,7 +112,7 @@ class WandB:
 
         settings = wandb.Settings(
             x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True, console="off", disable_git=True,
-            disable_code=True, save_code=False, silent=True,
+            disable_code=True, save_code=False, x_save_requirements=False, silent=True,
         )  # fmt: skip
         identity = hashlib.sha256(run.clients[0].ledger.id.encode()).hexdigest()[:16]  # drawn at the start, kept since
         self.run = wandb.init(
