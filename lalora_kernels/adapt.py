@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -55,7 +56,7 @@ def adapt(
         raise ValueError(f"fused={fused!r}: it is 'qkv', or 'qv' with a target named qkv or c_attn")
     install(model, dict.fromkeys(names, (r, lora_alpha)), saved, lora_dropout, use_rslora)
     for name in thirds:
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         third = layer.out_features // 3
         layer.only_rows(slice(0, third), slice(2 * third, None))
     if verbose:
@@ -96,7 +97,9 @@ def install(
     for name, (r, lora_alpha) in plan.items():
         module = modules[name]
         if id(module) not in fresh:
-            layer = lora_class(module).from_linear(module, r, lora_alpha, lora_dropout, use_rslora)
+            kind = lora_class(module)
+            assert kind is not None  # refusal() said so
+            layer: Any = kind.from_linear(module, r, lora_alpha, lora_dropout, use_rslora)
             layer._plain = (module,)  # in a tuple, so that it is no submodule: unadapt gives this very object back
             fresh[id(module)] = layer
     for name, module in modules.items():
@@ -225,7 +228,7 @@ def _unload(model: nn.Module) -> nn.Module:
     return model
 
 
-def _plain_layer(layer: LoRALayer) -> nn.Module:
+def _plain_layer(layer: Any) -> nn.Module:
     if hasattr(layer, "_plain"):
         (plain,) = layer._plain
     elif type(layer) is not LoRALinear:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,9 +82,11 @@ def get(op: str, like: Tensor | tuple[torch.device | str, torch.dtype], backend:
     return _load(op, choose(kind, dtype, backend, op), kind, dtype)
 
 
-def explain(devices: tuple[str, ...] = ("cpu", "cuda"), dtypes: tuple[torch.dtype, ...] = SMALL + (torch.float64,)):
+def explain(
+    devices: tuple[str, ...] = ("cpu", "cuda"), dtypes: tuple[torch.dtype, ...] = SMALL + (torch.float64,)
+) -> dict[str, dict[Any, Any]]:
     """op -> {"available": [backend, ...], (device, dtype): the backend chosen now or "error: why"}."""
-    table: dict[str, dict] = {op: {"available": []} for op in OPS}
+    table: dict[str, dict[Any, Any]] = {op: {"available": []} for op in OPS}
     for op, row in table.items():
         for name, (_, kinds, _) in BACKENDS.items():
             with suppress(BackendError):

@@ -2,29 +2,15 @@
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lalora_kernels.adapted import Adapted
 from lalora_kernels.autograd import lora_conv2d, lora_embedding, lora_linear
 
 FACTORS = ("", "A", "B", "AB")
-
-
-class Adapted:
-    """What a private step needs of an adapted layer: a place for its recorder, and where its parameters are."""
-
-    recorder = None  # set by the engine (privacy/recorders.py)
-    is_table = False  # whether its inputs are ids, and A has a column for each
-
-    def tensors(self) -> dict[str, tuple[nn.Module, str]]:
-        """Role -> (module, name in it) of what a forward uses: "lora_A", "lora_B", "weight", "bias", "lora_bias"."""
-        raise NotImplementedError
-
-    @property
-    def trained_rows(self) -> Tensor | None:
-        """(m,1), 1 for the rows of B that the adapter has and 0 for those that stay zero; None: it has all."""
-        return self._buffers.get("rows")
 
 
 class LoRALayer(Adapted):
@@ -36,6 +22,14 @@ class LoRALayer(Adapted):
 
     names = {"A": "lora_A", "B": "lora_B"}
     fan_in_fan_out = False  # whether the weight is stored (n,m)
+    if TYPE_CHECKING:
+        weight: Any
+        lora_A: Any
+        lora_B: Any
+        in_features: int
+        out_features: int
+
+        def _take(self, layer: Any) -> None: ...
 
     def _init_lora(self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
@@ -155,8 +149,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._init_lora(r, lora_alpha, lora_dropout, use_rslora)
@@ -198,7 +192,7 @@ class LoRAConv1D(LoRALinear):
 
     fan_in_fan_out = True
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.weight = nn.Parameter(self.weight.detach().t().contiguous(), requires_grad=False)
         self.nf = self.out_features
@@ -209,7 +203,7 @@ class LoRAConv1D(LoRALinear):
         n, m = (self.in_features, self.out_features) if isinstance(self, LoRALayer) else self.weight.shape
         return (r, n), (m, r)
 
-    def _take(self, conv: nn.Module) -> None:
+    def _take(self, conv: Any) -> None:
         self.in_features, self.out_features = conv.weight.shape
         self.nf = self.out_features
         self.weight, self.bias = conv.weight, conv.bias
@@ -231,8 +225,9 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     """
 
     def __init__(
-        self, *args, r: int, lora_alpha: float = 1.0, lora_dropout: float = 0.0, use_rslora: bool = False, **kwargs
-    ):
+        self, *args: Any, r: int, lora_alpha: float = 1.0, lora_dropout: float = 0.0, use_rslora: bool = False,
+        **kwargs: Any,
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
         if why := conv2d_refusal(self):
             raise ValueError(why)
@@ -299,8 +294,9 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     is_table = True
 
     def __init__(
-        self, *args, r: int, lora_alpha: float = 1.0, lora_dropout: float = 0.0, use_rslora: bool = False, **kwargs
-    ):
+        self, *args: Any, r: int, lora_alpha: float = 1.0, lora_dropout: float = 0.0, use_rslora: bool = False,
+        **kwargs: Any,
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
         if why := embedding_refusal(self):
             raise ValueError(why)
@@ -367,7 +363,8 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
 
 def submodules(model: nn.Module) -> Iterator[nn.Module]:
     """``model.modules()`` in no order, at a sixth of its time: a private step walks over them."""
-    stack, seen = [model], set()
+    stack: list[Any] = [model]
+    seen = set()
     while stack:
         module = stack.pop()
         if module is not None and module not in seen:
@@ -382,7 +379,7 @@ def factor_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if isinstance(module, Adapted):
             for role, (owner, key) in module.tensors().items():
                 if role in ("lora_A", "lora_B"):
-                    yield role, owner._parameters[key]
+                    yield role, owner._parameters[key]  # type: ignore[misc]  # tensors() names those that are
 
 
 def set_active(model: nn.Module, factors: str) -> None:

@@ -215,7 +215,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_values(config: dict[str, Any]) -> None:
-    kinds = {"modules_to_save": list, "rank_pattern": dict, "alpha_pattern": dict}
+    kinds: dict[str, Any] = {"modules_to_save": list, "rank_pattern": dict, "alpha_pattern": dict}
     kinds |= {"target_modules": (str, list), "exclude_modules": (str, list)}
     for key, kind in kinds.items():
         if config.get(key) is not None and not isinstance(config[key], kind):
@@ -279,12 +279,12 @@ def _refuse_kinds(
     modules: dict[str, nn.Module], names: list[str], tables: set[str], bases: dict[str, Tensor | None]
 ) -> None:
     """Factors of embeddings belong to embeddings; PEFT stores their frozen weights too, which must be the model's."""
-    kinds = {n: type(m) if isinstance(m := modules[n], LoRALayer) else lora_class(m) for n in names}
+    kinds: dict[str, Any] = {n: type(m) if isinstance(m := modules[n], LoRALayer) else lora_class(m) for n in names}
     wrong = [n for n in names if kinds[n] is not None and (n in tables) != issubclass(kinds[n], LoRAEmbedding)]
     if wrong:
         raise ValueError(f"an embedding in the file or in the model, but not in both:{_list(wrong)}")
     for name, base in bases.items():
-        weight = modules[name].weight
+        weight: Any = modules[name].weight
         if base is not None and not (base.shape == weight.shape and torch.equal(base.to(weight), weight)):
             raise ValueError(
                 f"the adapter also holds a weight for {name} that is not the model's (it was trained or resized); save "
@@ -363,7 +363,7 @@ def _refuse_shapes(
         why = None if isinstance(module, LoRALayer) else refusal(model, name, module)
         if why:
             raise ValueError(f"{name} cannot be adapted: {why}")
-        kind = type(module) if isinstance(module, LoRALayer) else lora_class(module)
+        kind: Any = type(module) if isinstance(module, LoRALayer) else lora_class(module)
         expected.append((_file_key(module, name, factor), value, kind.factor_shapes(module, r)["AB".index(factor)]))
     state = model.state_dict()
     expected += [(key, value, tuple(state[key].shape)) for key, value in others.items()]

@@ -1,5 +1,7 @@
 """A PEFT model's LoRA layers, served by our kernels and seen by the private step."""
 
+from typing import Any
+
 from torch import nn
 
 from lalora_kernels.nn import conv2d_refusal, embedding_refusal
@@ -39,7 +41,7 @@ def unpatch_peft(model: nn.Module) -> nn.Module:
     from lalora_kernels.peft_layers import CLASSES, Patched
 
     plain = {ours: theirs for theirs, ours in CLASSES.items()}
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Patched)]
+    layers: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, Patched)]
     for name, module in layers:
         if module.recorder is not None:
             raise RuntimeError(f"{name} belongs to a private optimizer; call its detach() first")
@@ -48,7 +50,7 @@ def unpatch_peft(model: nn.Module) -> nn.Module:
     return model
 
 
-def _refusal(module: nn.Module, classes: dict) -> str | None:
+def _refusal(module: Any, classes: dict) -> str | None:
     from lalora_kernels.peft_layers import variant_refusal, watched
 
     kind, base = type(module), module.base_layer

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from numbers import Integral, Real
+from typing import Any
 
 from lalora_kernels.privacy.sampling import check_sample_rate
 
@@ -196,11 +197,11 @@ def _positive(name: str, value: float) -> float:
     return float(value)
 
 
-def _is_real(value) -> bool:
+def _is_real(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _is_integral(value) -> bool:
+def _is_integral(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -229,7 +230,7 @@ def _epsilon(
     interval = coarser * _interval(releases)
     if interval > 1.0:
         return math.inf
-    composed = None
+    composed: Any = None
     for sigma, q, count in releases:
         part = _one_release(sigma, q, interval, neighboring_relation).self_compose(count)
         composed = part if composed is None else composed.compose(part)
@@ -237,7 +238,7 @@ def _epsilon(
 
 
 @lru_cache(maxsize=16)
-def _one_release(sigma: float, q: float, interval: float, neighboring_relation: str):
+def _one_release(sigma: float, q: float, interval: float, neighboring_relation: str) -> Any:
     # dp_accounting takes a second to import, which a command's --help should not wait for.
     from dp_accounting import NeighboringRelation
     from dp_accounting.pld import privacy_loss_distribution

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lalora_kernels.nn import factor_parameters, set_active
 from lalora_kernels.privacy.engine import Engine
-from lalora_kernels.privacy.recorders import Site
 from lalora_kernels.privacy.sampling import BatchInfo
 
 # Two float64 evaluations of one gradient, in different orders of summation.
@@ -23,7 +22,8 @@ def tree_map(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
         return f(tree)
     if isinstance(tree, Mapping):
         mapped = {k: tree_map(f, v) for k, v in tree.items()}
-        return mapped if type(tree) is dict else type(tree)(mapped)
+        kind: Any = type(tree)
+        return mapped if kind is dict else kind(mapped)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(tree_map(f, v) for v in tree))
     if isinstance(tree, (tuple, list)):
@@ -38,7 +38,12 @@ def _record(batch: Any, i: int, rows: int) -> Any:
 
 def _leaves(tree: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    tree_map(lambda t: found.append(t) or t, tree)
+
+    def keep(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    tree_map(keep, tree)
     return found
 
 
@@ -83,7 +88,7 @@ def per_sample_gradients(
         engine.detach()
 
 
-def _materialize(site: Site, rows: int) -> Tensor:
+def _materialize(site: Any, rows: int) -> Tensor:
     if not site.marked:
         return site.param.new_zeros(rows, *site.param.shape)
     if site.deferred is None:
@@ -156,7 +161,9 @@ def check_per_sample(
         )
 
 
-def _first_mixing_module(twin: nn.Module, batch: Any, loss, rows: int) -> str | None:
+def _first_mixing_module(
+    twin: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], rows: int
+) -> str | None:
     """The first module, in order of execution, whose outputs in the batch differ from those of single records."""
     calls: list[tuple[str, list[Tensor]]] = []
     handles = [

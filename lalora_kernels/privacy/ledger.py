@@ -65,7 +65,8 @@ class LedgerEntry:
                 raise ValueError(f"{name} is a string, got {getattr(self, name)!r}")
         for name in ("max_grad_norm", "expected_batch_size"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < 1e300):
+            real = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (real and 0 < value < 1e300):
                 raise ValueError(f"{name} is a finite number > 0 or None, got {value!r}")
 
 
@@ -157,7 +158,7 @@ class Ledger:
             return None
         return max_steps(
             target_epsilon=self.target_epsilon,
-            target_delta=self.target_delta,
+            target_delta=self.target_delta,  # type: ignore[arg-type]  # the budget is the pair
             noise_multiplier=noise_multiplier,
             sample_rate=sample_rate,
             history=self.releases,
@@ -207,10 +208,10 @@ class Ledger:
 
     def _draw_allowance(self, entry: LedgerEntry) -> None:
         kind = entry.noise_multiplier, entry.sample_rate, *self._budget()
-        if self._allowance is None or self._allowance[0] != kind or self._allowance[1] == 0:
-            self._allowance = kind, self.remaining_steps(entry.noise_multiplier, entry.sample_rate)
-        left = self._allowance[1]
-        if left == 0:
+        left = self._allowance[1] if self._allowance is not None and self._allowance[0] == kind else 0
+        if not left:
+            left = self.remaining_steps(entry.noise_multiplier, entry.sample_rate) or 0
+        if not left:
             spent = "" if self._refusals else f" ({self.steps} steps have spent {self.epsilon():.4f})"
             raise BudgetExceeded(
                 f"step {self.steps + 1}, with noise_multiplier {entry.noise_multiplier:g} and sample_rate "

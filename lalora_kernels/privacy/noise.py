@@ -9,12 +9,15 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from lalora_kernels import dispatch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 KEY_BYTES = 32
 MAX_RELEASES = 1 << 64  # nonce words 1 and 2
@@ -43,7 +46,7 @@ class Key(bytes):
     def __format__(self, spec: str) -> str:
         return repr(self)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError("a key is never pickled or copied: whoever reads it can subtract the noise")
 
 
@@ -62,7 +65,7 @@ class _KeyedSource:
         _live.add(self)
 
     @classmethod
-    def fixed(cls, key: bytes):
+    def fixed(cls, key: bytes) -> "Self":
         """A source with a known 32-byte ``key``, for tests: reproducible, and therefore worth no ε (``is_secret``)."""
         source = cls.__new__(cls)
         source._start(Key(key), is_secret=False)
@@ -88,7 +91,7 @@ class _KeyedSource:
         kind = "secret key" if self._is_secret else "fixed key: test only, no epsilon"
         return f"{type(self).__name__}({kind}, next {self._number} {self._next})"
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(
             f"a {type(self).__name__} is never pickled or copied: two holders of one key would use one stream twice. "
             f"Save state_dict() instead, or make a new {type(self).__name__} where it is needed"

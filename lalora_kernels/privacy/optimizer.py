@@ -1,7 +1,7 @@
 """A torch optimizer whose ``step`` is a private step."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.optim import Optimizer
@@ -56,11 +56,11 @@ class PrivateOptimizer(Optimizer):
         self.original_optimizer.param_groups = groups
 
     @property
-    def state(self):
+    def state(self) -> Any:
         return self.original_optimizer.state
 
     @state.setter
-    def state(self, state) -> None:
+    def state(self, state: Any) -> None:
         self.original_optimizer.state = state
 
     @property
@@ -71,7 +71,7 @@ class PrivateOptimizer(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.original_optimizer.defaults = defaults
 
-    def __getstate__(self):
+    def __getstate__(self) -> NoReturn:
         raise TypeError("a private optimizer holds a secret key and is not pickled; save its state_dict() instead")
 
     def __repr__(self) -> str:
@@ -148,7 +148,7 @@ class PrivateOptimizer(Optimizer):
         """``backward(*batch)``, the loop's forward and backward, as a CUDA graph; see ``privacy/graphs.py``."""
         return GraphedBackward(self.engine, backward, rows)
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One physical batch's share of a private step; see the class. Returns the closure's value, if any.
 
         Raises RuntimeError without a new batch or a backward before it, BudgetExceeded before a release that the

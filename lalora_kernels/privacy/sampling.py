@@ -162,7 +162,7 @@ class PrivateLoader:
         if isinstance(data, PrivateLoader):
             raise ValueError("this loader is private already; PrivateLoader takes the plain DataLoader")
         given = data if isinstance(data, DataLoader) else None
-        self.dataset = data if given is None else given.dataset
+        self.dataset: Dataset = data.dataset if isinstance(data, DataLoader) else data
         records = _count(self.dataset)
         batch_size = None if given is None else _plain_batch_size(given, records)
         self.sample_rate, self.expected_batch_size = _rates(records, sample_rate, expected_batch_size, batch_size)
@@ -201,7 +201,7 @@ class PrivateLoader:
 
     def _run(self, count: int) -> Iterator[Any]:
         self._iterations += 1
-        mine, infos = self._iterations, deque()
+        mine, infos = self._iterations, deque[BatchInfo]()
         self.batch_sampler.logical_batches, self.batch_sampler.infos = count, infos
         batches = iter(self._loader)
         while True:
@@ -251,7 +251,7 @@ def _plain_batch_size(loader: DataLoader, records: int) -> int | None:
     batches = loader.batch_sampler
     if batches is None:
         raise ValueError("this DataLoader does not batch (batch_size=None); give it a batch_size and a collate_fn")
-    sampler = getattr(batches, "sampler", None)
+    sampler: Any = getattr(batches, "sampler", None)
     if type(batches) is not BatchSampler or type(sampler) not in (SequentialSampler, RandomSampler):
         culprit = type(batches if type(batches) is not BatchSampler else sampler).__name__
         raise ValueError(

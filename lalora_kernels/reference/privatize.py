@@ -35,7 +35,7 @@ def smooth(t: Tensor, dim: int, padding: str = "symmetric") -> Tensor:
     if t.numel() == 0:
         return t.clone()
     padded = t.index_select(dim, pad_index(length, padding, t.device))
-    return sum(w * padded.narrow(dim, k, length) for k, w in enumerate(TAPS))
+    return sum((w * padded.narrow(dim, k, length) for k, w in enumerate(TAPS)), start=torch.zeros_like(t))
 
 
 def privatize(
@@ -61,15 +61,15 @@ def privatize(
     """
     if noise_std and key is None:
         raise ValueError("privatize: noise_std > 0 needs a key")
-    for l, o in enumerate(out):
-        total = torch.zeros_like(o) if S[l] is None else S[l].to(o.dtype)
-        if G[l] is not None:
-            total = total + weighted_sum(G[l], weights[l])
-        if noise_std:
+    for l, (o, g, s, dim) in enumerate(zip(out, G, S, smooth_dim)):
+        total = torch.zeros_like(o) if s is None else s.to(o.dtype)
+        if g is not None:
+            total = total + weighted_sum(g, weights[l])
+        if noise_std and key is not None:
             xi = chacha20_normal(
                 o.numel(), key=key, release=release, tensor_index=tensor_index[l], dtype=o.dtype, device=o.device
             )
             total = total + noise_std * xi.view(o.shape)
-        if smooth_dim[l] is not None:
-            total = smooth(total, smooth_dim[l], padding)
+        if dim is not None:
+            total = smooth(total, dim, padding)
         o.copy_(total / divisor)

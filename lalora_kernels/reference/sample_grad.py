@@ -34,11 +34,10 @@ def sample_grad(
     """
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     dy_w = dy.to(wide)
-    dz = g_b = g_a = sq_b = sq_a = None
-    if need_dz or x is not None:
-        dz = scaling * torch.matmul(dy_w, B.to(wide))
+    g_b = g_a = sq_b = sq_a = None
+    dz = scaling * torch.matmul(dy_w, B.to(wide)) if need_dz or x is not None else None
     if h is not None:
         g_b, sq_b = _per_sample(scaling * dy_w, h.to(wide), G_B, accumulate)
-    if x is not None:
+    if x is not None and dz is not None:
         g_a, sq_a = _per_sample(dz, x.to(wide), G_A, accumulate)
-    return (dz.to(dy.dtype) if need_dz else None), g_b, sq_b, g_a, sq_a
+    return (dz.to(dy.dtype) if need_dz and dz is not None else None), g_b, sq_b, g_a, sq_a

@@ -44,7 +44,7 @@ def sample_grad_clip(
     dz, g_b, sq_b, g_a, sq_a = sample_grad(dy, B, scaling, h=h, x=x, need_dz=need_dz)
 
     def reduce(G: Tensor | None, sq: Tensor | None, S: Tensor | None) -> Tensor | None:
-        if G is None:
+        if G is None or sq is None:
             return None
         c = clip_factor(sq, max_norm, grad_scale)
         c[valid if valid is not None else len(c) :].zero_()
