@@ -223,9 +223,9 @@ def _demo(args: argparse.Namespace, given: dict[str, Any]) -> int:
     address = f"127.0.0.1:{free_port()}"
     port = int(address.rpartition(":")[2])
     if config.model == "embedded":
-        from lalora_kernels.embedded import embedded_model
+        from lalora_kernels.models import load_model
 
-        embedded_model()  # once, before every process would do it
+        load_model("embedded")  # pre-trained once, before every process would do it
     with ExitStack() as stack:
         env = environment(home)
         command = superlink_command("127.0.0.1", port, certificates)

@@ -3,6 +3,7 @@
 Flower's own commands do the work. What phones home or installs packages at run time is switched off for all of them.
 """
 
+import contextlib
 import datetime
 import ipaddress
 import json
@@ -69,7 +70,8 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -97,12 +99,15 @@ class Process:
         family = descendants(self.popen.pid)
         self.popen.terminate()
         deadline = time.monotonic() + patience
-        while (self.popen.poll() is None or any(map(_alive, family))) and time.monotonic() < deadline:
+        while (self.popen.poll() is None or any(map(alive, family))) and time.monotonic() < deadline:
             time.sleep(0.1)
-        for pid in [pid for pid in family if _alive(pid)]:
-            os.kill(pid, signal.SIGKILL)
         self.popen.kill()
         self.popen.wait()
+        while left := [pid for pid in family if alive(pid)]:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
 
     def __enter__(self) -> "Process":
         return self

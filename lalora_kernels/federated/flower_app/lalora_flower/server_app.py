@@ -10,6 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from lalora_kernels.federated.coordinator import serve
 
+AT_ONCE = 8  # replies in memory
 POLL = 0.5  # seconds between two looks at the SuperLink
 HELLO_TTL = 3600.0  # seconds within which a node has to say which client it is
 
@@ -43,7 +44,7 @@ class GridTransport:
                 if node is not None and told.get(client) != (node, self.since[node]):
                     told[client] = (node, self.since[node])
                     sent[self._push(node, pending[client], left)] = client
-            for reply in self.grid.pull_messages(list(sent)) if sent else ():
+            for reply in self._pull(list(sent)):
                 client = sent.pop(reply.metadata.reply_to_message_id, None)
                 blob = _blob(reply)
                 if client not in pending or (blob is None and client in sent.values()):
@@ -51,6 +52,11 @@ class GridTransport:
                 del pending[client]
                 yield client, blob
             time.sleep(POLL)
+
+    def _pull(self, ids: list[str]) -> Iterator[Message]:
+        """The replies that are there, a few at a time, so that memory does not grow with the number of clients."""
+        for first in range(0, len(ids), AT_ONCE):
+            yield from self.grid.pull_messages(ids[first : first + AT_ONCE])
 
     def _push(self, node: int, blob: bytes, ttl: float) -> str:
         content = RecordDict({"lalora": ArrayRecord({"blob": Array(np.frombuffer(blob, dtype=np.uint8))})})
@@ -69,7 +75,7 @@ class GridTransport:
             elif node not in self.nodes.values():
                 message = Message(RecordDict({"hello": ConfigRecord({})}), node, "query.hello", ttl=HELLO_TTL)
                 self.asked[next(iter(self.grid.push_messages([message])))] = node
-        for reply in self.grid.pull_messages(list(self.asked)) if self.asked else ():
+        for reply in self._pull(list(self.asked)):
             node = self.asked.pop(reply.metadata.reply_to_message_id, None)
             client = reply.content.get("hello", {}).get("client") if reply.has_content() else None
             if type(client) is int and node in online and client not in self.registered:
