@@ -318,6 +318,15 @@ def test_a_consistent_forgery_out_of_range_is_refused():
 # ---------------------------------------------------------------- resuming
 
 
+@pytest.mark.parametrize("entries", [{}, ""])
+def test_entries_that_are_empty_but_no_list_are_refused(entries):
+    """Found by make fuzz: their hash chain holds, since there is nothing in it."""
+    state = Ledger(target_epsilon=1.0, target_delta=1e-5).state_dict()
+    assert state["entries"] == []
+    with pytest.raises(LedgerError, match="entries are a list"):
+        Ledger().load_state_dict({**state, "entries": entries, "head": state["head"]})
+
+
 def test_a_new_ledger_adopts_what_was_spent():
     old = charged()
     new = Ledger(target_epsilon=8.0, target_delta=DELTA)

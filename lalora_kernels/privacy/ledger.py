@@ -316,6 +316,8 @@ class Ledger:
             refusals = state["refusals"]
             if not isinstance(refusals, list) or not all(isinstance(s, str) for s in [state["id"], *refusals]):
                 raise ValueError("id is a string, refusals are a list of them")
+            if not isinstance(state["entries"], list):
+                raise ValueError("entries are a list")
             ledger.id, ledger._refusals = state["id"], list(refusals)
             names = {field.name for field in fields(LedgerEntry)} | {"hash"}
             for raw in state["entries"]:

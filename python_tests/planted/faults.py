@@ -350,8 +350,8 @@ FAULTS = (
     _fault(
         "budget check off by one",
         LEDGER,
-        "        if left == 0:\n",
-        "        if left < 0:\n",
+        "or 0\n        if not left:\n",
+        "or 0\n        if left < 0:\n",
         "ledger",
     ),
     _fault(
