@@ -52,6 +52,12 @@ CASES = {
         lambda z: F.cross_entropy(z, labels(N), torch.linspace(1, 9, V).to(z)), (N, V), "shares"),
     "ignored records": (
         lambda z: F.cross_entropy(z, torch.where(torch.arange(N) == 2, -100, labels(N))), (N, V), "shares"),
+    "smoothed, mean": (lambda z: F.cross_entropy(z, labels(N), label_smoothing=0.1), (N, V), "mean"),
+    "smoothed, sum": (lambda z: F.cross_entropy(z, labels(N), label_smoothing=0.3, reduction="sum"), (N, V), "sum"),
+    "smoothed tokens, mean over all": (
+        lambda z: F.cross_entropy(z.flatten(0, 1), ragged().flatten(), label_smoothing=0.1), (N, T, V), "shares"),
+    "smoothed pixels, mean": (
+        lambda z: F.cross_entropy(z, labels(N, 2, 3), label_smoothing=0.1), (N, V, 2, 3), "mean"),
     "logistic, mean": (lambda z: F.binary_cross_entropy_with_logits(z, labels(N, classes=2).float()), (N,), "mean"),
     "logistic, sum": (
         lambda z: F.binary_cross_entropy_with_logits(z, labels(N, 3, classes=2).float(), reduction="sum"), (N, 3),

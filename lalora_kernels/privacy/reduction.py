@@ -1,10 +1,10 @@
 """Does the loop's own loss take records as ``loss_reduction`` says? Told from numbers, in the first backwards.
 
-The gradient of a cross-entropy with respect to the logits is k (softmax - target), and of a logistic loss
-k (sigmoid - target), where k is what the loss gives to that position. So logits and gradient show k: 1 / N is a mean
-over records and 1 a sum, while shares of 1 that differ come from a count over the whole batch (its tokens, its class
-weights), by which each record's gradient depends on the others: no clipping bounds what one record changes then. Of
-other losses nothing is known here; ``check_per_sample`` takes any.
+The gradient of a cross-entropy with respect to the logits is k (softmax - target), the target smoothed or not, and of
+a logistic loss k (sigmoid - target), where k is what the loss gives to that position. So logits and gradient show k:
+1 / N is a mean over records and 1 a sum, while shares of 1 that differ come from a count over the whole batch (its
+tokens, its class weights), by which each record's gradient depends on the others: no clipping bounds what one record
+changes then. Of other losses nothing is known here; ``check_per_sample`` takes any.
 """
 
 from functools import partial
@@ -96,10 +96,13 @@ def _weights(z: Tensor, dz: Tensor, rtol: float) -> tuple[Tensor | None, bool]:
     for axis in dict.fromkeys((z.dim() - 1, 1)):
         if axis and z.dim() > axis and z.shape[axis] > 1:
             classes = z.shape[axis]
-            found = [
-                _softmax_weights(*(t.movedim(axis - 1, -1).reshape(-1, classes).double() for t in pair), rtol)
-                for pair in zip(z, dz)  # one record after the other: a vocabulary is long
+            rows = [  # one record after the other: a vocabulary is long
+                tuple(t.movedim(axis - 1, -1).reshape(-1, classes) for t in pair) for pair in zip(z, dz)
             ]
+            found = [_softmax_weights(a.double(), d.double(), rtol) for a, d in rows]
+            if any(k is None for k in found) and classes > 3:  # a line through two points fits any
+                _, u = max(_smoothing(a.double(), d.double()) for a, d in rows)
+                found = [_smoothed_weights(a.double(), d.double(), u, rtol) for a, d in rows]
             if all(k is not None for k in found):
                 return torch.stack(found), classes > 2
     z, dz = z.reshape(len(z), -1).double(), dz.reshape(len(z), -1).double()
@@ -120,3 +123,31 @@ def _softmax_weights(z: Tensor, dz: Tensor, rtol: float) -> Tensor | None:
     fits &= (dz.gather(1, target).squeeze(1) + k * p.sum(1)).abs() <= k * (rtol * p.sum(1) + rtol**2)
     live = dz.abs().amax(1) > 0
     return torch.where(live, k, 0.0) if bool((fits & k.isfinite() | ~live).all()) else None
+
+
+def _smoothing(z: Tensor, dz: Tensor) -> tuple[float, float]:
+    """(spread, u) of the position that shows it best: with smoothed labels dz = k (softmax(z) - u) off the target."""
+    p = z.softmax(1)
+    either = torch.cat([dz.argmin(1, keepdim=True), p.argmax(1, keepdim=True)], 1)  # the target is one of the two
+    high, low = (t.scatter(1, either, v).argmax(1, keepdim=True) for t, v in ((p, -1.0), (-p, -2.0)))
+    spread = (p.gather(1, high) - p.gather(1, low)) * (dz.abs().amax(1, keepdim=True) > 0)
+    at = int(spread.argmax())
+    k = (dz.gather(1, high) - dz.gather(1, low))[at] / spread[at]
+    return float(spread[at]), float(p.gather(1, high)[at] - dz.gather(1, high)[at] / k)
+
+
+def _smoothed_weights(z: Tensor, dz: Tensor, u: float, rtol: float) -> Tensor | None:
+    """As ``_softmax_weights``, for labels smoothed by u = smoothing / classes."""
+    p, rest = z.softmax(1), 1.0 - z.shape[1] * u
+    if not (0.0 < u and 0.0 < rest):
+        return None
+    live = dz.abs().amax(1) > 0
+    best = torch.zeros_like(dz[:, 0])
+    fits = ~live
+    for target in (dz.argmin(1, keepdim=True), p.argmax(1, keepdim=True)):  # the second where it is almost certain
+        line = (p - u).scatter(1, target, 0.0)
+        k = dz.scatter(1, target, 0.0).abs().sum(1) / line.abs().sum(1)
+        expected = k.unsqueeze(1) * (p - u).scatter_add(1, target, torch.full_like(p[:, :1], -rest))
+        good = live & ((dz - expected).abs().amax(1) <= rtol * k)
+        best, fits = torch.where(good, k, best), fits | good
+    return best if bool(fits.all()) else None
