@@ -17,7 +17,6 @@ from lalora_kernels.federated.client import Client
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.coordinator import BudgetSpent, Coordinator
 from lalora_kernels.federated.guard import QuorumLost
-from lalora_kernels.federated.methods import METHODS
 from lalora_kernels.federated.node import Node, records_digest
 from lalora_kernels.federated.policy import Policy, policy_for
 from lalora_kernels.federated.run import Run, prepare
@@ -92,7 +91,7 @@ def ledger_of(node) -> Ledger:
 # ---------------------------------------------------------------- one client step, whatever carries the messages
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["dp-lora", "ffa-lora", "rolora", "la-lora"])
 def test_equals_the_in_process_run_bit_for_bit_and_sends_what_the_method_says(world, tmp_path, method):
     config = settings(world, method=method, train_head="yes")
     here = Run.start(prepare(config), tmp_path / "here", noise=fixed)
@@ -125,8 +124,10 @@ def test_equals_the_in_process_run_bit_for_bit_and_sends_what_the_method_says(wo
     ]
 
 
-def test_partial_participation_by_size_is_bit_equal_too(world, tmp_path):
-    config = settings(world, method="rolora", fraction=0.5, rounds=4, partition="dirichlet", average="size")
+@pytest.mark.parametrize("clipping", ["flat", "adaptive"])
+def test_partial_participation_by_size_is_bit_equal_too(world, tmp_path, clipping):
+    changes = {"fraction": 0.5, "rounds": 4, "partition": "dirichlet", "average": "size", "clipping": clipping}
+    config = settings(world, method="rolora", **changes)
     here = Run.start(prepare(config), tmp_path / "here", noise=fixed)
     here.train()
     there = Coordinator.start(prepare(config), tmp_path / "there")
@@ -334,7 +335,8 @@ REFUSALS = {
     "a larger C": ({"max_grad_norm": "0.5"}, "policy", "max_grad_norm 1 is asked for"),
     "a larger K": ({"max_local_steps": "1"}, "policy", "local_steps 2 is asked for"),
     "a larger rank": ({"max_rank": "1"}, "policy", "rank 2 is asked for"),
-    "other targets": ({"targets": "['qv']"}, "policy", "targets 'all-linear' are asked for"),
+    "other targets": ({"targets": "['qv']"}, "policy", "targets 'all-linear' is asked for"),
+    "another clipping": ({"clipping": "['automatic']"}, "policy", "clipping 'flat' is asked for, automatic allowed"),
     "a name that means nothing": ({"max_epsilom": "1"}, "policy", "unknown name 'max_epsilom'"),
 }
 

@@ -27,6 +27,9 @@ def show_ledger(run: str | Path, *, accountant: str = "pld", delta: float | None
             ledgers = read_ledgers(path.parent, books)
             claimed = {name: book.get("epsilon") for name, book in books["clients"].items()}
             run_delta = books.get("delta")
+        elif isinstance(books, dict) and "ledger" in books:  # a client's own, node.py
+            ledgers, claimed, run_delta = {"": Ledger()}, {}, None
+            ledgers[""].load_state_dict(books["ledger"])
         else:
             ledgers, claimed, run_delta = {"": Ledger.load(path)}, {}, None
         delta = run_delta if delta is None else delta

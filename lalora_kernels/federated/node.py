@@ -101,6 +101,7 @@ class Node:
                 raise Refused("budget", f"round {number} is not one of this client's turns: {turns}")
             state = self._state(task, folder, upcast(sent, config.wire), about, config)
             client = self._client(task, book, kept, config, policy, len(turns))
+            client.max_grad_norm = kept.max_grad_norm
             update = client.train_round(task.task.classifier, get_method(config.method), config, number, state, on_step)
             book.rounds[run] = [*charged, number]
             book.save(client)  # what it cost, before what it bought
@@ -110,6 +111,7 @@ class Node:
         for old in charged:
             (folder / f"reply-{old}.safetensors").unlink(missing_ok=True)
         kept.settings, kept.noise_multiplier = digest, client.noise_multiplier
+        kept.max_grad_norm = client.max_grad_norm
         write_atomic(folder / "run.json", json.dumps(dataclasses.asdict(kept)) + "\n")
         return update, config.wire
 
@@ -192,10 +194,11 @@ class Node:
 
 @dataclasses.dataclass
 class _Kept:
-    """What a client remembers of a run: the settings of its first round, the σ that they led to."""
+    """What a client remembers of a run: the settings of its first round, the σ that they led to, adaptive C."""
 
     settings: str = ""
     noise_multiplier: float | None = None
+    max_grad_norm: float | None = None
 
     @classmethod
     def read(cls, path: Path) -> "_Kept":

@@ -10,6 +10,7 @@ from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import Config, read_toml
 
 FILE = "policy.toml"
+NAMES = ("targets", "clipping")  # settings of which a policy lists the values
 
 
 class Refused(Exception):
@@ -26,7 +27,8 @@ class Policy:
 
     max_epsilon, delta: the lifetime budget of one data set; what every run on it costs is added up.
     min_noise_multiplier: least σ in units of C. max_grad_norm: largest C. max_local_steps: largest K.
-    targets: values of ``--targets`` that are allowed. max_rank: largest r.
+    targets, clipping: values of these settings that are allowed. max_rank: largest r. With "adaptive" clipping C
+        follows the records' norms from the run's max_grad_norm on, wherever that leads.
     """
 
     max_epsilon: float
@@ -36,11 +38,12 @@ class Policy:
     max_local_steps: int = 1000
     max_rank: int = 64
     targets: tuple[str, ...] = ("all-linear", "qv")
+    clipping: tuple[str, ...] = ("flat", "per_layer", "automatic")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "targets":
+            if field.name in NAMES:
                 fits = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
             else:
                 whole = field.type is int
@@ -65,9 +68,7 @@ class Policy:
             raise BadInput(f"{path}: unknown name {strange[0]!r}; there are {', '.join(names)}")
         if missing := [name for name in ("max_epsilon", "delta") if name not in values]:
             raise BadInput(f"{path}: {missing[0]} is missing")
-        if isinstance(values.get("targets"), list):
-            values["targets"] = tuple(values["targets"])
-        return cls(**values)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def check(self, config: Config) -> None:
         """Raises Refused for settings that are not allowed, whatever σ they lead to."""
@@ -80,8 +81,10 @@ class Policy:
         ):
             if asked > allowed:
                 raise Refused("policy", f"{what} {asked:g} is asked for, {allowed:g} allowed")
-        if config.targets not in self.targets:
-            raise Refused("policy", f"targets {config.targets!r} are asked for, {', '.join(self.targets)} allowed")
+        for name in NAMES:
+            asked, names = getattr(config, name), getattr(self, name)
+            if asked not in names:
+                raise Refused("policy", f"{name} {asked!r} is asked for, {', '.join(names) or 'nothing'} allowed")
 
     def check_noise(self, noise_multiplier: float) -> None:
         """Raises Refused for a σ below the least that is allowed."""
@@ -97,4 +100,5 @@ def policy_for(config: Config) -> str:
         f"max_epsilon = {epsilon}\ndelta = {config.delta!r}\n"
         f"min_noise_multiplier = {0.1 if config.private else 0.0}\nmax_grad_norm = {config.max_grad_norm!r}\n"
         f"max_local_steps = {config.local_steps}\nmax_rank = {config.rank}\ntargets = ['{config.targets}']\n"
+        f"clipping = ['{config.clipping}']\n"
     )
