@@ -22,6 +22,8 @@ from lalora_kernels.plan_command import add_plan
 from lalora_kernels.plan_command import plan as run_plan
 from lalora_kernels.privacy.accountant import ACCOUNTANTS
 from lalora_kernels.privacy.ledger import BudgetExceeded, LedgerError
+from lalora_kernels.reproduce.command import add_reproduce
+from lalora_kernels.reproduce.command import reproduce as reproduce_piece
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -39,7 +41,7 @@ FLAGS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     )),
     ("method", (
         ("method", "which LoRA factor trains when, and what travels"),
-        ("smoothing", "low-pass filter on the noisy gradient; costs no privacy; all but the first two are experimental"),
+        ("smoothing", "low-pass filter on the noisy gradient; costs no privacy; after the first two: experimental"),
         ("rank", "r of the adapters"),
         ("lora_alpha", "the adapter's output is scaled by lora_alpha / r (default: r)"),
         ("targets", "layers to adapt: all-linear, qv, names with commas, or a regular expression"),
@@ -137,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _add_settings(table, leave_out=("method", "smoothing", "epsilon", "seed"))
 
+    add_reproduce(commands)
     report = commands.add_parser(
         "report",
         help="write one page on a run, or on several side by side",
@@ -277,6 +280,13 @@ def table(args: argparse.Namespace) -> int:
     return OK
 
 
+def reproduce(args: argparse.Namespace) -> int:
+    """``lalora reproduce``."""
+    with _setup():
+        reproduce_piece(args)
+    return OK
+
+
 def report(args: argparse.Namespace) -> int:
     """``lalora report``."""
     from lalora_kernels.report import write_report
@@ -320,8 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     commands = {
-        "plan": plan, "train": train, "flower": flower, "table": table, "report": report, "ledger": ledger,
-        "audit": audit,
+        "plan": plan, "train": train, "flower": flower, "table": table, "reproduce": reproduce, "report": report,
+        "ledger": ledger, "audit": audit,
     }  # fmt: skip
     command = commands[args.command]
     try:

@@ -34,12 +34,22 @@ def _by_step(round: int, step: int) -> str:
     return "B" if step % 2 else "A"
 
 
+def periods(b: int, a: int, first: str = "B") -> Callable[[int, int], str]:
+    """``b`` local steps with B active, then ``a`` with A, again and again from step 1 of every round; or A first."""
+    order = "B" * b + "A" * a if first == "B" else "A" * a + "B" * b
+    return lambda round, step: order[(step - 1) % len(order)]
+
+
 SCHEDULES = {
     "dp-lora": Schedule("dp-lora", _both),  # 2312.17493
     "ffa-lora": Schedule("ffa-lora", _b_only),  # 2403.12313
     "rolora": Schedule("rolora", _by_round),  # 2409.02346
     "la-lora": Schedule("la-lora", _by_step),  # 2602.19926
 }
+# LA-LoRA with other periods, k_B-k_A (SPEC section 7); 10-10 and 25-25 are halves of a round of K = 20 and of K = 50.
+for _b, _a in ((2, 1), (4, 1), (1, 2), (10, 10), (25, 25)):
+    SCHEDULES[f"la-lora-{_b}-{_a}"] = Schedule(f"la-lora-{_b}-{_a}", periods(_b, _a))
+SCHEDULES["la-lora-a-first"] = Schedule("la-lora-a-first", periods(1, 1, first="A"))
 
 
 def get_schedule(method: str | Schedule) -> Schedule:

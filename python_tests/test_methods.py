@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -11,11 +12,16 @@ from hypothesis import strategies as st
 from small import digits_npz, vit_folder
 from tolerances import ROUNDS_F32
 
+from lalora_kernels.adapt import unadapt
+from lalora_kernels.data import BadInput
 from lalora_kernels.federated.client import Client, get_state, learning_rate
 from lalora_kernels.federated.config import make_config
-from lalora_kernels.federated.methods import METHODS, get_method, weighted_mean
-from lalora_kernels.federated.run import Run, prepare
-from lalora_kernels.federated.server import Server
+from lalora_kernels.federated.coordinator import Coordinator
+from lalora_kernels.federated.guard import Rules
+from lalora_kernels.federated.methods import FURTHER, METHODS, get_method, merged_weights, weighted_mean
+from lalora_kernels.federated.run import MERGED, Run, prepare
+from lalora_kernels.federated.server import Server, evaluate
+from lalora_kernels.federated.task import Watch
 
 # One layer with r = 1, m = n = 2, and a head; before the round, and after client 0 and client 1 trained everything.
 START = {"l.lora_A": [[1.0, 2.0]], "l.lora_B": [[0.0], [0.0]], "head.bias": [0.0, 0.0]}
@@ -69,6 +75,96 @@ def test_mean_of_the_products_is_the_product_of_the_means_where_one_factor_is_sh
     server.aggregate(1, dict(enumerate(sent)), {0: 1.0, 1: 1.0})
     products = sum(u["l.lora_B"] @ u["l.lora_A"] for u in trained) / 2
     assert torch.equal(server.state["l.lora_B"] @ server.state["l.lora_A"], products) is exact
+
+
+# ---------------------------------------------------------------- further methods, two clients written out
+
+BASE = {"l.weight": [[10.0, 20.0], [30.0, 40.0]]}
+# FIRST: B A = [[2, 4], [6, 12]]; SECOND: [[20, 0], [-4, 0]]; their mean, and mean(B) mean(A) = (3, 1)ᵀ (3, 2)
+MEAN_PRODUCT, PRODUCT_OF_MEANS = [[11.0, 2.0], [1.0, 6.0]], [[9.0, 6.0], [3.0, 2.0]]
+SIZES = [[6.5, 3.0], [3.5, 9.0]]  # (30 FIRST + 10 SECOND) / 40
+S = 2.0  # the adapters' scaling
+
+
+def further(name, weights=(1.0, 1.0), number=1):
+    method = get_method(name)
+    server = Server(method, tensors(START | (BASE if method.folds else {})), scaling=S)
+    sent = [{k: v for k, v in tensors(u).items() if method.travels(k, number)} for u in (FIRST, SECOND)]
+    outcome = server.aggregate(number, {0: sent[0], 1: sent[1]}, {0: weights[0], 1: weights[1]})
+    assert outcome.accepted == [0, 1] and outcome.moved
+    assert torch.equal(server.state["head.bias"], torch.tensor(MEAN["head.bias"])) or weights != (1.0, 1.0)
+    return server, sent
+
+
+@pytest.mark.parametrize("weights, exact", [((1.0, 1.0), MEAN_PRODUCT), ((30.0, 10.0), SIZES)])
+def test_fedex_lora_folds_the_residual(weights, exact):
+    server, sent = further("fedex-lora", weights)
+    assert all(set(update) == {"l.lora_A", "l.lora_B", "head.bias"} for update in sent)  # no weight goes up
+    mean = MEAN if weights == (1.0, 1.0) else BY_SIZE
+    state = server.state
+    assert torch.equal(state["l.lora_A"], torch.tensor(mean["l.lora_A"]))
+    assert torch.equal(state["l.lora_B"], torch.tensor(mean["l.lora_B"]))
+    if weights == (1.0, 1.0):  # W0 + 2 (MEAN_PRODUCT - PRODUCT_OF_MEANS)
+        assert torch.equal(state["l.weight"], torch.tensor([[14.0, 12.0], [26.0, 48.0]]))
+    whole = torch.tensor(BASE["l.weight"]) + S * torch.tensor(exact)
+    assert torch.equal(state["l.weight"] + S * state["l.lora_B"] @ state["l.lora_A"], whole)
+    assert torch.equal(merged_weights(state, S)["l.weight"], whole)
+
+
+def test_flora_folds_the_stacked_product_and_starts_adapters_anew():
+    server, _ = further("flora")
+    # stacked: B = [B1 B2] (2, 2), A = [A1; A2] / 2 (2, 2)
+    stacked = torch.tensor([[1.0, 5.0], [3.0, -1.0]]) @ torch.tensor([[2.0, 4.0], [4.0, 0.0]]) / 2
+    assert torch.equal(stacked, torch.tensor(MEAN_PRODUCT))
+    assert torch.equal(server.state["l.weight"], torch.tensor(BASE["l.weight"]) + S * stacked)
+    assert torch.equal(server.state["l.lora_B"], torch.zeros(2, 1))
+    A = server.state["l.lora_A"]
+    assert A.shape == (1, 2) and 0 < A.abs().max() <= 1 / math.sqrt(2)
+    assert torch.equal(further("flora")[0].state["l.lora_A"], A)  # public: any client can draw it
+    assert not torch.equal(further("flora", number=2)[0].state["l.lora_A"], A)
+
+
+def test_fedsvd_keeps_the_product_and_makes_the_rows_of_a_orthonormal():
+    server, sent = further("fedsvd")
+    assert all(set(update) == {"l.lora_B", "head.bias"} for update in sent)
+    A, B = server.state["l.lora_A"], server.state["l.lora_B"]
+    # mean(B) A = (3, 1)ᵀ (1, 2): Σ = sqrt(10) sqrt(5), V = (1, 2) / sqrt(5)
+    torch.testing.assert_close(B @ A, torch.tensor([[3.0, 6.0], [1.0, 2.0]]))
+    torch.testing.assert_close(A.abs(), torch.tensor([[1.0, 2.0]]) / math.sqrt(5))
+    torch.testing.assert_close(B.abs(), torch.tensor([[3.0], [1.0]]) * math.sqrt(5))
+
+
+@pytest.mark.parametrize("m, n, r, rank", [(7, 9, 3, 3), (7, 9, 3, 1), (2, 9, 4, 2), (7, 9, 3, 0)])
+def test_fedsvd_is_numpys_svd_of_the_product(m, n, r, rank):
+    g = torch.Generator().manual_seed(m + rank)
+    A, B = torch.randn(r, n, generator=g), torch.randn(m, r, generator=g)
+    B[:, rank:] = 0.0
+    moved = get_method("fedsvd").finish({"l.lora_A": A, "l.lora_B": B}, [], [], 1.0, 1)
+    torch.testing.assert_close(moved["l.lora_B"] @ moved["l.lora_A"], B @ A)
+    torch.testing.assert_close(moved["l.lora_A"] @ moved["l.lora_A"].T, torch.eye(r))
+    sigma = np.linalg.svd((B @ A).double().numpy(), compute_uv=False)
+    expected = np.zeros(r)
+    expected[: min(r, len(sigma))] = sigma[:r]
+    np.testing.assert_allclose(moved["l.lora_B"].norm(dim=0).numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rules", [Rules(aggregator="median"), Rules(clip_update_norm=1.0)])
+@pytest.mark.parametrize("method", ["fedex-lora", "flora"])
+def test_a_method_that_folds_the_exact_mean_refuses_other_rules(method, rules):
+    with pytest.raises(ValueError, match=f"{method} folds the exact mean"):
+        Server(get_method(method), tensors(START | BASE), rules, S)
+    with pytest.raises(ValueError, match="needs the adapters' scaling"):
+        Server(get_method(method), tensors(START | BASE))
+
+
+@pytest.mark.parametrize("method, order", [
+    ("la-lora-2-1", "BBABBA"), ("la-lora-4-1", "BBBBAB"), ("la-lora-1-2", "BAABAA"), ("la-lora-a-first", "ABABAB"),
+    ("la-lora-10-10", "BBBBBBBBBBAAAAAAAAAAB"), ("la-lora-25-25", "B" * 25 + "A" * 25 + "B"),
+])  # fmt: skip
+def test_periods_of_la_lora(method, order):
+    schedule = get_method(method).schedule
+    for number in (1, 2):
+        assert "".join(schedule.active(number, step + 1) for step in range(len(order))) == order
 
 
 @given(
@@ -216,3 +312,51 @@ def test_average_by_size_weighs_by_records(world, tmp_path, monkeypatch):
         both = [updates[name][key].double() for name in ("0", "1")]
         expected = (weights[0] * both[0] + weights[1] * both[1]) / sum(weights)
         assert torch.equal(value, expected.float()), key
+
+
+@pytest.mark.parametrize("method", [name for name in FURTHER if not name.startswith("la-lora-")])
+def test_a_further_method_over_two_rounds_is_a_ledgered_run_that_resumes(world, tmp_path, method):
+    """Every step is in the ledgers; what the folder holds at the end is the model that was measured."""
+    config = settings(world, method=method, epsilon=8.0, lora_alpha=4.0)
+    one = Run.start(prepare(config), tmp_path / "one")
+    start, base = dict(one.at.state), one.task.fingerprints
+    stop = []
+
+    class Stop(Exception):
+        pass
+
+    def after_first(record):
+        stop.append(record["round"])
+
+    def step():
+        if stop:
+            raise Stop
+
+    with pytest.raises(Stop):
+        one.train(Watch(on_step=step, on_round=after_first))
+    two = Run.resume(tmp_path / "one")
+    assert two.at.round == 1 and two.task.fingerprints == base
+    assert all(torch.equal(two.at.state[key], value) for key, value in one.at.state.items())
+    two.train()
+    assert [client.ledger.steps for client in two.clients] == [2 * K, 2 * K]
+    assert max(two.epsilons()) <= 8.0
+    changed = {key for key, value in two.at.state.items() if not torch.equal(value, start[key])}
+    folds = get_method(method).folds
+    assert any(key.endswith("q_proj.weight") for key in changed) is folds
+    if folds:
+        merged = safetensors.torch.load_file(tmp_path / "one" / MERGED)
+        assert not (tmp_path / "one" / "adapter").exists()
+        assert {key for key in merged if key not in start} == set() and any("q_proj.weight" in key for key in merged)
+        plain = prepare(config).classifier
+        unadapt(plain.model).load_state_dict(merged, strict=False)
+        found = evaluate(plain, two.task.data.test)
+    else:
+        assert (tmp_path / "one" / "adapter").exists()
+        found = evaluate(two.task.classifier, two.task.data.test)
+    assert found == pytest.approx((two.at.history[-1]["accuracy"], two.at.history[-1]["loss"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["fedsvd", "fedex-lora", "flora"])
+def test_flower_refuses_what_changes_more_than_travels(world, tmp_path, method):
+    with pytest.raises(BadInput, match=f"{method} changes more than travels"):
+        Coordinator.start(prepare(settings(world, method=method)), tmp_path / "run")

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 from lalora_kernels.adapt import lora_factors, saved_modules
 from lalora_kernels.federated.config import Config
 from lalora_kernels.federated.diagnostics import Diagnostics
-from lalora_kernels.federated.methods import Method
+from lalora_kernels.federated.methods import Method, base_name
 from lalora_kernels.models import Classifier
-from lalora_kernels.nn import factor_of
+from lalora_kernels.nn import LoRALinear, factor_of, lora_layers
 from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.privacy.make_private import make_private
 from lalora_kernels.privacy.noise import NoiseSource
@@ -30,15 +30,29 @@ def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(sorted(found.items()))
 
 
-def get_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of ``trainable_tensors``, on the CPU."""
-    return {key: p.detach().to("cpu", copy=True) for key, p in trainable_tensors(model).items()}
+def folded_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The frozen weights of the adapted layers, by name. Raises ValueError for layers other than linear ones."""
+    found = {}
+    for name, layer in lora_layers(model):
+        plain = type(layer) is LoRALinear and layer.trained_rows is None
+        if not plain or not layer.weight.is_floating_point():
+            raise ValueError(f"{name}: a product can be folded into the plain weight of a linear layer only")
+        found[base_name(name)] = layer.weight
+    return found
+
+
+def get_state(model: nn.Module, folds: bool = False) -> dict[str, Tensor]:
+    """Copies of ``trainable_tensors``, on the CPU; with ``folded_tensors`` where the method ``folds`` into them."""
+    tensors = trainable_tensors(model) | (folded_tensors(model) if folds else {})
+    return {key: p.detach().to("cpu", copy=True) for key, p in tensors.items()}
 
 
 @torch.no_grad()
 def set_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Write ``state`` into the model. Raises ValueError, naming them, for keys or shapes that are not the model's."""
     tensors = trainable_tensors(model)
+    if any(base_name(name) in state for name, _ in lora_layers(model)):
+        tensors |= folded_tensors(model)
     if strange := sorted(set(state) ^ set(tensors)):
         raise ValueError(f"the state does not fit the model: {', '.join(strange[:5])} missing or too many")
     for key, value in state.items():

@@ -14,12 +14,13 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 from lalora_kernels.data import BadInput
-from lalora_kernels.federated.methods import METHODS
+from lalora_kernels.federated.methods import FURTHER, METHODS
 from lalora_kernels.privacy.clipping import CLIPPING
+from lalora_kernels.privacy.postprocess import EXPERIMENTAL
 
 CHOICES = {
-    "method": tuple(METHODS),
-    "smoothing": ("binomial5", "none"),
+    "method": (*METHODS, *FURTHER),
+    "smoothing": ("binomial5", "none", *EXPERIMENTAL),
     "clipping": (*CLIPPING, "adaptive"),
     "partition": ("dirichlet", "iid"),
     "average": ("uniform", "size"),
@@ -152,6 +153,11 @@ class Config:
     def records_needed(self) -> int:
         """The least number of records that the partition gives a client."""
         return 2 * self.batch_size if self.min_records is None else self.min_records
+
+    @property
+    def scaling(self) -> float:
+        """s of the adapters: lora_alpha / r."""
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.rank
 
     def to_json(self) -> str:
         """JSON text; an infinite ε is the string "inf", since JSON has no infinity."""

@@ -96,6 +96,8 @@ class Coordinator:
         Raises BadInput for a folder that holds a run already and for sizes that are not one a client.
         """
         folder, config = Path(folder), task.config
+        if get_method(config.method).in_process_only:
+            raise BadInput(f"{config.method} changes more than travels, and runs in one process only: lalora train")
         sizes = [len(part) for part in task.parts] if sizes is None else list(sizes)
         if len(sizes) != config.clients or any(type(n) is not int or n < 1 for n in sizes):
             raise BadInput(f"--sizes are {config.clients} whole numbers, one a client; got {sizes}")

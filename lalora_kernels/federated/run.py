@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch.utils.data import Subset
 
 import lalora_kernels
@@ -20,7 +21,7 @@ from lalora_kernels.federated.config import Config, make_config
 from lalora_kernels.federated.diagnostics import NOT_PRIVATE
 from lalora_kernels.federated.guard import Outcome, Rules, refuse_lost_rounds
 from lalora_kernels.federated.lock import RunLock
-from lalora_kernels.federated.methods import get_method
+from lalora_kernels.federated.methods import get_method, merged_weights
 from lalora_kernels.federated.plan import ClientPlan, Plan, make_plan, read_plan
 from lalora_kernels.federated.server import Server, update_bytes
 from lalora_kernels.federated.task import QUIET, Task, Watch, prepare, refuse_unfit
@@ -30,6 +31,7 @@ from lalora_kernels.privacy.ledger import Ledger, LedgerError
 from lalora_kernels.privacy.noise import NoiseSource
 
 CONFIG, METRICS, LEDGERS, ADAPTER = "config.json", "metrics.jsonl", "ledger.json", "adapter"
+MERGED = "merged.safetensors"  # instead of an adapter, of a method that folds: the weights that changed, s B A included
 
 
 @dataclass
@@ -70,7 +72,8 @@ class Run:
         plan = make_plan(task.config, [len(part) for part in task.parts])
         clients = [_client(task, one, Ledger(**_budget(task.config)), noise) for one in plan.clients]
         refuse_unfit(task, clients[0])
-        server = Server(get_method(task.config.method), get_state(task.classifier.model))
+        method = get_method(task.config.method)
+        server = Server(method, get_state(task.classifier.model, method.folds), scaling=task.config.scaling)
         run = cls(folder, task, plan, clients, Checkpoint(0, server.state), lock)
         run._record(0, server, Outcome([]), 0, 0.0, watch)
         about = {
@@ -159,7 +162,7 @@ class Run:
         while not self.done:
             began = time.monotonic()
             number, chosen = self.at.round + 1, self.plan.participation[self.at.round]
-            server = Server(method, self.at.state, Rules.of(config))
+            server = Server(method, self.at.state, Rules.of(config), config.scaling)
             for i in chosen:
                 if i in self.at.updates or self._spent_already(i, number):
                     for _ in range(config.local_steps):
@@ -175,6 +178,7 @@ class Run:
                 began = time.monotonic()
                 save_checkpoint(self.folder, self.at)
             weights = {i: float(len(self.task.parts[i])) if config.average == "size" else 1.0 for i in self.at.updates}
+            watch.on_updates(number, self.at.updates, weights)
             outcome = server.aggregate(number, self.at.updates, weights, len(chosen))
             sent = sum(map(update_bytes, self.at.updates.values()))
             self.at = Checkpoint(number, server.state, {}, self.at.history, self.at.seconds, self.at.notes)
@@ -182,7 +186,10 @@ class Run:
             self._save()
             refuse_lost_rounds(self.at.history)
         set_state(self.task.classifier.model, self.at.state)
-        save_adapter(self.task.classifier.model, self.folder / ADAPTER, self.task.config.model)
+        if method.folds:  # the factors alone are not the model
+            write_atomic(self.folder / MERGED, save(merged_weights(self.at.state, config.scaling)))
+        else:
+            save_adapter(self.task.classifier.model, self.folder / ADAPTER, self.task.config.model)
 
     def _spent_already(self, client: int, number: int) -> bool:
         """Whether the ledger holds this round's steps though no update of it is stored."""

@@ -9,19 +9,29 @@ from torch.utils.data import DataLoader, Dataset
 
 from lalora_kernels.federated.client import set_state
 from lalora_kernels.federated.guard import Outcome, Rules, combine
-from lalora_kernels.federated.methods import Method
+from lalora_kernels.federated.methods import Method, base_name, products
 from lalora_kernels.models import Classifier
 
 
 class Server:
     """Holds the global state: every tensor that the federation moves, by name, on the CPU."""
 
-    def __init__(self, method: Method, state: Mapping[str, Tensor], rules: Rules | None = None):
-        self.method, self.state, self.rules = method, dict(state), rules or Rules()
+    def __init__(
+        self, method: Method, state: Mapping[str, Tensor], rules: Rules | None = None, scaling: float | None = None
+    ):
+        """``scaling``: s of the adapters, which a method that folds needs. Raises ValueError for rules that such a
+        method, being exact for the mean of the products, cannot keep."""
+        self.method, self.state, self.rules, self.scaling = method, dict(state), rules or Rules(), scaling
+        if method.folds and (scaling is None or self.rules.aggregator != "mean" or self.rules.clip_update_norm):
+            raise ValueError(
+                f"{method.name} folds the exact mean of the products into the frozen weights: it needs the adapters' "
+                f"scaling, --aggregator mean and no --clip-update-norm"
+            )
 
     def reference(self, round: int) -> dict[str, Tensor]:
         """The tensors that travel in this round, as they are now."""
-        return {key: value for key, value in self.state.items() if self.method.travels(key, round)}
+        frozen = {base_name(layer) for layer in products(self.state)} if self.method.folds else ()
+        return {k: value for k, value in self.state.items() if self.method.travels(k, round) and k not in frozen}
 
     def aggregate(
         self,
@@ -38,6 +48,10 @@ class Server:
         chosen = len(updates) if chosen is None else chosen
         moved, outcome = combine(updates, weights, self.reference(round), self.rules, self.method.aggregate, chosen)
         self.state |= moved
+        if outcome.moved and self.method.finish is not None:
+            kept = outcome.accepted
+            sent, shares = [updates[i] for i in kept], [weights[i] for i in kept]
+            self.state |= self.method.finish(self.state, sent, shares, self.scaling or 1.0, round)
         return outcome
 
     def evaluate(self, classifier: Classifier, records: Dataset, batch_size: int = 256) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """What a federation works on: data, an adapted model, who holds which records; and what a display is told meanwhile."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from lalora_kernels.adapt import adapt
 from lalora_kernels.data import BadInput, Data, load_data
 from lalora_kernels.federated.client import Client, trainable_tensors
 from lalora_kernels.federated.config import Config
-from lalora_kernels.federated.methods import get_method
+from lalora_kernels.federated.methods import Update, get_method
 from lalora_kernels.federated.plan import deal, partition_digest
 from lalora_kernels.files import tensor_digest
 from lalora_kernels.models import Classifier, load_model
@@ -24,11 +24,15 @@ def _nothing(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Watch:
-    """What a display is told: pre-training (done, steps), one private step, one complete round's record."""
+    """What a display is told: pre-training (done, steps), one private step, one complete round's record.
+
+    ``on_updates`` is told of a round's (number, updates, weights) before they become one state, in-process runs only.
+    """
 
     on_pretraining: Callable[[int, int], None] = _nothing
     on_step: Callable[[], None] = _nothing
     on_round: Callable[[dict[str, Any]], None] = _nothing
+    on_updates: Callable[[int, Mapping[int, Update], Mapping[int, float]], None] = _nothing
 
 
 QUIET = Watch()

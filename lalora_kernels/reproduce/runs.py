@@ -1,0 +1,196 @@
+"""Runs of a grid: what is there is read, what was interrupted is resumed, what is missing is trained."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lalora_kernels import __version__
+from lalora_kernels.federated.config import Config, make_config
+from lalora_kernels.federated.run import Run, prepare
+from lalora_kernels.federated.task import Watch
+from lalora_kernels.files import write_atomic
+from lalora_kernels.reproduce.measures import Recorder, read_measures
+from lalora_kernels.reproduce.presets import Question, Settings, arm_settings, tuning_key
+
+RUNS, TUNED, MEASURES = "runs", "tuned.json", "measures.jsonl"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: ``arm`` of a table at one ε and seed; the folder's name tells its settings apart from all others."""
+
+    arm: str
+    config: Config
+    measure: bool = False
+
+    @property
+    def name(self) -> str:
+        """Readable, then a digest of every setting: equal runs of two questions are one."""
+        c = self.config
+        digest = hashlib.sha256(c.to_json().encode()).hexdigest()[:10]
+        return f"{c.method}-{c.smoothing}-eps{c.epsilon:g}-seed{c.seed}-{digest}" + "-measured" * self.measure
+
+
+def jobs_of(
+    question: Question,
+    base: Settings,
+    tuned: Mapping[str, Settings],
+    epsilons: Iterable[float],
+    seeds: Iterable[int],
+) -> list[Job]:
+    """Every run of a question, the seeds last, so that a piece of it is whole arms."""
+    found = []
+    for epsilon, (arm, own), seed in itertools.product(epsilons, question.arms.items(), seeds):
+        settings = arm_settings(base, own, tuned.get(tuning_key(own), {}))
+        config = make_config(settings | {"epsilon": epsilon, "seed": seed})
+        found.append(Job(arm, config, question.measure))
+    return found
+
+
+def tuning_jobs(arm: Settings, base: Settings, grid: Mapping[str, tuple], epsilon: float, seed: int) -> list[Job]:
+    """All combinations of ``grid`` for one arm; as many for every arm."""
+    return [
+        Job("tuning", make_config(base | arm | dict(zip(grid, values)) | {"epsilon": epsilon, "seed": seed}))
+        for values in itertools.product(*grid.values())
+    ]
+
+
+def result_of(job: Job, out: Path) -> dict[str, Any] | None:
+    """One line of results.jsonl for a run that is complete; None for any other."""
+    try:
+        lines = (out / RUNS / job.name / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    first, last = json.loads(lines[0]), json.loads(lines[-1])
+    if last["round"] < job.config.rounds:
+        return None
+    return {
+        "run": job.name, "arm": job.arm, "epsilon": "inf" if not job.config.private else job.config.epsilon,
+        "seed": job.config.seed, "accuracy_before": first["accuracy"], "accuracy": last["accuracy"],
+        "loss": last["loss"], "epsilon_spent": last["epsilon"], "seconds": last["seconds"],
+        "bytes_sent": sum(json.loads(line)["bytes_sent"] for line in lines), "settings": _told(job.config),
+        "version": __version__,
+    }  # fmt: skip
+
+
+def _told(config: Config) -> dict[str, Any]:
+    """Settings that are not the default, without folders of this machine."""
+    default = json.loads(Config().to_json())
+    told = {key: value for key, value in json.loads(config.to_json()).items() if value != default[key]}
+    return {key: Path(value).name if os.sep in str(value) else value for key, value in told.items()}
+
+
+def train(jobs: Iterable[Job], out: Path, parallel: int = 1, deadline: float | None = None) -> Iterator[Job]:
+    """Train what is not complete; yield each run as it ends. ``deadline``: a ``time.time()`` at which to stop.
+
+    A run stops between two rounds and is resumable, so a piece of any length gets at least one round further.
+    """
+    todo = list({job.name: job for job in jobs if not _complete(job, out)}.values())
+    if parallel == 1:
+        for job in todo:
+            if _late(deadline):
+                return
+            if _one(job, out, None, deadline):
+                yield job
+        return
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+    # spawned, not forked: a forked process inherits torch's threads in an unusable state
+    with ProcessPoolExecutor(parallel, multiprocessing.get_context("spawn")) as pool:
+        started = {pool.submit(_one, job, out, threads, deadline): job for job in todo}
+        try:
+            for ended in as_completed(started):
+                if ended.result():
+                    yield started[ended]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _complete(job: Job, out: Path) -> bool:
+    measured = not job.measure or read_measures(out / RUNS / job.name / MEASURES) is not None
+    return measured and result_of(job, out) is not None
+
+
+class TimeUp(Exception):
+    """The time of this piece is over; the run can be resumed."""
+
+
+def _late(deadline: float | None) -> bool:
+    return deadline is not None and time.time() >= deadline
+
+
+def _one(job: Job, out: Path, threads: int | None, deadline: float | None) -> bool:
+    """Train one run from where it stands; whether it reached its end."""
+    if _late(deadline):
+        return False
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folder = out / RUNS / job.name
+    there = (folder / "config.json").exists()
+    run = Run.resume(folder) if there else Run.start(prepare(job.config), folder)
+
+    def stop(record: dict[str, Any]) -> None:
+        if _late(deadline) and record["round"] < job.config.rounds:
+            late.append(record["round"])
+
+    late: list[int] = []
+
+    def step() -> None:  # between rounds, where nothing of this piece is lost
+        if late:
+            raise TimeUp
+
+    watch = Watch(on_step=step, on_round=stop)
+    recorder = Recorder(run, folder / MEASURES) if job.measure else None
+    if recorder is not None:
+        watch = dataclasses.replace(watch, on_updates=recorder)
+    try:
+        run.train(watch)
+    except TimeUp:
+        return False
+    if recorder is not None:
+        recorder.finish()
+    return True
+
+
+def results_of(jobs: Iterable[Job], out: Path) -> list[dict[str, Any]]:
+    """Results of what is complete, in the order of ``jobs``."""
+    return [result for job in jobs if (result := result_of(job, out)) is not None]
+
+
+def save_lines(results: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """One JSON line a run."""
+    write_atomic(path, "".join(json.dumps(result) + "\n" for result in results))
+
+
+def read_tuned(out: Path) -> dict[str, dict[str, Any]]:
+    """What ``--tune`` chose, by ``tuning_key``; nothing where it never ran."""
+    path = out / TUNED
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def choose(jobs: list[Job], grid: Mapping[str, tuple], out: Path) -> tuple[Settings, list[dict[str, Any]]] | None:
+    """The settings of the run with the highest accuracy (ties: the lower loss), and all that were tried.
+
+    None while a run is missing: an arm is tuned with its whole budget or not at all.
+    """
+    results = [result_of(job, out) for job in jobs]
+    if any(result is None for result in results):
+        return None
+    tried = [
+        {**{key: getattr(job.config, key) for key in grid}, "accuracy": result["accuracy"], "loss": result["loss"]}
+        for job, result in zip(jobs, results)
+        if result is not None
+    ]
+    best = max(tried, key=lambda t: (t["accuracy"], -t["loss"] if t["loss"] is not None else float("-inf")))
+    return {key: best[key] for key in grid}, tried

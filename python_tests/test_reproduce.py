@@ -1,0 +1,203 @@
+"""``lalora reproduce``: a tiny grid end to end, resumed in pieces; tables against SciPy; tuning kept apart."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+from small import digits_npz, vit_folder
+
+from lalora_kernels.data import BadInput
+from lalora_kernels.federated.run import Run
+from lalora_kernels.reproduce import cost, runs, tables
+from lalora_kernels.reproduce.command import _chosen, answer
+from lalora_kernels.reproduce.presets import (
+    EQUAL_NOISE,
+    FOUR,
+    PRESETS,
+    QUESTIONS,
+    Preset,
+    Question,
+    arm_settings,
+    base_settings,
+    tuned_arms,
+    tuning_key,
+)
+
+ARMS = {"dp": {"method": "dp-lora", "smoothing": "none"}, "la": {"method": "la-lora", "smoothing": "binomial5"}}
+QUESTION = Question("Which?", ARMS, "la", (3.0,))
+TINY = Preset("tiny", {}, {"digits": {}}, seeds=(0, 1), tuning_seed=7, tuning={"lr": (0.25, 0.5)})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return {
+        "model": vit_folder(folder / "vit"), "dataset": digits_npz(folder / "d.npz", 80, 20), "clients": 2,
+        "fraction": 1.0, "rounds": 2, "local_steps": 2, "rank": 2, "batch_size": 8, "partition": "iid", "device": "cpu",
+        "train_head": "yes", "lr": 0.1,
+    }  # fmt: skip
+
+
+def quiet(text):
+    pass
+
+
+def rows(out, number=1):
+    return [json.loads(line) for line in (out / f"question-{number}.jsonl").read_text().splitlines()]
+
+
+def test_a_tiny_grid_is_tuned_trained_and_reported_and_nothing_is_done_twice(base, tmp_path, monkeypatch):
+    assert answer(1, QUESTION, TINY, base, tmp_path, tune=True, say=quiet)
+    found = rows(tmp_path)
+    assert [(r["arm"], r["seed"]) for r in found] == [("dp", 0), ("dp", 1), ("la", 0), ("la", 1)]
+    assert all(r["epsilon"] == 3.0 >= r["epsilon_spent"] > 2.5 for r in found)
+    tuned = json.loads((tmp_path / "tuned.json").read_text())
+    assert sorted(tuned) == ["dp-lora, plain", "la-lora, filtered"]
+    for choice in tuned.values():  # the same budget for each, and the best of it
+        assert [t["lr"] for t in choice["tried"]] == [0.25, 0.5] and choice["seed"] == 7
+        best = max(choice["tried"], key=lambda t: (t["accuracy"], -t["loss"]))
+        assert choice["settings"] == {"lr": best["lr"]}
+    for r in found:
+        assert r["settings"]["lr"] == tuned[tuning_key(ARMS[r["arm"]])]["settings"]["lr"]
+        assert r["seed"] != 7
+    text = (tmp_path / "question-1.md").read_text()
+    accuracies = [100 * r["accuracy"] for r in found if r["arm"] == "dp"]
+    assert f"| dp | {np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f} |" in text
+    assert "same budget on seed 7" in text and "<svg" in (tmp_path / "question-1.svg").read_text()
+    monkeypatch.setattr(Run, "train", lambda *a: pytest.fail("a complete run was trained again"))
+    assert answer(1, QUESTION, TINY, base, tmp_path, tune=True, say=quiet)
+
+
+def test_pieces_end_between_rounds_and_reach_the_end(base, tmp_path, monkeypatch):
+    question, preset = replace(QUESTION, arms={"la": ARMS["la"]}), replace(TINY, seeds=(0,))
+    base = base | {"rounds": 3}
+    one = runs.jobs_of(question, base, {}, [3.0], [0])[0]
+    # the clock jumps past the deadline as soon as the piece has begun
+    for complete in (1, 2, 3):
+        times = iter([0.0, 0.0])
+        monkeypatch.setattr(runs.time, "time", lambda times=times: next(times, 100.0))
+        done = answer(1, question, preset, base, tmp_path, deadline=10.0, say=quiet)
+        lines = (tmp_path / "runs" / one.name / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["round"] == complete
+        assert done is (complete == 3)
+        assert ("Incomplete" in (tmp_path / "question-1.md").read_text()) is not done
+    monkeypatch.undo()
+    result = runs.result_of(one, tmp_path)
+    assert 0 < result["epsilon_spent"] <= 3.0
+    assert not answer(1, question, replace(preset, seeds=(1,)), base, tmp_path, deadline=0.0, say=quiet)
+
+
+def test_the_seed_that_was_tuned_on_is_refused(base, tmp_path):
+    with pytest.raises(BadInput, match="seed 7 is what the settings are tuned on"):
+        answer(1, QUESTION, TINY, base, tmp_path, seeds=[0, 7], say=quiet)
+    for preset in PRESETS.values():
+        assert preset.tuning_seed not in preset.seeds
+
+
+def test_two_processes_train_what_one_does(base, tmp_path):
+    jobs = runs.jobs_of(QUESTION, base | {"rounds": 1, "local_steps": 1, "epsilon": math.inf}, {}, [math.inf], [0])
+    assert {job.name for job in runs.train(jobs, tmp_path, 2)} == {job.name for job in jobs}
+    assert [r["epsilon"] for r in runs.results_of(jobs, tmp_path)] == ["inf", "inf"]
+    assert list(runs.train(jobs, tmp_path, 2)) == []
+
+
+def test_measured_runs_have_a_second_table(base, tmp_path):
+    question = replace(QUESTION, measure=True)
+    assert answer(5, question, replace(TINY, seeds=(0,)), base, tmp_path, say=quiet)
+    second = (tmp_path / "question-5.md").read_text().split("\n\n| arm | ε |")[1].splitlines()
+    names = [name.strip() for name in second[0].split("|")[:-1]]
+    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[3:-1]] for line in second[2:4]}
+    found = {arm: dict(zip(names, map(float, values))) for arm, values in cells.items()}
+    assert found["dp"]["noise, N_B N_A"] > 0 == found["la"]["noise, N_B N_A"]
+    assert all(v["sigma"] > 0.5 and v["eigenvalue"] and -1 <= v["cosine"] <= 1 for v in found.values())
+
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def results(values):
+    return [
+        {"arm": arm, "epsilon": e, "seed": seed, "accuracy": a / 100, "accuracy_before": 0.1}
+        for (arm, e), by_seed in values.items()
+        for seed, a in by_seed.items()
+    ]
+
+
+VALUES = {
+    ("la", 1.0): {0: 60.0, 1: 62.0, 2: 61.0}, ("dp", 1.0): {0: 50.0, 1: 55.0, 2: 51.5},
+    ("la", "inf"): {0: 80.0, 1: 81.0, 2: 79.0}, ("dp", "inf"): {2: 79.0, 0: 81.0},
+}  # fmt: skip
+
+
+def test_differences_are_scipys_paired_intervals():
+    grid = tables.gather(results(VALUES))
+    d = tables.difference(grid["dp", 1.0], grid["la", 1.0])
+    test = stats.ttest_rel([50.0, 55.0, 51.5], [60.0, 62.0, 61.0])
+    low, high = test.confidence_interval(0.95)
+    np.testing.assert_allclose((d.mean, d.low, d.high), (-26.5 / 3, low, high), rtol=1e-9)
+    assert d.clear and test.pvalue < 0.05
+    d = tables.difference(grid["dp", math.inf], grid["la", math.inf])
+    low, high = stats.ttest_rel([81.0, 79.0], [80.0, 79.0]).confidence_interval(0.95)
+    np.testing.assert_allclose((d.mean, d.low, d.high), (0.5, low, high), rtol=1e-9)
+    assert d.seeds == (0, 2) and not d.clear
+    assert tables.difference({0: 1.0}, {1: 1.0}) is None
+    assert not tables.difference({0: 5.0}, {0: 1.0}).clear
+
+
+def test_a_table_of_given_results():
+    text = tables.markdown("T", results(VALUES), ["dp", "la", "never"], "la", "Note.")
+    assert "| arm | ε = 1 | ε = ∞ | − la, ε = 1 | − la, ε = ∞ |" in text
+    assert "| la | 61.0 ± 1.0 | 80.0 ± 1.0 |  |  |" in text
+    assert "| dp | 52.2 ± 2.6 | 80.0 ± 1.4 | -8.8 [-13.2, -4.5] * | +0.5 [-5.9, +6.9] |" in text
+    assert "| never | — | — | — | — |" in text
+    assert "No run is complete" in tables.markdown("T", [], ["dp"], "dp", "")
+
+
+# ---------------------------------------------------------------- presets
+
+
+def test_every_arm_of_every_question_is_a_valid_run():
+    for name, preset in PRESETS.items():
+        for task in preset.tasks:
+            if name == "small-language":
+                base = preset.settings | {"model": "folder", "dataset": "x.tsv"}
+            else:
+                base = base_settings(name, task, "large", None)
+            for question in QUESTIONS.values():
+                jobs = runs.jobs_of(question, base, {}, preset.epsilons, preset.seeds)
+                assert len({job.name for job in jobs}) == len(jobs)
+                assert question.against in question.arms
+            assert set(preset.tuning) <= {"lr", "max_grad_norm", "batch_size"}
+    assert {key for key, _ in tuned_arms(QUESTIONS[1])} == {
+        "dp-lora, plain", "ffa-lora, plain", "rolora, plain", "la-lora, filtered",
+    }  # fmt: skip
+    assert list(_chosen(QUESTIONS[1], None, True).arms)[4:] == [
+        n for n in cost.CONTENDERS if n not in (*FOUR, cost.OPACUS)
+    ]
+
+
+def test_equal_noise_scales_the_tuned_rate_and_equal_runs_are_one():
+    arm = QUESTIONS[3].arms["none, equal noise"]
+    assert arm_settings({"lr": 9.0}, arm, {"lr": 2.0})["lr"] == pytest.approx(2.0 * math.sqrt(70 / 256))
+    assert EQUAL_NOISE == pytest.approx(0.5229, abs=1e-4)
+    one, two = (runs.jobs_of(QUESTIONS[n], {"lr": 1.0}, {}, [3.0], [0]) for n in (1, 2))
+    assert {j.name for j in one if j.arm == "la-lora"} == {j.name for j in two if j.arm == "both"}
+
+
+def test_bytes_of_a_round(base):
+    from lalora_kernels.federated.config import make_config
+
+    # 2 layers of 16 -> 16, 24 and back: q, k, v, out, 16 -> 24, 24 -> 16; r = 2, two clients; a head of 16 x 10 + 10
+    sizes = 2 * [(16, 16)] * 4 + 2 * [(24, 16), (16, 24)]
+    head, A, B = 4 * 170, sum(4 * 2 * n for m, n in sizes), sum(4 * 2 * m for m, n in sizes)
+    up = lambda method: cost.round_bytes(make_config(base | {"method": method}), 10, "image")  # noqa: E731
+    assert up("dp-lora") == {"up": head + A + B, "down": head + A + B}
+    assert up("ffa-lora") == {"up": head + B, "down": head + B}
+    assert up("rolora")["up"] == head + (A + B) // 2
+    assert up("fedsvd") == {"up": head + B, "down": head + A + B}
+    assert up("flora") == {"up": head + A + B, "down": head + 2 * (A + B)}
+    assert up("fedex-lora") == {"up": head + A + B, "down": head + 3 * (A + B)}
