@@ -6,6 +6,7 @@ the noisy, smoothed gradient into ``p.grad``.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +56,8 @@ class Engine:
         self.active: list[Site] = []
         self.batch: BatchInfo | None = None
         self.nonfinite, self.graphing = NonfiniteCount(), False
-        self.auto_batch = None  # an AutoBatch, which measures at the first forward
-        self.adaptive = None  # an AdaptiveClipping, which then moves max_grad_norm between logical batches
+        self.auto_batch: Any = None  # an AutoBatch, which measures at the first forward
+        self.adaptive: Any = None  # an AdaptiveClipping, which then moves max_grad_norm between logical batches
         self.before_logical_batch = lambda: None  # the optimizer's schedule
         self._buffers: dict[str, Tensor] = {}
         self._most_rows = 1
