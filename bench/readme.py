@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def insert(mark: str, table: str, page: str) -> str:
-    """``page`` with ``table`` between the lines <!-- mark:begin --> and <!-- mark:end -->. Raises ValueError without."""
+    """``page`` with ``table`` between <!-- mark:begin --> and <!-- mark:end -->. Raises ValueError without."""
     begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
     head, found, rest = page.partition(begin)
     _, closed, tail = rest.partition(end)
