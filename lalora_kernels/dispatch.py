@@ -27,6 +27,7 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...] | None, tuple[torch.dtype, ...] |
     "cuda": ("lalora_kernels.cuda", ("cuda",), HALF),
 }
 _chosen: ContextVar[str | None] = ContextVar("lalora_backend", default=None)
+asked = _chosen.get  # the backend that ``use_backend`` names in this thread, or None
 
 
 class BackendError(RuntimeError):
@@ -51,8 +52,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 def choose(device: str, dtype: torch.dtype, backend: str | None = None, op: str = "") -> str:
     """Name of the backend that serves ``dtype`` on ``device``; on a GPU it depends on the operation."""
-    if asked := backend or _chosen.get() or os.environ.get("LALORA_BACKEND"):
-        return _known(asked)
+    if name := backend or asked() or os.environ.get("LALORA_BACKEND"):
+        return _known(name)
     if device == "cuda" and dtype in HALF:
         return gpu.default_backend(op)
     return "cpp" if device == "cpu" and dtype in SMALL else "reference"

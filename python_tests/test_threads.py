@@ -84,6 +84,23 @@ def test_a_thread_does_not_see_anothers_backend():
     assert first == {"lalora_kernels.native"} and second == {"lalora_kernels.reference.sample_grad"}
 
 
+def test_a_backward_in_another_thread_runs_on_the_forwards_backend(monkeypatch):
+    """As autograd's own threads do on a GPU."""
+    model, data, loss = contestant(0)
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
+    optimizer, loader = make_private(
+        model, sgd, DataLoader(data, batch_size=10), noise_multiplier=0.7, sample_rate=1.0, check=False
+    )
+    batches = loader.steps(1)
+    batch = next(batches)
+    monkeypatch.setattr(native, "sample_grad", None)  # whoever falls back to the CPU's default fails
+    with dispatch.use_backend("reference"):
+        value = loss(model, batch)
+        assert in_threads(lambda k: value.backward(), 1) == [None]
+        optimizer.step()
+    assert optimizer.ledger.steps == 1
+
+
 def test_recorders_registered_at_once_have_handles_of_their_own(monkeypatch):
     class Recorder:
         pass

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lalora_kernels import functional, opaque
+from lalora_kernels import dispatch, functional, opaque
 from lalora_kernels.privacy.ties import TABLE, defer
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ class LoRARecorder(Recorder):
         "call backward once"
     )
     calls = 0  # forwards of this physical batch
+    asked = None  # the backend that ``use_backend`` named around the last of them
     summed = False  # its gradient of this physical batch is clipped and summed already
 
     def __init__(self, engine: Engine, name: str, layer: Adapted, sites: dict[str, Site]):
@@ -137,6 +138,7 @@ class LoRARecorder(Recorder):
 
     def note_forward(self) -> None:
         self.calls += 1
+        self.asked = dispatch.asked()  # here: on a GPU the backward runs in a thread of autograd's
 
     def reset(self) -> None:
         self.calls, self.summed, self.pairs, self._sums = 0, False, [], None
@@ -180,7 +182,7 @@ class LoRARecorder(Recorder):
                 need_dz=need_dz,
                 S_B=None if b is None else e.sum_of(b).flatten(1),
                 S_A=None if a is None else e.sum_of(a).flatten(1),
-                backend=e.backend,
+                backend=e.backend or self.asked,
             )
         else:
             if again and self.summed:
@@ -198,7 +200,7 @@ class LoRARecorder(Recorder):
                 G_B=None if b is None else e.gradient_of(b).flatten(2),
                 G_A=None if a is None else e.gradient_of(a).flatten(2),
                 accumulate=again,
-                backend=e.backend,
+                backend=e.backend or self.asked,
             )
         for site, sq in ((a, sq_a), (b, sq_b)):
             if site is not None:
