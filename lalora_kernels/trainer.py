@@ -25,6 +25,8 @@ from lalora_kernels.privacy.sampling import _count
 from lalora_kernels.trainer_batches import LogicalBatch, PrivateBatches
 from lalora_kernels.trainer_loss import logits_of, record_losses
 
+if not hasattr(Trainer, "_prepare_for_training"):
+    raise ImportError("lalora_kernels.trainer needs transformers 5 or later")
 logger = logging.get_logger(__name__)
 LEDGER = "ledger.json"
 # What ``privacy`` may say to make_private; the rest follows from TrainingArguments.

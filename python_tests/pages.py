@@ -73,11 +73,41 @@ def extending(monkeypatch) -> dict:
     return {"model": model, "loader": DataLoader(_records(), batch_size=40)}
 
 
+def interfaces(monkeypatch) -> dict:
+    ids = torch.randint(3, 384, (40, 9))
+    records = [
+        {"input_ids": i, "attention_mask": torch.ones_like(i), "labels": torch.tensor(n % 2)} for n, i in enumerate(ids)
+    ]
+    images = TensorDataset(torch.randn(32, 3, 32, 32), torch.arange(32) % 10)
+    return {
+        "model": _tiny_bert(), "fresh_model": lambda: _adapted_bert(), "loader": DataLoader(records, batch_size=16),
+        "records": records, "images": DataLoader(images, batch_size=16),
+    }  # fmt: skip
+
+
+def _adapted_bert() -> nn.Module:
+    from lalora_kernels import adapt
+
+    return adapt(_tiny_bert(), r=4, target_modules="qv", modules_to_save=["classifier"], verbose=False)
+
+
+def gpu(monkeypatch) -> dict:
+    import lalora_kernels as lk
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).cuda()
+    lk.adapt(model, r=2, target_modules=["0"], verbose=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loader = DataLoader(_records(), batch_size=40)
+    return {"lk": lk, "model": model, "optimizer": optimizer, "loader": loader, "criterion": nn.CrossEntropyLoss()}
+
+
 NAMESPACES = {
+    "docs/interfaces.md": interfaces,
     "README.md": readme,
     "docs/quickstart.md": quickstart,
     "docs/from-opacus.md": from_opacus,
     "docs/from-peft.md": from_peft,
     "docs/extending.md": extending,
+    "docs/gpu.md": gpu,
 }
 NEEDS_CUDA = ("docs/gpu.md",)

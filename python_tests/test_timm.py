@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lalora_kernels as lk
+from lalora_kernels.nn import factor_parameters
 from lalora_kernels.reference.privatize import smooth
 
 SMALL_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -64,7 +65,7 @@ def private(model, data, **kwargs):
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "convnext_conv"])
 def test_one_step_of_a_family(family):
-    """Logits are PEFT's, and two steps those of single-record backwards."""
+    """Logits are PEFT's, and two steps those of single-record backwards; PEFT's model takes them too, patched."""
     model, targets = build(family)
     theirs = get_peft_model(copy.deepcopy(model), LoraConfig(r=3, lora_alpha=5, target_modules=targets)).double()
     ours = lk.adapt(model, r=3, lora_alpha=5, target_modules=targets, verbose=False).double()
@@ -72,9 +73,12 @@ def test_one_step_of_a_family(family):
     data = records(family)
     torch.testing.assert_close(ours(data.tensors[0]), theirs(data.tensors[0]), **LAYER_F64)
     twin = copy.deepcopy(ours)
-    opt, loader = private(ours, data, smoothing=None, max_grad_norm=0.3)
-    train(ours, loss_of, opt, loader, 2)
+    for m in (ours, lk.patch_peft(theirs)):
+        opt, loader = private(m, data, smoothing=None, max_grad_norm=0.3)
+        train(m, loss_of, opt, loader, 2)
     check_steps(ours, twin, data, smoothing=False)
+    for (_, p), (_, q) in zip(factor_parameters(ours), factor_parameters(theirs), strict=True):
+        torch.testing.assert_close(q, p, **PRIVATE_STEP_F64)
 
 
 def check_steps(ours, twin, data, smoothing, rows=None):

@@ -169,6 +169,16 @@ def test_one_step_equals_the_microbatch_oracle(family, tmp_path):
     assert moved == len(grads)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_with_adapters_of_our_own(family):
+    torch.manual_seed(0)
+    base, _, data, saved = FAMILIES[family]()
+    model = lk.adapt(base, r=3, target_modules="qv", modules_to_save=saved, verbose=False).double()
+    assert len(list(lk.lora_layers(model))) >= 2
+    columns = {k: v for k, v in data.items() if k != "labels"}
+    lk.check_per_sample(model, columns, lambda m, batch: m(**batch).logits.square().mean())
+
+
 def test_label_smoothing_and_records_without_labels(tmp_path):
     """The oracle is transformers' LabelSmoother on each record alone."""
     from transformers.trainer_pt_utils import LabelSmoother
