@@ -12,7 +12,7 @@ from lalora_kernels.nn import factor_parameters, set_active
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.sampling import BatchInfo
 
-# Two evaluations of one gradient in different orders: float64, but for models that compute their norms in float32 whatever
+# Two evaluations of one gradient in different orders: float64, but for models that compute norms in float32 whatever
 # they are (Llama and its kin: 1e-7). What mixes records is off by its share of a record.
 RTOL = 1e-6
 
