@@ -130,6 +130,11 @@ def test_the_mean_is_the_same_in_whatever_order_updates_came_and_holds_one_at_a_
     backwards = dict(sorted(sent.items(), reverse=True))
     second, _ = combine(backwards, dict.fromkeys(sent, 1.0), reference, rules, weighted_mean, 7)
     assert torch.equal(first["a"], second["a"]) and most[0] <= 2  # one, while the next is fetched
+    cancels = {0: {"a": torch.tensor([1e20])}, 2: {"a": torch.tensor([-1e20])}, 1: {"a": torch.ones(1)}}
+    third, outcome = combine(
+        cancels, dict.fromkeys(cancels, 1.0), {"a": torch.zeros(1)}, Rules(max_update_norm=1e30), weighted_mean, 3
+    )
+    assert outcome.accepted == [0, 1, 2] and third["a"].item() == 0.0  # 1e20 + 1 - 1e20; as they came it would be 1/3
     exact = np.mean([sent[i]["a"].double().numpy() for i in range(7)], axis=0)
     np.testing.assert_allclose(first["a"].numpy(), exact, rtol=1e-6)
 

@@ -252,10 +252,10 @@ def test_a_deployment_gives_the_in_process_adapter_bit_for_bit(world, tmp_path, 
 
 
 @slow
-def test_killed_in_a_round_and_back_again_and_a_hard_exit(world, tmp_path):
+def test_killed_in_a_round_and_back_again(world, tmp_path):
     """Client 2 is killed while it trains, comes back as a new node in the same round, and nobody paid twice."""
-    expected = in_process(world, tmp_path / "here")
-    config, run = settings(world), tmp_path / "run"
+    expected = in_process(world, tmp_path / "here", rounds=2)
+    config, run = settings(world, rounds=2), tmp_path / "run"
     with Federation(tmp_path, config, secure=False) as federation:
         for client in (0, 1):
             federation.start_node(client)
@@ -268,15 +268,15 @@ def test_killed_in_a_round_and_back_again_and_a_hard_exit(world, tmp_path):
         federation.start_node(2)
         result = follow(federation.control, number, run, processes=[federation.link])
     assert result["outcome"] == "finished"
-    assert [steps_of(home) for home in federation.homes] == [ROUNDS * K] * CLIENTS
+    assert [steps_of(home) for home in federation.homes] == [2 * K] * CLIENTS
     assert all(record["clients"] == [0, 1, 2] for record in records(run)[1:])
     assert same(load_checkpoint(run).state, expected)
 
 
 @slow
 def test_the_server_killed_in_a_round_and_resumed_gives_the_same_state(world, tmp_path):
-    expected = in_process(world, tmp_path / "here")
-    config, run = settings(world), tmp_path / "run"
+    expected = in_process(world, tmp_path / "here", rounds=2)
+    config, run = settings(world, rounds=2), tmp_path / "run"
     with Federation(tmp_path, config, secure=False) as federation:
         for client in (0, 1):  # without client 2, so that a round cannot end
             federation.start_node(client)
@@ -291,7 +291,7 @@ def test_the_server_killed_in_a_round_and_resumed_gives_the_same_state(world, tm
         result = follow(federation.control, number, run, processes=[federation.link])
     assert result["outcome"] == "finished"
     assert same(load_checkpoint(run).state, expected)
-    assert [steps_of(home) for home in federation.homes] == [ROUNDS * K] * CLIENTS
+    assert [steps_of(home) for home in federation.homes] == [2 * K] * CLIENTS
 
 
 @slow

@@ -31,7 +31,7 @@ OFFLINE = {
 }
 PRIORITY = {"RAY_worker_niceness": "0"}  # Ray's default of 15 starves simulated clients beside anything else
 STARTS_WITHIN = 90.0  # seconds that a SuperLink may take until it answers
-ASK_AGAIN = 15.0  # seconds between two looks at a run that wrote nothing
+ASK_AGAIN = 30.0  # seconds between two looks at a run that wrote nothing
 
 
 class FlowerFailed(RuntimeError):
