@@ -356,6 +356,12 @@ def test_a_further_method_over_two_rounds_is_a_ledgered_run_that_resumes(world, 
     assert found == pytest.approx((two.at.history[-1]["accuracy"], two.at.history[-1]["loss"]), rel=1e-4)
 
 
+def test_a_run_that_could_not_fold_is_refused_before_it_starts(world, tmp_path):
+    with pytest.raises(ValueError, match="flora folds the exact mean"):
+        Run.start(prepare(settings(world, method="flora", aggregator="median")), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 @pytest.mark.parametrize("method", ["fedsvd", "fedex-lora", "flora"])
 def test_flower_refuses_what_changes_more_than_travels(world, tmp_path, method):
     with pytest.raises(BadInput, match=f"{method} changes more than travels"):

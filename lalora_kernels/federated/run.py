@@ -73,7 +73,8 @@ class Run:
         clients = [_client(task, one, Ledger(**_budget(task.config)), noise) for one in plan.clients]
         refuse_unfit(task, clients[0])
         method = get_method(task.config.method)
-        server = Server(method, get_state(task.classifier.model, method.folds), scaling=task.config.scaling)
+        state, rules = get_state(task.classifier.model, method.folds), Rules.of(task.config)
+        server = Server(method, state, rules, task.config.scaling)
         run = cls(folder, task, plan, clients, Checkpoint(0, server.state), lock)
         run._record(0, server, Outcome([]), 0, 0.0, watch)
         about = {
