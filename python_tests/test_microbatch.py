@@ -108,16 +108,16 @@ def test_measuring_leaves_no_trace():
             self.calls += 1
             return x
 
-    drawn = []
+    drawn, a_first = [], Schedule("A first", lambda r, s: "A" if s % 2 else "B")
     for physical in ("auto", 1):
         model = network(dropout=0.5)
         model.append(Counting())
-        optimizer, loader = private(model, physical, check=False)
+        optimizer, loader = private(model, physical, a_first, check=False)
         (x, y) = next(iter(loader.steps(1)))
         torch.manual_seed(3)
         drawn.append(model(x).detach())
         assert model[-1].calls == 1 and optimizer.ledger.steps == 0
-        assert [p.requires_grad for p in (model[0].lora_A, model[0].lora_B)] == [False, True]
+        assert [p.requires_grad for p in (model[0].lora_A, model[0].lora_B)] == [True, False]
         assert all(p.grad is None for p in model.parameters())
         assert all(m.recorder.engine is optimizer.engine for m in model.modules() if isinstance(m, LoRALinear))
     assert torch.equal(*drawn)
