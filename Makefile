@@ -4,6 +4,8 @@ VENV   ?= .venv
 JOBS   ?= 2
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 BUILD  := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
+API    := lalora_kernels $(addprefix lalora_kernels., functional nn dispatch schedule data reference federated.methods \
+          federated.config $(addprefix privacy., make_private optimizer ledger accountant sampling noise checks))
 
 .PHONY: train test table bench gpu-compile lint audit planted sanitize fuzz kill-test docs dist clean
 .PHONY: flower-demo flower-test
@@ -65,7 +67,7 @@ lint: $(VENV)/.test
 
 # The pages of docs/api, from docstrings.
 docs: $(VENV)/.test
-	$(VENV)/bin/python -W error -m pdoc -o docs/api --docformat google lalora_kernels
+	$(VENV)/bin/python -W error -m pdoc -o docs/api --docformat google $(API)
 
 # sdist and wheel in dist/, checked, and the wheel tried in an environment of its own (minutes).
 dist: $(VENV)/.test
