@@ -2,7 +2,7 @@
 
     python bench/flower_scale.py --clients 10 100 --out bench/results/flower-scale.md
 
-Every process of the simulation is looked at twice a second: proportional set size (each shared page counted once over
+Every process of the simulation is looked at once a second: proportional set size (each shared page counted once over
 all processes), of the server, of Ray's client workers, and of Ray itself.
 """
 
@@ -40,16 +40,20 @@ def simulate(clients: int, rounds: int, folder: Path) -> dict:
     ]  # fmt: skip
     began, peaks = time.monotonic(), {}
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    while process.poll() is None:
-        now: dict[str, float] = {}
-        for pid in descendants(process.pid):
-            try:
-                kind, mib = memory(pid)
-            except (OSError, StopIteration):  # it has just ended
-                continue
-            now[kind] = now.get(kind, 0.0) + mib
-        peaks = {kind: max(peaks.get(kind, 0.0), now.get(kind, 0.0)) for kind in peaks.keys() | now.keys()}
-        time.sleep(0.5)
+    try:
+        while process.poll() is None:
+            now: dict[str, float] = {}
+            for pid in descendants(process.pid):
+                try:
+                    kind, mib = memory(pid)
+                except (OSError, StopIteration):  # it has just ended
+                    continue
+                now[kind] = now.get(kind, 0.0) + mib
+            peaks = {kind: max(peaks.get(kind, 0.0), now.get(kind, 0.0)) for kind in peaks.keys() | now.keys()}
+            time.sleep(1.0)
+    finally:
+        process.terminate()  # where this was interrupted
+        process.wait()
     if process.returncode:
         raise RuntimeError(f"the run with {clients} clients ended with code {process.returncode}")
     records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]

@@ -228,7 +228,7 @@ class Federation:
         self.nodes.pop(client).stop(patience=0)
 
 
-def until(condition, seconds=240):
+def until(condition, seconds=540):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -259,7 +259,7 @@ def test_killed_in_a_round_and_back_again(world, tmp_path):
     with Federation(tmp_path, config, secure=False) as federation:
         for client in (0, 1):
             federation.start_node(client)
-        number = federation.control.submit(run, config, timeout=300)
+        number = federation.control.submit(run, config, timeout=900)
         until(lambda: steps_of(federation.homes[0]) and steps_of(federation.homes[1]))
         federation.start_node(2)
         lock = federation.homes[2] / "ledgers"
@@ -280,14 +280,14 @@ def test_the_server_killed_in_a_round_and_resumed_gives_the_same_state(world, tm
     with Federation(tmp_path, config, secure=False) as federation:
         for client in (0, 1):  # without client 2, so that a round cannot end
             federation.start_node(client)
-        federation.control.submit(run, config, timeout=300)
+        federation.control.submit(run, config, timeout=900)
         until(lambda: len(list((run / "updates/1").glob("[01]"))) == 2)
         for pid in descendants(federation.link.popen.pid):
             if b"flwr-serverapp" in open(f"/proc/{pid}/cmdline", "rb").read():
                 os.kill(pid, 9)
         time.sleep(1)
         federation.start_node(2)
-        number = federation.control.submit(run, None, timeout=300)
+        number = federation.control.submit(run, None, timeout=900)
         result = follow(federation.control, number, run, processes=[federation.link])
     assert result["outcome"] == "finished"
     assert same(load_checkpoint(run).state, expected)
@@ -298,7 +298,7 @@ def test_the_server_killed_in_a_round_and_resumed_gives_the_same_state(world, tm
 def test_a_server_that_dies_without_a_word_has_failed(world, tmp_path):
     config, run = settings(world), tmp_path / "run"
     with Federation(tmp_path, config, secure=False) as federation:
-        number = federation.control.submit(run, config, timeout=300)
+        number = federation.control.submit(run, config, timeout=900)
         until(lambda: (run / "metrics.jsonl").exists())
         federation.control.stop(number)
         result = follow(federation.control, number, run, processes=[federation.link])
