@@ -118,9 +118,10 @@ class Display:
         epsilon = show_epsilon(last["epsilon"], self.private)
         who = " for the most exposed client" if last["epsilon"] is not None else ""
         self.note(f"report in {run.folder}/report.html")
+        what = "adapter" if run.weights.name == ADAPTER else "weights"
         self.last(
-            f"accuracy {last['accuracy']:.2f} (before {first['accuracy']:.2f}) · {epsilon}{who} · adapter in "
-            f"{run.folder / ADAPTER}"
+            f"accuracy {last['accuracy']:.2f} (before {first['accuracy']:.2f}) · {epsilon}{who} · {what} in "
+            f"{run.weights}"
         )
 
 
@@ -158,7 +159,7 @@ class JsonDisplay(Display):
     def finish(self, run: Run) -> None:
         first, last = run.at.history[0], run.at.history[-1]
         self._event("end", {
-            "folder": str(run.folder), "report": str(write_report(run.folder)), "adapter": str(run.folder / ADAPTER),
+            "folder": str(run.folder), "report": str(write_report(run.folder)), "adapter": str(run.weights),
             "accuracy": last["accuracy"], "before": first["accuracy"], "epsilon": last["epsilon"],
             "delta": run.task.config.delta if run.task.config.private else None, "rounds": last["round"],
             "bytes_sent": sum(record["bytes_sent"] for record in run.at.history), "seconds": last["seconds"],

@@ -146,6 +146,11 @@ class Run:
         """Whether every round is complete."""
         return self.at.round >= self.task.config.rounds
 
+    @property
+    def weights(self) -> Path:
+        """Where ``train`` leaves what was trained: the adapter; of a method that folds the merged weights."""
+        return self.folder / (MERGED if get_method(self.task.config.method).folds else ADAPTER)
+
     def train(self, watch: Watch = QUIET) -> None:
         """Run the rounds that are left; the folder is resumable at any moment, however this ends.
 
@@ -188,9 +193,9 @@ class Run:
             refuse_lost_rounds(self.at.history)
         set_state(self.task.classifier.model, self.at.state)
         if method.folds:  # the factors alone are not the model
-            write_atomic(self.folder / MERGED, save(merged_weights(self.at.state, config.scaling)))
+            write_atomic(self.weights, save(merged_weights(self.at.state, config.scaling)))
         else:
-            save_adapter(self.task.classifier.model, self.folder / ADAPTER, self.task.config.model)
+            save_adapter(self.task.classifier.model, self.weights, self.task.config.model)
 
     def _spent_already(self, client: int, number: int) -> bool:
         """Whether the ledger holds this round's steps though no update of it is stored."""
