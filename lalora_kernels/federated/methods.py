@@ -76,7 +76,7 @@ def base_name(layer: str) -> str:
 
 def _mean_product(updates: Sequence[Update], weights: Sequence[float], a: str, b: str) -> Tensor:
     """Sum_i w_i B_i A_i / Sum_i w_i, (m, n) in float64."""
-    return sum(w * (u[b].double() @ u[a].double()) for w, u in zip(weights, updates)) / sum(weights)
+    return torch.stack([w * (u[b].double() @ u[a].double()) for w, u in zip(weights, updates)]).sum(0) / sum(weights)
 
 
 def merged_weights(state: Update, scaling: float) -> dict[str, Tensor]:
@@ -88,12 +88,14 @@ def merged_weights(state: Update, scaling: float) -> dict[str, Tensor]:
     return merged
 
 
-def refactor(state: Update, updates: Sequence[Update], weights: Sequence[float], s: float, round: int):
+def refactor(
+    state: Update, updates: Sequence[Update], weights: Sequence[float], s: float, round: int
+) -> dict[str, Tensor]:
     """FedSVD: B A = U Σ Vᵀ; A becomes Vᵀ, with orthonormal rows, and B becomes U Σ. The product stays as it is.
 
     By the QR factors of B and Aᵀ, so that nothing of m by n is made; A has at most as many rows as columns.
     """
-    moved = {}
+    moved: dict[str, Tensor] = {}
     for a, b in products(state).values():
         (q_b, r_b), (q_a, r_a) = torch.linalg.qr(state[b].double()), torch.linalg.qr(state[a].double().T)
         u, sigma, vt = torch.linalg.svd(r_b @ r_a.T)
@@ -105,9 +107,11 @@ def refactor(state: Update, updates: Sequence[Update], weights: Sequence[float],
     return moved
 
 
-def fold_residual(state: Update, updates: Sequence[Update], weights: Sequence[float], s: float, round: int):
+def fold_residual(
+    state: Update, updates: Sequence[Update], weights: Sequence[float], s: float, round: int
+) -> dict[str, Tensor]:
     """FedEx-LoRA: W0 += s (mean(B A) − mean(B) mean(A)), so that the averaged model is the mean of the models."""
-    moved = {}
+    moved: dict[str, Tensor] = {}
     for layer, (a, b) in products(state).items():
         residual = _mean_product(updates, weights, a, b) - state[b].double() @ state[a].double()
         base = state[base_name(layer)]
@@ -115,12 +119,14 @@ def fold_residual(state: Update, updates: Sequence[Update], weights: Sequence[fl
     return moved
 
 
-def fold_stack(state: Update, updates: Sequence[Update], weights: Sequence[float], s: float, round: int):
+def fold_stack(
+    state: Update, updates: Sequence[Update], weights: Sequence[float], s: float, round: int
+) -> dict[str, Tensor]:
     """FLoRA: the stacked factors, whose product is mean(B A), are folded into W0; the next round starts adapters anew.
 
     B is 0 again and A uniform within ±1/√n, as at the start, drawn from the round's number: public, alike for all.
     """
-    moved = {}
+    moved: dict[str, Tensor] = {}
     for i, (layer, (a, b)) in enumerate(products(state).items()):
         base = state[base_name(layer)]
         moved[base_name(layer)] = (base.double() + s * _mean_product(updates, weights, a, b)).to(base.dtype)

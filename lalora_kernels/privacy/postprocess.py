@@ -74,8 +74,8 @@ class Along:
     @torch.no_grad()
     def __call__(self, sites: Sequence["Site"]) -> None:
         for site in sites:
-            if site.smooth_dim is not None:
-                site.param.grad.copy_(self.what(site.param.grad.float(), site.smooth_dim))
+            if site.smooth_dim is not None and (grad := site.param.grad) is not None:
+                grad.copy_(self.what(grad.float(), site.smooth_dim))
 
 
 class OverTime:
@@ -87,8 +87,8 @@ class OverTime:
     @torch.no_grad()
     def __call__(self, sites: Sequence["Site"]) -> None:
         for site in sites:
-            if site.smooth_dim is not None:
-                site.param.grad.copy_(self.filter(site.name, site.param.grad.float()))
+            if site.smooth_dim is not None and (grad := site.param.grad) is not None:
+                grad.copy_(self.filter(site.name, grad.float()))
 
 
 class Project:
@@ -108,9 +108,9 @@ class Project:
         if len({site.role for site in sites if site.smooth_dim is not None}) > 1:
             raise ValueError("the projected gradient needs a method that trains one factor at a step, such as la-lora")
         for site in sites:
-            if site.smooth_dim is not None:
+            if site.smooth_dim is not None and (grad := site.param.grad) is not None:
                 other, scaling = self.partner[site.name].float(), self.scaling[site.name.rpartition(".")[0]]
-                site.param.grad.copy_(projected(site.param.grad.float(), other, site.role, scaling))
+                grad.copy_(projected(grad.float(), other, site.role, scaling))
 
 
 # name -> (smoothing inside the kernels, what is made of the released gradient)
