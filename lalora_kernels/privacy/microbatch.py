@@ -7,6 +7,7 @@ large is tried before. A logical batch is only split: noise, ledger and result a
 """
 
 import copy
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -48,22 +49,17 @@ class AutoBatch:
         """From a forward's arguments, whose first record stands for all. Raises RuntimeError where one does not fit."""
         device = engine.sites[0].param.device
         budget = SHARE * free_bytes(device) if self.budget is None else self.budget
-        was = [(s.param, s.param.requires_grad, s.param.grad) for s in engine.sites]
         size = sys.maxsize
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
-            try:
-                for factors in self.factors:
-                    one, two = self._peaks(engine, model, args, kwargs, factors, device)
-                    if one > budget:
-                        raise RuntimeError(
-                            f"a step of one record takes {one / 1e6:,.1f} MB, more than the memory budget of "
-                            f"{budget / 1e6:,.1f} MB; raise memory_budget, free memory, or train fewer layers"
-                        )
-                    if two > one:
-                        size = min(size, 1 + int((budget - one) / (two - one)))
-            finally:
-                for p, requires_grad, grad in was:
-                    p.requires_grad_(requires_grad).grad = grad
+            for factors in self.factors:
+                one, two = self._peaks(engine, model, args, kwargs, factors, device)
+                if one > budget:
+                    raise RuntimeError(
+                        f"a step of one record takes {one / 1e6:,.1f} MB, more than the memory budget of "
+                        f"{budget / 1e6:,.1f} MB; raise memory_budget, free memory, or train fewer layers"
+                    )
+                if two > one:
+                    size = min(size, 1 + int((budget - one) / (two - one)))
         self.sampler.physical_batch_size, engine.auto_batch = size, None
 
     def _peaks(self, engine, model, args, kwargs, factors, device) -> tuple[int, int]:
@@ -94,7 +90,7 @@ class AutoBatch:
                 peaks.append(peak_bytes(steps(rows), device))
             return peaks[0], peaks[1]
         finally:
-            other.detach()
+            other.detach()  # what trains is again what trained before
 
 
 def _two_physical_batches(engine: Engine, model: nn.Module, args: tuple, kwargs: dict, rows: int) -> None:
@@ -117,6 +113,7 @@ def _stand_in(outputs: Any) -> Tensor:
 
 def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
     """The most that ``run`` holds at once of ``device``'s memory, above what is held before, by torch's allocations."""
+    gc.collect()  # what is freed meanwhile, but was held before, would count against it
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
