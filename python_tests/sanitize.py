@@ -1,4 +1,4 @@
-"""``make sanitize``: the CPU kernels' tests under AddressSanitizer with UBSan, and under ThreadSanitizer.
+"""``make sanitize``: kernels and fuzzer under AddressSanitizer with UBSan, kernels again under ThreadSanitizer.
 
 python sanitize.py [--plant] [address] [thread]. With --plant each build has to find a fault put into a copy of its
 source. Exit code 1 where a test fails, a sanitizer reports, or a fault goes unseen.
@@ -40,6 +40,7 @@ class Sanitizer:
     flags: str
     libraries: tuple[str, ...]  # loaded before Python, which is not linked with them
     options: dict[str, str]
+    tests: tuple[str, ...]
     faults: tuple[Fault, ...]
 
 
@@ -51,6 +52,7 @@ SANITIZERS = {
             "ASAN_OPTIONS": f"detect_leaks=0:exitcode={STOPPED}",
             "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={STOPPED}",
         },
+        (*TESTS, "test_fuzz.py"),  # for FUZZ_MINUTES, where that is set
         (
             Fault(
                 "a read past the end of a gradient",
@@ -74,6 +76,7 @@ SANITIZERS = {
         "-fsanitize=thread -Wl,--wrap=GOMP_parallel -Wl,--wrap=GOMP_barrier",
         ("libtsan.so",),
         {"TSAN_OPTIONS": f"halt_on_error=1:ignore_noninstrumented_modules=1:exitcode={STOPPED}"},
+        TESTS,
         (
             Fault(
                 "a sum begun before all gradients are there",
@@ -127,7 +130,7 @@ def run(package: Path, sanitizer: Sanitizer, *arguments: str, **kwargs) -> subpr
     loaded = subprocess.run([sys.executable, "-c", which], env=env, cwd=package, capture_output=True, text=True)
     if not loaded.stdout.startswith(str(package)):
         raise SystemExit(f"{loaded.stdout}{loaded.stderr}\nthe instrumented kernels do not load")
-    paths = [str(ROOT / "python_tests" / name) for name in TESTS]
+    paths = [str(ROOT / "python_tests" / name) for name in sanitizer.tests]
     options = ["-q", "-x", "--timeout", "0", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
     command = [sys.executable, "-m", "pytest", *options, *arguments, *paths]
     return subprocess.run(command, cwd=package, env=env, text=True, timeout=LIMIT_S, **kwargs)

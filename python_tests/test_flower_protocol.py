@@ -5,6 +5,7 @@ import json
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -17,11 +18,12 @@ from lalora_kernels.federated.client import Client
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.coordinator import BudgetSpent, Coordinator
 from lalora_kernels.federated.guard import QuorumLost
-from lalora_kernels.federated.node import Node, records_digest
-from lalora_kernels.federated.policy import Policy, policy_for
+from lalora_kernels.federated.lifetime import RECORDS, claim, record_hashes
+from lalora_kernels.federated.node import Node
+from lalora_kernels.federated.policy import Policy, Refused, policy_for
 from lalora_kernels.federated.run import Run, prepare
 from lalora_kernels.federated.wire import STATUS, WireError, pack, unpack
-from lalora_kernels.privacy.ledger import Ledger
+from lalora_kernels.privacy.ledger import Ledger, LedgerError
 from lalora_kernels.privacy.noise import NoiseSource
 
 CLIENTS, ROUNDS, K = 4, 3, 2
@@ -471,9 +473,38 @@ def test_a_client_with_a_file_of_its_own_trains_on_all_of_it_at_its_own_rate(wor
         Coordinator.start(prepare(config), tmp_path / "other", sizes=[80])
 
 
-def test_the_ledger_is_keyed_by_the_records_in_whatever_order(world):
+def test_a_record_has_one_ledger_whatever_its_data_set_becomes(world, tmp_path):
     train = prepare(settings(world)).data.train
-    assert records_digest(train, [3, 1, 2]) == records_digest(train, [1, 2, 3]) != records_digest(train, [1, 2, 4])
+
+    def where(*indices):
+        return claim(tmp_path, record_hashes(train, indices)).name
+
+    first, other = where(1, 2, 3), where(7, 8)
+    assert first == where(3, 1, 2) == where(2, 3, 4) == where(4, 5, 6) == where(6) != other
+    with pytest.raises(Refused, match=f"({first} and {other}|{other} and {first}) hold records") as refusal:
+        where(5, 8)
+    assert refusal.value.status == "budget" and where(9) not in (first, other)
+    (tmp_path / first / RECORDS).write_bytes(b"short")
+    with pytest.raises(LedgerError, match="is missing or damaged"):
+        where(10)
+
+
+def test_a_data_set_that_lost_a_record_and_won_one_goes_on_with_its_ledger(world, tmp_path):
+    config = settings(world, clients=1)
+    images = np.load(world[1])
+    for turn in range(2):
+        (node,) = make_nodes(tmp_path, config, key=False)
+        own = tmp_path / f"own{turn}.npz"
+        train = {f"{part}_train": images[f"{part}_train"][turn : 100 + turn] for part in "xy"}
+        np.savez(own, **{**images, **train})
+        (node.home / "client.toml").write_text(f"dataset = '{own}'\n")
+        run = Coordinator.start(prepare(config), tmp_path / f"run{turn}")
+        if turn:
+            with pytest.raises(BudgetSpent):
+                run.train(Calls([node]))
+        else:
+            run.train(Calls([node]))
+        assert ledger_of(node).steps == ROUNDS * K
 
 
 def test_a_policy_that_cannot_be_meant_is_refused(tmp_path):

@@ -3,7 +3,7 @@
     HOME/policy.toml                what this client allows (policy.Policy); without it nothing is
     HOME/client.toml                where its data and base model lie, and its device; absent: a part of public data
     HOME/client.log                 what went wrong, in full; of this nothing travels
-    HOME/ledgers/DATA/ledger.json   all that was ever released from these records, over all runs and servers
+    HOME/ledgers/DATA/              what was ever released from these records, over all runs and servers: lifetime.py
     HOME/runs/RUN/                  the state this client was sent last, its last answer
 
 The ledger is written before an update leaves. An update is kept, and sent again when its round is asked for again:
@@ -12,7 +12,6 @@ a lost message or a restarted server costs no privacy.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -26,10 +25,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import Subset
 
-from lalora_kernels.data import BadInput, Records
+from lalora_kernels.data import BadInput
 from lalora_kernels.federated.client import Client, get_state
 from lalora_kernels.federated.config import Config, make_config, read_toml
 from lalora_kernels.federated.guard import schema_hash
+from lalora_kernels.federated.lifetime import LEDGER, claim, record_hashes
 from lalora_kernels.federated.lock import RunLock
 from lalora_kernels.federated.methods import get_method
 from lalora_kernels.federated.plan import participation
@@ -89,8 +89,9 @@ class Node:
         task = self._task(config)
         task.refuse_once(self.client)
         reply = folder / f"reply-{number}.safetensors"
-        with RunLock(self.home / "ledgers" / task.fingerprint).released_on_error() as lock:
-            book = _Book.open(self.home / "ledgers" / task.fingerprint / "ledger.json", policy)
+        lifetime = claim(self.home / "ledgers", record_hashes(task.task.data.train, task.records.indices))
+        with RunLock(lifetime).released_on_error() as lock:
+            book = _Book.open(lifetime / LEDGER, policy)
             charged = book.rounds.get(run, [])
             if number in charged and reply.exists():
                 lock.release()
@@ -244,7 +245,6 @@ class _Local:
     task: Task
     records: Subset
     start: dict[str, Tensor]
-    fingerprint: str
     checked: list
 
     def refuse_once(self, client: int) -> None:
@@ -259,20 +259,10 @@ def _prepare(config: Config, part: int) -> _Local:
     """The task, loaded once a process: simulated clients share one base model."""
     task, start, checked = _loaded(config)
     records = Subset(task.data.train, task.parts[part].tolist())
-    return _Local(task, records, start, records_digest(task.data.train, records.indices), checked)
+    return _Local(task, records, start, checked)
 
 
 @functools.lru_cache(maxsize=1)
 def _loaded(config: Config) -> tuple[Task, dict[str, Tensor], list]:
     task = prepare(config)
     return task, get_state(task.classifier.model), []
-
-
-def records_digest(records: Records, indices: list[int]) -> str:
-    """Hash of these records with their labels, whatever their order; 32 hex digits."""
-    hashes = []
-    for i in indices:
-        inputs, label = records[i]
-        raw = inputs.contiguous().numpy().tobytes() if isinstance(inputs, Tensor) else inputs.encode()
-        hashes.append(hashlib.sha256(f"{label} ".encode() + raw).digest())
-    return hashlib.sha256(b"".join(sorted(hashes))).hexdigest()[:32]

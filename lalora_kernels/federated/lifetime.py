@@ -1,0 +1,66 @@
+"""Which of a client's lifetime ledgers holds what its records have cost, over all runs and servers.
+
+    HOME/ledgers/DATA/ledger.json   every release from these records
+    HOME/ledgers/DATA/records       SHA-256 of every record that was ever among them, 32 bytes each, sorted
+
+A data set that shares a record with an earlier one is charged to the ledger of that one: a file that lost a line and
+won another is no new budget. What one record has cost is then at most what its ledger says.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from lalora_kernels.data import Records
+from lalora_kernels.federated.lock import RunLock
+from lalora_kernels.federated.policy import Refused
+from lalora_kernels.files import write_atomic
+from lalora_kernels.privacy.ledger import LedgerError
+
+LEDGER, RECORDS, SIZE = "ledger.json", "records", 32
+
+
+def record_hashes(records: Records, indices: Iterable[int]) -> frozenset[bytes]:
+    """SHA-256 of each of these records with its label: equal records have equal ones."""
+    hashes = set()
+    for i in indices:
+        inputs, label = records[i]
+        raw = inputs.contiguous().numpy().tobytes() if isinstance(inputs, Tensor) else inputs.encode()
+        hashes.add(hashlib.sha256(f"{label} ".encode() + raw).digest())
+    return frozenset(hashes)
+
+
+def claim(ledgers: Path, hashes: frozenset[bytes]) -> Path:
+    """The folder of the ledger to which a release from these records is charged; from now on they are among its own.
+
+    Raises Refused where several ledgers hold some of them, LedgerError for a ledger without its list of records,
+    BadInput where another process is at it.
+    """
+    lock = RunLock(ledgers)
+    try:
+        folders = {path.parent for name in (LEDGER, RECORDS) for path in ledgers.glob(f"*/{name}")}
+        known = {folder: _read(folder) for folder in sorted(folders)}
+        found = [folder for folder, held in known.items() if held & hashes]
+        if len(found) > 1:
+            raise Refused(
+                "budget",
+                f"{' and '.join(folder.name for folder in found)} hold records of this data set, and what each of them "
+                f"spent cannot be told apart any more; train on the records of one of them",
+            )
+        folder = found[0] if found else ledgers / hashlib.sha256(b"".join(sorted(hashes))).hexdigest()[:32]
+        held = known.get(folder, frozenset())
+        if not hashes <= held:
+            write_atomic(folder / RECORDS, b"".join(sorted(hashes | held)))
+    finally:
+        lock.release()
+    return folder
+
+
+def _read(folder: Path) -> frozenset[bytes]:
+    path = folder / RECORDS
+    raw = path.read_bytes() if path.exists() else b""
+    if not raw or len(raw) % SIZE:
+        raise LedgerError(f"{path}, the list of the records that {folder / LEDGER} is for, is missing or damaged")
+    return frozenset(raw[i : i + SIZE] for i in range(0, len(raw), SIZE))
