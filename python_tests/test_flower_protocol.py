@@ -4,6 +4,7 @@ client refuses, what becomes of every kind of fault. Over Flower itself: test_fl
 import json
 import logging
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -505,6 +506,19 @@ def test_a_data_set_that_lost_a_record_and_won_one_goes_on_with_its_ledger(world
         else:
             run.train(Calls([node]))
         assert ledger_of(node).steps == ROUNDS * K
+
+
+@pytest.mark.parametrize("lost", ["the folder", "the file"])
+def test_a_deleted_ledger_is_no_new_budget(world, tmp_path, lost):
+    config = settings(world, clients=1)
+    (node,) = make_nodes(tmp_path, config, key=False)
+    Coordinator.start(prepare(config), tmp_path / "run0").train(Calls([node]))
+    (path,) = (node.home / "ledgers").glob("*/ledger.json")
+    path.unlink() if lost == "the file" else shutil.rmtree(node.home / "ledgers")
+    with pytest.raises(QuorumLost, match=STATUS["failed"]):
+        Coordinator.start(prepare(config), tmp_path / "run1").train(Calls(make_nodes(tmp_path, config, key=False)))
+    assert not list((node.home / "ledgers").glob("*/ledger.json"))
+    assert "put the ledger back from a copy" in (node.home / "client.log").read_text()
 
 
 def test_a_policy_that_cannot_be_meant_is_refused(tmp_path):

@@ -8,6 +8,7 @@ won another is no new budget. What one record has cost is then at most what its 
 """
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -56,6 +57,19 @@ def claim(ledgers: Path, hashes: frozenset[bytes]) -> Path:
     finally:
         lock.release()
     return folder
+
+
+def refuse_lost(ledgers: Path, runs: Path, file: str) -> None:
+    """Raises LedgerError for a run that left ``runs``/RUN/``file``, whose cost stands in no ledger: it was deleted."""
+    known: set[str] = set()
+    for path in ledgers.glob(f"*/{LEDGER}"):
+        known |= json.loads(path.read_text())["rounds"].keys()
+    lost = sorted(path.parent.name for path in runs.glob(f"*/{file}") if path.parent.name not in known)
+    if lost:
+        raise LedgerError(
+            f"this client took part in run {lost[0]}, and no ledger in {ledgers} holds what that has cost; put the "
+            f"ledger back from a copy: without it the same records would be given a second budget"
+        )
 
 
 def _read(folder: Path) -> frozenset[bytes]:

@@ -29,7 +29,7 @@ from lalora_kernels.data import BadInput
 from lalora_kernels.federated.client import Client, get_state
 from lalora_kernels.federated.config import Config, make_config, read_toml
 from lalora_kernels.federated.guard import schema_hash
-from lalora_kernels.federated.lifetime import LEDGER, claim, record_hashes
+from lalora_kernels.federated.lifetime import LEDGER, claim, record_hashes, refuse_lost
 from lalora_kernels.federated.lock import RunLock
 from lalora_kernels.federated.methods import get_method
 from lalora_kernels.federated.plan import participation
@@ -42,6 +42,7 @@ from lalora_kernels.privacy.ledger import BudgetExceeded, Ledger
 from lalora_kernels.privacy.noise import NoiseSource
 
 LOCAL = ("dataset", "test_dataset", "text_column", "label_column", "model", "weights", "device", "physical_batch_size")
+KEPT = "run.json"
 TEST_KEY = "test_key"  # 64 hex digits; for tests: a run with a fixed key reports no epsilon
 
 
@@ -83,12 +84,13 @@ class Node:
         mine = participation(config)
         turns = [i + 1 for i, chosen in enumerate(mine) if self.client in chosen]
         folder = self.home / "runs" / run
-        kept = _Kept.read(folder / "run.json")
+        kept = _Kept.read(folder / KEPT)
         if kept.settings not in ("", digest := settings_digest(about["settings"])):
             raise Refused("settings", "the settings of this run are not those of its first round")
         task = self._task(config)
         task.refuse_once(self.client)
         reply = folder / f"reply-{number}.safetensors"
+        refuse_lost(self.home / "ledgers", self.home / "runs", KEPT)
         lifetime = claim(self.home / "ledgers", record_hashes(task.task.data.train, task.records.indices))
         with RunLock(lifetime).released_on_error() as lock:
             book = _Book.open(lifetime / LEDGER, policy)
@@ -113,7 +115,7 @@ class Node:
             (folder / f"reply-{old}.safetensors").unlink(missing_ok=True)
         kept.settings, kept.noise_multiplier = digest, client.noise_multiplier
         kept.max_grad_norm = client.max_grad_norm
-        write_atomic(folder / "run.json", json.dumps(dataclasses.asdict(kept)) + "\n")
+        write_atomic(folder / KEPT, json.dumps(dataclasses.asdict(kept)) + "\n")
         return update, config.wire
 
     def _policy(self, config: Config) -> Policy:
