@@ -15,7 +15,6 @@ from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import Config, make_config
 from lalora_kernels.files import write_atomic
 
-BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
 Accuracy = tuple[float, float]  # before and after, in [0, 1]
 
 
@@ -45,16 +44,20 @@ def make_table(shared: dict[str, Any], grid: dict[str, Sequence], out: Path, job
     return text
 
 
-def put_into(page: Path, table: str) -> None:
-    """Replace what stands between the page's accuracy marks by ``table``. Raises BadInput for a page without them."""
+def put_into(page: Path, table: str, mark: str = "accuracy") -> None:
+    """Replace what stands between the page's lines <!-- MARK:begin --> and <!-- MARK:end --> by ``table``.
+
+    Raises BadInput for a page without them.
+    """
+    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
     try:
-        text = page.read_text(encoding="utf-8")
-        start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+        head, found, rest = page.read_text(encoding="utf-8").partition(begin)
     except FileNotFoundError:
         raise BadInput(f"{page}: no such file") from None
-    except ValueError:
-        raise BadInput(f"{page}: has no lines {BEGIN} and {END} to put the table between") from None
-    write_atomic(page, f"{text[:start]}\n{table}{text[end:]}")
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise BadInput(f"{page}: has no lines {begin} and {end} to put the table between")
+    write_atomic(page, f"{head}{begin}\n\n{table.strip()}\n\n{end}{tail}")
 
 
 def _name(cell: dict[str, Any]) -> str:

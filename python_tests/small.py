@@ -1,9 +1,13 @@
 """Small real inputs for tests of the trainer: models in folders as transformers writes them, digits as .npz, text."""
 
+import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+
+SHARED = Path(os.environ.get("LALORA_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
 
 SENTENCES = ["a fine film", "a dull film", "fine acting", "dull story , dull end", "a fine story", "the end is dull"]
 
@@ -66,3 +70,10 @@ def text_tsv(path: Path, copies: int = 20) -> str:
     lines = [f"{int('fine' in s)}\t{s}" for s in SENTENCES * copies]
     path.write_text("label\tsentence\n" + "\n".join(lines) + "\n")
     return str(path)
+
+
+def shared(name: str) -> Path:
+    """A file of real data beside the repository; skips the test where it is absent."""
+    if not (SHARED / name).exists():
+        pytest.skip(f"{name} is not in {SHARED} (LALORA_SHARED names another place)")
+    return SHARED / name

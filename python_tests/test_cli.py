@@ -172,7 +172,7 @@ def test_table_is_mean_and_deviation_of_runs_that_are_kept(world, tmp_path, caps
     page = tmp_path / "page.md"
     page.write_text("above\n<!-- accuracy:begin -->\nold\n<!-- accuracy:end -->\nbelow\n")
     assert len(stamps) == 8 and main([*args, "--into", str(page)]) == 0
-    assert page.read_text() == f"above\n<!-- accuracy:begin -->\n{table}<!-- accuracy:end -->\nbelow\n"
+    assert page.read_text() == f"above\n<!-- accuracy:begin -->\n\n{table}\n<!-- accuracy:end -->\nbelow\n"
     assert stamps == {p: p.stat().st_mtime_ns for p in stamps} and (tmp_path / "table.md").read_text() == table
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small
+from small import shared
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = Path(os.environ.get("LALORA_SHARED", ROOT.parent / "shared")) / "data"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -24,12 +24,6 @@ def run(folder: Path, name: str, *arguments: object) -> str:
     epsilon = float(re.search(r"ε = (\d+\.\d+)$", last)[1])
     assert 0 < epsilon <= 3.0 and re.search(r"accuracy (0\.\d+|1\.000) ", last), done.stdout
     return last
-
-
-def shared(name: str) -> Path:
-    if not (SHARED / name).exists():
-        pytest.skip(f"{name} is not in {SHARED} (LALORA_SHARED names another place)")
-    return SHARED / name
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)

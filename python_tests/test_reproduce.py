@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 from small import digits_npz, vit_folder
 
+from lalora_kernels.cli import main
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.run import Run
 from lalora_kernels.reproduce import cost, runs, tables
@@ -58,7 +59,7 @@ def test_a_tiny_grid_is_tuned_trained_and_reported_and_nothing_is_done_twice(bas
     assert sorted(tuned) == ["dp-lora, plain", "la-lora, filtered"]
     for choice in tuned.values():  # the same budget for each, and the best of it
         assert [t["lr"] for t in choice["tried"]] == [0.25, 0.5] and choice["seed"] == 7
-        best = max(choice["tried"], key=lambda t: (t["accuracy"], -t["loss"]))
+        best = min(choice["tried"], key=lambda t: t["loss"])
         assert choice["settings"] == {"lr": best["lr"]}
     for r in found:
         assert r["settings"]["lr"] == tuned[tuning_key(ARMS[r["arm"]])]["settings"]["lr"]
@@ -69,6 +70,23 @@ def test_a_tiny_grid_is_tuned_trained_and_reported_and_nothing_is_done_twice(bas
     assert "same budget on seed 7" in text and "<svg" in (tmp_path / "question-1.svg").read_text()
     monkeypatch.setattr(Run, "train", lambda *a: pytest.fail("a complete run was trained again"))
     assert answer(1, QUESTION, TINY, base, tmp_path, tune=True, say=quiet)
+
+
+def test_results_are_published_and_put_into_a_page(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", replace(TINY, settings=base | {"rounds": 1}))
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- evidence-tiny-1:begin -->\nold\n<!-- evidence-tiny-1:end -->\nbelow\n")
+    command = "reproduce tiny --arms la-lora --epsilons inf --seeds 0".split()
+    command += ["--out", str(tmp_path / "out"), "--publish", str(tmp_path / "results"), "--into", str(page)]
+    assert main(command) == 0
+    made = (tmp_path / "out" / "question-1.md").read_text()
+    assert (tmp_path / "results" / "tiny-question-1.md").read_text() == made
+    assert sorted(p.suffix for p in (tmp_path / "results").iterdir()) == [".jsonl", ".md", ".svg"]
+    heading, _, table = made.partition("\n")
+    assert heading.startswith("## Four methods") and "| la-lora |" in table
+    text = page.read_text()
+    assert text.startswith("above\n<!-- evidence-tiny-1:begin -->\n\n" + table.strip())
+    assert text.endswith("\n\n<!-- evidence-tiny-1:end -->\nbelow\n") and "old" not in text
 
 
 def test_pieces_end_between_rounds_and_reach_the_end(base, tmp_path, monkeypatch):

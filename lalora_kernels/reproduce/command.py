@@ -46,6 +46,8 @@ def add_reproduce(commands: Any) -> None:
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms of the question (default: all)")
     parser.add_argument("--further", action="store_true", help="question 1: also FedSVD, FedEx-LoRA, FLoRA")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="(default: runs/reproduce/PRESET-TASK-SCALE)")
+    parser.add_argument("--publish", type=Path, metavar="FOLDER", help="copy table, figure, results and tuning there")
+    parser.add_argument("--into", type=Path, metavar="PAGE.md", help="and the table between this page's evidence marks")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -62,15 +64,37 @@ def reproduce(args: argparse.Namespace, say: Callable[[str], None] = print) -> b
         raise BadInput(f"--task is one of {', '.join(preset.tasks)}; got {task!r}")
     base = base_settings(args.preset, task, args.scale, args.data)
     out = args.out or Path("runs") / "reproduce" / f"{args.preset}-{task}-{args.scale}"
+    if preset.public_head:
+        from lalora_kernels.reproduce.start import prepare_start
+
+        base = prepare_start(base, out / "start")
     deadline = None if args.minutes is None else time.time() + 60 * args.minutes
     out.mkdir(parents=True, exist_ok=True)
     if args.question == COST:
-        return _cost(base, out, deadline, say)
-    question = _chosen(QUESTIONS[args.question], args.arms, args.further)
-    return answer(
-        args.question, question, preset, base, out, seeds=args.seeds, epsilons=args.epsilons, tune=args.tune,
-        jobs=args.jobs, deadline=deadline, say=say,
-    )  # fmt: skip
+        done = _cost(base, out, deadline, say)
+    else:
+        question = _chosen(QUESTIONS[args.question], args.arms, args.further)
+        done = answer(
+            args.question, question, preset, base, out, seeds=args.seeds, epsilons=args.epsilons, tune=args.tune,
+            jobs=args.jobs, deadline=deadline, say=say,
+        )  # fmt: skip
+    _publish(out, args.question, args.preset, args.publish, args.into)
+    return done
+
+
+def _publish(out: Path, question: int, name: str, folder: Path | None, page: Path | None) -> None:
+    """Copy what ``answer`` wrote to ``folder``; put its table, without the heading, into ``page``."""
+    from lalora_kernels.reproduce.runs import TUNED
+    from lalora_kernels.table import put_into
+
+    made = {f"{name}-question-{question}{end}": out / f"question-{question}{end}" for end in (".md", ".svg", ".jsonl")}
+    if folder is not None:
+        for target, path in (made | {f"{name}-{TUNED}": out / TUNED}).items():
+            if path.exists():
+                write_atomic(folder / target, path.read_bytes())
+    table = out / f"question-{question}.md"
+    if page is not None and table.exists():
+        put_into(page, table.read_text().partition("\n")[2], f"evidence-{name}-{question}")
 
 
 def _chosen(question: Question, arms: list[str] | None, further: bool) -> Question:
@@ -116,7 +140,7 @@ def answer(
     missing = [key for key, _ in tuned_arms(question) if key not in tuned]
     note = f"Not tuned, the preset's own learning rate and C: {'; '.join(missing)}." if missing else (
         f"Learning rate and C tuned for each method with the same budget on seed {preset.tuning_seed} at ε = "
-        f"{preset.tuning_epsilon:g}, by test accuracy; that seed is not in the table."
+        f"{preset.tuning_epsilon:g}, by test loss; that seed is not in the table."
     )  # fmt: skip
     text = tables.markdown(question.title, results, list(question.arms), question.against, note)
     if question.measure:

@@ -29,25 +29,27 @@ class Preset:
     tuning_seed: int = 100
     tuning_epsilon: float = 3.0
     tuning: dict[str, tuple] = field(default_factory=dict)  # setting -> values, all combinations, for each arm
+    public_head: bool = False  # the run starts from a head fitted on public records: start.py
 
 
-SMALL: Settings = {"partition": "dirichlet", "delta": 1e-5, "rank": 8, "local_steps": 20, "train_head": "auto"}
+SMALL: Settings = {
+    "partition": "dirichlet", "delta": 1e-5, "rank": 4, "targets": "qv", "train_head": "no", "clients": 4,
+    "fraction": 1.0, "dirichlet_alpha": 0.5, "rounds": 3, "local_steps": 10, "batch_size": 128, "optimizer": "sgd",
+}  # fmt: skip
 PRESETS = {
     "small-vision": Preset(
-        "ViT-Tiny (ImageNet) at 64 pixels on 10,000 images of CIFAR-100, 8 clients",
-        SMALL | {"image_size": 64, "clients": 8, "fraction": 0.5, "dirichlet_alpha": 0.5, "rounds": 5,
-                 "batch_size": 48, "optimizer": "sgd", "lr": 1.0},
+        "ViT-Tiny (ImageNet) at 64 pixels on 8,000 images of CIFAR-100's 20 superclasses, 4 clients",
+        SMALL | {"image_size": 64, "lr": 15.0, "max_grad_norm": 0.3},
         {"cifar100": {"model": "timm:vit_tiny_patch16_224"}},
-        large={"image_size": 224, "rounds": 50, "batch_size": 128, "physical_batch_size": 128},
-        tuning={"lr": (0.5, 1.0, 2.0), "max_grad_norm": (0.3, 1.0)},
+        large={"image_size": 224, "rounds": 50, "physical_batch_size": 128},
+        tuning={"lr": (5.0, 15.0, 45.0), "max_grad_norm": (0.1, 0.3)}, public_head=True,
     ),
     "small-language": Preset(
-        "MiniLM-L6 on SST-2's phrases, cut at 24 tokens, 8 clients",
-        SMALL | {"max_length": 24, "clients": 8, "fraction": 0.5, "dirichlet_alpha": 0.8, "rounds": 4,
-                 "batch_size": 32, "optimizer": "adamw", "lr": 2e-3},
+        "MiniLM-L6 on SST-2's phrases, cut at 24 tokens, 4 clients",
+        SMALL | {"max_length": 24, "optimizer": "adamw", "lr": 2e-4, "max_grad_norm": 0.3},
         {"sst2": {}},
         large={"max_length": 128, "rounds": 50, "batch_size": 256, "physical_batch_size": 128},
-        tuning={"lr": (5e-4, 2e-3, 5e-3), "max_grad_norm": (0.3, 1.0)},
+        tuning={"lr": (1e-4, 4e-4), "max_grad_norm": (0.1, 0.3)}, public_head=True,
     ),
     "paper-vision": Preset(
         "Swin-T and Swin-B on CIFAR-100 and Tiny-ImageNet, as in arXiv 2602.19926: r = 16, 8 clients, 100 rounds",
@@ -60,11 +62,13 @@ PRESETS = {
         tuning={"lr": (0.05, 0.1, 0.2, 0.5), "max_grad_norm": (0.3, 1.0)},
     ),
     "paper-language": Preset(
-        "RoBERTa-base on SST-2, as in arXiv 2602.19926: r = 8, 20 clients, Dirichlet 0.8, AdamW",
+        "RoBERTa-base on SST-2, QNLI, QQP and MNLI, as in arXiv 2602.19926: r = 8, 20 clients, Dirichlet 0.8, AdamW",
         {"rank": 8, "lora_alpha": 8.0, "clients": 20, "fraction": 0.5, "partition": "dirichlet",
          "dirichlet_alpha": 0.8, "batch_size": 16, "local_steps": 50, "rounds": 100, "delta": 1e-5,
          "max_length": 128, "optimizer": "adamw", "lr": 1e-3, "lr_b_ratio": 2.0},
-        {"sst2": {"model": "hf:FacebookAI/roberta-base", "dataset": "hf:stanfordnlp/sst2"}},
+        {task: {"model": "hf:FacebookAI/roberta-base", "dataset": f"hf:{hub}"}
+         for task, hub in (("sst2", "stanfordnlp/sst2"), ("qnli", "nyu-mll/glue:qnli"), ("qqp", "nyu-mll/glue:qqp"),
+                           ("mnli", "nyu-mll/glue:mnli"))},
         tuning={"lr": (3e-4, 1e-3, 3e-3, 1e-2), "max_grad_norm": (0.3, 1.0)},
     ),
 }  # fmt: skip
@@ -106,10 +110,11 @@ QUESTIONS = {
     4: Question(
         "Schedules, local steps, ranks, heterogeneity, clipping, projection",
         {"la-lora": LA}
-        | {f"B:A {b}:{a}": LA | {"method": f"la-lora-{b}-{a}"} for b, a in ((2, 1), (4, 1), (1, 2), (10, 10))}
+        | {f"B:A {b}:{a}": LA | {"method": f"la-lora-{b}-{a}"} for b, a in ((2, 1), (4, 1), (1, 2))}
+        | {"K = 20, B:A 10:10": LA | {"local_steps": 20, "method": "la-lora-10-10"}}
         | {"A first": LA | {"method": "la-lora-a-first"}, "by round": LA | {"method": "rolora"}}
-        | {f"K = {k}": LA | {"local_steps": k} for k in (5, 50)}
-        | {f"r = {r}": LA | {"rank": r} for r in (4, 16, 32, 64)}
+        | {f"K = {k}": LA | {"local_steps": k} for k in (5, 20, 50)}
+        | {f"r = {r}": LA | {"rank": r} for r in (4, 8, 16, 32, 64)}
         | {f"Dirichlet {a:g}": LA | {"dirichlet_alpha": a} for a in (0.1, 1.0, 10.0)}
         | {"iid": LA | {"partition": "iid"}}
         | {f"clipping {c}": LA | {"clipping": c} for c in ("per_layer", "automatic")}

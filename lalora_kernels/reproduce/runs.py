@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -180,9 +181,10 @@ def read_tuned(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def choose(jobs: list[Job], grid: Mapping[str, tuple], out: Path) -> tuple[Settings, list[dict[str, Any]]] | None:
-    """The settings of the run with the highest accuracy (ties: the lower loss), and all that were tried.
+    """The settings of the run with the lowest test loss, which tells close settings apart, and all that were tried.
 
-    None while a run is missing: an arm is tuned with its whole budget or not at all.
+    A loss that is not finite is the worst. None while a run is missing: an arm is tuned with its whole budget or not
+    at all.
     """
     results = [result_of(job, out) for job in jobs]
     if any(result is None for result in results):
@@ -192,5 +194,5 @@ def choose(jobs: list[Job], grid: Mapping[str, tuple], out: Path) -> tuple[Setti
         for job, result in zip(jobs, results)
         if result is not None
     ]
-    best = max(tried, key=lambda t: (t["accuracy"], -t["loss"] if t["loss"] is not None else float("-inf")))
+    best = min(tried, key=lambda t: math.inf if t["loss"] is None else t["loss"])
     return {key: best[key] for key in grid}, tried
