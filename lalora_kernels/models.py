@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lalora_kernels.data import BadInput
+from lalora_kernels.data import BadInput, Text
 from lalora_kernels.embedded import SIZE, embedded_model
 
 _torchvision_schemas: list[torch.library.Library] = []  # a Library's definitions live as long as it does
@@ -289,14 +289,18 @@ def _channels(x: Tensor, channels: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Collate function: records -> (a dict of (N, T) token tensors, (N,) labels), T the longest of the batch."""
+    """Collate function: records -> (a dict of (N, T) token tensors, (N,) labels), T the longest of the batch.
+
+    A pair of texts is joined as the tokenizer does it; what is too long is cut from the longer of the two.
+    """
 
     tokenizer: Callable
     max_length: int
 
-    def __call__(self, records: Sequence[tuple[str, int]]) -> tuple[dict[str, Tensor], Tensor]:
+    def __call__(self, records: Sequence[tuple[Text, int]]) -> tuple[dict[str, Tensor], Tensor]:
         texts, labels = zip(*records)
+        sides = (texts,) if isinstance(texts[0], str) else zip(*texts)
         encoded = self.tokenizer(
-            list(texts), truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
+            *map(list, sides), truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
         )
         return dict(encoded), torch.tensor(labels)

@@ -209,6 +209,24 @@ def test_named_columns_that_are_not_there(tmp_path):
         load_data(str(tmp_path / "a.tsv"), text_column="body")
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a,body", "no column 'body'; the columns are a, b, label"),
+        ("a,", "no column ''"),
+        ("a,b,label", "names one column, or the two different ones of a pair; got 'a,b,label'"),
+        ("a,a", "two different ones of a pair; got 'a,a'"),
+        ("a,label", "column 'label' is the label, and cannot be the text as well"),
+        ("label", "column 'label' is the label"),
+        (None, "which column is the text"),
+    ],
+)
+def test_pairs_that_are_none(tmp_path, text, message):
+    (tmp_path / "a.tsv").write_text("a\tb\tlabel\nx\ty\t0\ny\tz\t1\n")
+    with pytest.raises(BadInput, match=message):
+        load_data(str(tmp_path / "a.tsv"), text_column=text)
+
+
 # ---------------------------------------------------------------- models
 
 

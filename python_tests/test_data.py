@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from small import SENTENCES, bert_folder, digits_npz, text_tsv
 from tolerances import BATCH_F32, RESIZED_MEAN
 
-from lalora_kernels.data import load_data, partition_dirichlet, partition_iid
-from lalora_kernels.models import ImageBatch, load_model
+from lalora_kernels.data import Data, Records, load_data
+from lalora_kernels.federated.lifetime import record_hashes
+from lalora_kernels.models import ImageBatch, TextBatch, load_model
+from lalora_kernels.partition import partition_dirichlet, partition_iid
+from lalora_kernels.reproduce.presets import PRESETS
 
 
 def test_mnist_is_split_once_and_for_all_and_evenly_by_class():
@@ -77,6 +80,49 @@ def test_columns_can_be_named(tmp_path):
     assert set(data.train.inputs + data.test.inputs) == {f"t{i}" for i in range(20)}
 
 
+def pairs_tsv(path, columns=("question", "sentence"), records=20):
+    lines = [f"{i}\tq{i} and\ts{i} then\t{i % 2}" for i in range(records)]
+    path.write_text("\t".join(["idx", *columns, "label"]) + "\n" + "\n".join(lines) + "\n")
+    return str(path)
+
+
+PAIRS = [(f"q{i} and", f"s{i} then") for i in range(20)]
+
+
+@pytest.mark.parametrize("columns, named", [
+    (("question", "sentence"), None), (("premise", "hypothesis"), None), (("question1", "question2"), None),
+    (("left", "right"), "left,right"), (("left", "right"), " left , right"),
+])  # fmt: skip
+def test_pairs_are_found_by_their_names_or_named(tmp_path, columns, named):
+    data = load_data(pairs_tsv(tmp_path / "a.tsv", columns), text_column=named)
+    found = [(*pair, int(y)) for split in (data.train, data.test) for pair, y in zip(split.inputs, split.labels)]
+    assert sorted(found) == sorted((*pair, i % 2) for i, pair in enumerate(PAIRS))
+    assert data.kind == "text" and len(data.test) == 4
+    assert data.train[0] == (data.train.inputs[0], int(data.train.labels[0]))
+
+
+def test_a_pair_has_the_order_of_its_names_and_one_name_is_one_text(tmp_path):
+    path = pairs_tsv(tmp_path / "a.tsv")
+    turned = load_data(path, text_column="sentence,question", test=path)
+    assert turned.train.inputs == [(b, a) for a, b in PAIRS] == turned.test.inputs
+    assert load_data(path, text_column="sentence", test=path).train.inputs == [b for _, b in PAIRS]
+    with open(tmp_path / "b.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["title,body", "label"], ["one", 0], ["two", 1]])
+    one = load_data(str(tmp_path / "b.csv"), text_column="title,body", test=str(tmp_path / "b.csv"))
+    assert one.train.inputs == ["one", "two"]  # a column's name may hold a comma
+
+
+def test_no_pair_looks_like_another_pair_or_like_a_text():
+    """Every way to cut one string in two, and texts that look like what is hashed of a pair."""
+    whole = "1,2 4 fine:1 é"
+    cuts = [(whole[:i], whole[i:]) for i in range(len(whole) + 1)]
+    mimics = [f"{c}{len(a)}{d}{whole}" for a, _ in cuts for c in ("", ",", "1,", "1 ") for d in (" ", ":")]
+    inputs = [*cuts, whole, *mimics]
+    records = [Records([text], torch.tensor([1])) for text in inputs]
+    assert len({h for one in records for h in record_hashes(one, [0])}) == len(set(inputs))
+    assert len({Data("d", "text", one, one).fingerprint() for one in records}) == len(set(inputs))
+
+
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(0, 10**6))
 def test_iid_deals_every_record_once_and_evenly(records, clients, seed):
     clients = min(clients, records)
@@ -132,27 +178,70 @@ def test_text_batch_is_what_the_tokenizer_says(tmp_path):
     assert set(inputs) == {"input_ids", "attention_mask"} and data.kind == "text"
 
 
-def test_hub_names_are_handed_to_datasets(monkeypatch):
-    """The hub is not reachable in tests: a stand-in for ``datasets`` shows what is asked for and how it is read."""
+@pytest.mark.parametrize("length, first", [
+    (16, ["[CLS]", "a", "fine", "film", "[SEP]", "the", "end", "is", "dull", "[SEP]", *["[PAD]"] * 3]),
+    (8, ["[CLS]", "a", "fine", "[SEP]", "the", "end", "is", "[SEP]"]),
+])  # fmt: skip
+def test_a_pair_is_joined_and_cut_as_the_tokenizer_does_it(tmp_path, length, first):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(bert_folder(tmp_path / "bert"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    pairs = [(SENTENCES[0], SENTENCES[5]), (SENTENCES[3], SENTENCES[4] + " " + SENTENCES[2])]
+    inputs, labels = TextBatch(tokenizer, length)([(pair, i) for i, pair in enumerate(pairs)])
+    assert tokenizer.convert_ids_to_tokens(inputs["input_ids"][0]) == first and labels.tolist() == [0, 1]
+    for i, (a, b) in enumerate(pairs):
+        own = tokenizer(text=a, text_pair=b, truncation="longest_first", max_length=length)["input_ids"]
+        assert inputs["input_ids"][i].tolist()[: len(own)] == own and inputs["attention_mask"][i].sum() == len(own)
+
+
+def stand_in(monkeypatch, splits: dict[str, list[dict]], classes: list[str]) -> list:
+    """The hub is not reachable in tests: a stand-in for ``datasets`` says what it was asked for."""
     import sys
     import types
 
     class Split(list):
-        column_names = ["text", "label"]
-        features = {"text": object(), "label": types.SimpleNamespace(names=["neg", "pos"])}
+        column_names = list(splits["train"][0])
+        features = {name: types.SimpleNamespace(names=classes if name == "label" else None) for name in column_names}
 
         def __getitem__(self, key):
             return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
 
-    rows = Split({"text": f"t{i}", "label": i % 2} for i in range(10))
-    unlabelled = Split({"text": "?", "label": -1} for _ in range(3))
     asked = []
     module = types.ModuleType("datasets")
-    module.load_dataset = lambda *args: asked.append(args) or {"train": rows, "test": unlabelled, "validation": rows}
+    module.load_dataset = lambda *args: asked.append(args) or {name: Split(rows) for name, rows in splits.items()}
     monkeypatch.setitem(sys.modules, "datasets", module)
+    return asked
+
+
+def test_hub_names_are_handed_to_datasets(monkeypatch):
+    rows = [{"text": f"t{i}", "label": i % 2} for i in range(10)]
+    splits = {"train": rows, "test": [{"text": "?", "label": -1}] * 3, "validation": rows}
+    asked = stand_in(monkeypatch, splits, ["neg", "pos"])
     data = load_data("hf:glue:sst2")
     assert asked == [("glue", "sst2")] and data.classes == ["neg", "pos"]
     assert data.train.inputs == [f"t{i}" for i in range(10)] and len(data.test) == 10
+
+
+@pytest.mark.parametrize("task, columns", [  # as nyu-mll/glue has them
+    ("qnli", ("question", "sentence")), ("qqp", ("question1", "question2")), ("mnli", ("premise", "hypothesis")),
+])  # fmt: skip
+def test_pairs_of_the_papers_tasks_come_from_the_hub(monkeypatch, task, columns):
+    def rows(name, count, label=None):
+        texts = [{column: f"{name} {column} {i}" for column in columns} for i in range(count)]
+        return [row | {"label": i % 3 if label is None else label, "idx": i} for i, row in enumerate(texts)]
+
+    kinds = ("_matched", "_mismatched") if task == "mnli" else ("",)
+    splits = {"train": rows("train", 9)} | {f"test{kind}": rows("unlabelled", 3, -1) for kind in kinds}
+    splits |= {f"validation{kind}": rows(f"validation{kind}", 6) for kind in kinds}
+    asked = stand_in(monkeypatch, splits, ["a", "b", "c"])
+    data = load_data(PRESETS["paper-language"].tasks[task]["dataset"])
+    assert asked == [("nyu-mll/glue", task)] and data.test.labels.tolist() == [0, 1, 2] * 2
+    for split, name, count in ((data.train, "train", 9), (data.test, f"validation{kinds[0]}", 6)):
+        assert split.inputs == [(f"{name} {columns[0]} {i}", f"{name} {columns[1]} {i}") for i in range(count)]
 
 
 @pytest.mark.parametrize("name", ["mnist", "digits"])

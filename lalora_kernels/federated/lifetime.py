@@ -24,12 +24,17 @@ LEDGER, RECORDS, SIZE = "ledger.json", "records", 32
 
 
 def record_hashes(records: Records, indices: Iterable[int]) -> frozenset[bytes]:
-    """SHA-256 of each of these records with its label: equal records have equal ones."""
+    """SHA-256 of each of these records with its label: equal records have equal ones, and others have others."""
     hashes = set()
     for i in indices:
         inputs, label = records[i]
-        raw = inputs.contiguous().numpy().tobytes() if isinstance(inputs, Tensor) else inputs.encode()
-        hashes.add(hashlib.sha256(f"{label} ".encode() + raw).digest())
+        if isinstance(inputs, Tensor):
+            raw = f"{label} ".encode() + inputs.contiguous().numpy().tobytes()
+        elif isinstance(inputs, str):
+            raw = f"{label} {inputs}".encode()
+        else:  # the comma tells a pair from a text, the length where its first half ends
+            raw = f"{label},{len(inputs[0])} {inputs[0]}{inputs[1]}".encode()
+        hashes.add(hashlib.sha256(raw).digest())
     return frozenset(hashes)
 
 

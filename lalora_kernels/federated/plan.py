@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from lalora_kernels.data import BadInput, partition_dirichlet, partition_iid
+from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import Config
+from lalora_kernels.partition import partition_dirichlet, partition_iid
 from lalora_kernels.privacy.accountant import check_noise_multiplier, get_noise_multiplier
 
 PARTITION, PARTICIPATION = 0, 1  # streams of the public seed
