@@ -3,20 +3,21 @@
 Without FLOWER=1 (``make flower-test``) only the app's own parts run: the rest takes minutes.
 """
 
+import contextlib
 import json
 import os
 import time
 
+import flower_nodes
 import pytest
 import torch
-from small import digits_npz, vit_folder
+from flower_nodes import ROUNDS, K, fixed, ledger_of, make_home, same, small_world  # noqa: F401
 
 flwr = pytest.importorskip("flwr", reason="Flower is not installed; make flower-test installs it")
 
 from lalora_kernels import cli  # noqa: E402
 from lalora_kernels.data import BadInput  # noqa: E402
 from lalora_kernels.federated.checkpoint import load_checkpoint  # noqa: E402
-from lalora_kernels.federated.config import make_config  # noqa: E402
 from lalora_kernels.federated.flower import (  # noqa: E402
     APP,
     OFFLINE,
@@ -32,57 +33,36 @@ from lalora_kernels.federated.flower import (  # noqa: E402
     supernode_command,
     wait_for,
 )
-from lalora_kernels.federated.policy import policy_for  # noqa: E402
 from lalora_kernels.federated.run import Run, prepare  # noqa: E402
-from lalora_kernels.privacy.ledger import Ledger  # noqa: E402
-from lalora_kernels.privacy.noise import NoiseSource  # noqa: E402
 
-CLIENTS, ROUNDS, K = 3, 3, 2
+CLIENTS = 3
 slow = pytest.mark.skipif(not os.environ.get("FLOWER"), reason="minutes of real processes: make flower-test")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    return vit_folder(folder / "vit"), digits_npz(folder / "d.npz", 160, 40)
-
-
 def settings(world, **changes):
-    values = {
-        "model": world[0], "dataset": world[1], "clients": CLIENTS, "fraction": 1.0, "rounds": ROUNDS, "local_steps": K,
-        "rank": 2, "batch_size": 8, "partition": "iid", "epsilon": 8.0, "delta": 1e-4, "lr": 1.0, "device": "cpu",
-    }  # fmt: skip
-    return make_config(values | changes)
-
-
-def fixed(client: int) -> NoiseSource:
-    return NoiseSource.fixed(bytes([client + 1]) * 32)
+    return flower_nodes.settings(world, **{"clients": CLIENTS} | changes)
 
 
 def client_homes(folder, config):
-    homes = []
-    for client in range(config.clients):
-        home = folder / str(client)
-        home.mkdir(parents=True)
-        (home / "policy.toml").write_text(policy_for(config))
-        (home / "test_key").write_text((bytes([client + 1]) * 32).hex())
-        homes.append(home)
-    return homes
+    return [make_home(folder / str(client), client, config) for client in range(config.clients)]
+
+
+@contextlib.contextmanager
+def one_thread():
+    """As the processes have: other threads sum in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def in_process(world, folder, **changes):
     run = Run.start(prepare(settings(world, **changes)), folder, noise=fixed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         run.train()
-    finally:
-        torch.set_num_threads(threads)
     return run.at.state
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def records(folder):
@@ -90,11 +70,7 @@ def records(folder):
 
 
 def steps_of(home) -> int:
-    paths = list(home.glob("ledgers/*/ledger.json"))
-    ledger = Ledger()
-    if paths:
-        ledger.load_state_dict(json.loads(paths[0].read_text())["ledger"])
-    return ledger.steps
+    return ledger_of(home).steps if list(home.glob("ledgers/*/ledger.json")) else 0
 
 
 # ---------------------------------------------------------------- the app and what surrounds it
