@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,7 @@ from lalora_kernels.federated.flower import (
 )
 from lalora_kernels.federated.policy import FILE as POLICY
 from lalora_kernels.federated.policy import policy_for
-
-ROW = "{:>5}  {:>9}  {:>7}  {:>11}  {:>11}  {:>8}  {}"
+from lalora_kernels.flower_display import FlowerDisplay
 
 
 def add_flower(commands, add_settings: Callable[..., None]) -> None:
@@ -98,8 +97,11 @@ def flower(args: argparse.Namespace, given: dict[str, Any]) -> int:
     ](args, given)
 
 
-def simulate(config: Config | None, folder: Path, note: Callable[[str], None] = print) -> int:
-    """``lalora train --engine flower-sim``: clients as Ray actors on this machine; no ``config``: resume ``folder``."""
+def simulate(config: Config | None, folder: Path, display: FlowerDisplay, kinds: Sequence[str] = ()) -> int:
+    """``lalora train --engine flower-sim``: clients as Ray actors on this machine; no ``config``: resume ``folder``.
+
+    ``kinds``: the writers of loggers.py that take the rounds too.
+    """
     _need_flower("ray")
     signal.signal(signal.SIGTERM, _interrupt)
     if config is None:
@@ -121,7 +123,8 @@ def simulate(config: Config | None, folder: Path, note: Callable[[str], None] = 
         address = f"127.0.0.1:{port}"
         wait_for(link, address)
         control = Control(home, address)
-        return _to_the_end(control, folder, None if resumed else config, note, [link], simulate=federation)
+        config = None if resumed else config
+        return _to_the_end(control, folder, config, display, [link], kinds, simulate=federation)
 
 
 def _interrupt(*_: object) -> None:
@@ -136,43 +139,41 @@ def _run(args: argparse.Namespace, given: dict[str, Any]) -> int:
     if config is not None:
         _refuse_taken(folder)
     control = Control(folder / ".flower", args.superlink, _ca(args))
-    return _to_the_end(control, folder, config, print, [], sizes=args.sizes, timeout=args.round_timeout)
+    return _to_the_end(control, folder, config, FlowerDisplay(), [], sizes=args.sizes, timeout=args.round_timeout)
 
 
-def _to_the_end(control: Control, folder: Path, config, note, processes, **options: Any) -> int:
-    shown = len((folder / "metrics.jsonl").read_text().splitlines()) if config is None else 0
+def _to_the_end(
+    control: Control,
+    folder: Path,
+    config: Config | None,
+    display: FlowerDisplay,
+    processes: Sequence[Process],
+    kinds: Sequence[str] = (),
+    **options: Any,
+) -> int:
     run = control.submit(folder, config, **options)
-    note(f"run {run} in {folder}; its server log: flwr log {run}")
-    note(ROW.format("round", "accuracy", "loss", "bytes up", "bytes down", "time", "clients"))
+    display.begin(folder, run)
+    with ExitStack() as stack:
+        writers: list[Callable[[dict[str, Any]], None]] = []
 
-    def on_round(record: dict[str, Any]) -> None:
-        loss = "–" if record["loss"] is None else f"{record['loss']:.3f}"
-        clients = " ".join(map(str, record["clients"])) or ("before" if not record["round"] else "none")
-        note(
-            ROW.format(
-                record["round"],
-                f"{100 * record['accuracy']:.1f} %",
-                loss,
-                f"{record['bytes_sent']:,}",
-                f"{record['bytes_down']:,}",
-                f"{record['seconds']:.1f} s",
-                clients,
-            )  # fmt: skip
-        )
-        for client, why in record["dropped"].items():
-            note(f"       left out: client {client}: {why}")
+        def on_round(record: dict[str, Any]) -> None:
+            if kinds and not record["round"]:  # a resumed run is told from its beginning too
+                from lalora_kernels.loggers import Loggers, Source
 
-    try:
-        result = follow(control, run, folder, on_round, processes, shown)
-    except KeyboardInterrupt:
-        control.stop(run)
-        note(f"interrupted; --resume {folder} continues it")
-        raise
-    if result["outcome"] == "finished":
-        print(f"finished after {result['round']} rounds; adapter in {folder / 'adapter'}")
-        return 0
-    print(f"{result['outcome']}: {result['why']}")
-    return 1
+                writers.append(stack.enter_context(Loggers(kinds, Source.read(folder))))
+            display.round(folder, record)
+            for write in writers:
+                write(record)
+
+        try:
+            result = follow(control, run, folder, on_round, processes)
+        except (KeyboardInterrupt, BadInput) as error:
+            control.stop(run)
+            if isinstance(error, KeyboardInterrupt):
+                display.interrupted(folder)
+            raise
+    display.finish(folder, result)
+    return 0 if result["outcome"] == "finished" else 1
 
 
 def _superlink(args: argparse.Namespace, _: dict[str, Any]) -> int:
@@ -243,7 +244,7 @@ def _demo(args: argparse.Namespace, given: dict[str, Any]) -> int:
             env = environment(own / ".flower")
             processes.append(stack.enter_context(Process(command, own / "supernode.log", env)))
             note(f"client {client}: key registered, SuperNode started, its policy in {own / POLICY}")
-        code = _to_the_end(control, folder, config, note, processes)
+        code = _to_the_end(control, folder, config, FlowerDisplay(note=note), processes)
     if config.private:
         for client in range(config.clients):
             note(f"client {client} has spent {_spent(folder / 'clients' / str(client), config.delta)}")

@@ -8,6 +8,7 @@ bytes, the run's clock, and what was computed from noised gradients. What was co
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,28 @@ FOLDER = "tensorboard"  # in the run folder
 PROJECT = "lalora"
 
 
+@dataclass(frozen=True)
+class Source:
+    """The run that is logged: its folder, its settings as config.json has them, what names it for good, past rounds."""
+
+    folder: Path
+    settings: dict[str, Any]
+    id: str
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, run: Run) -> "Source":
+        """A run in this process."""
+        first = run.clients[0].ledger.id  # drawn at the start, kept since
+        return cls(run.folder, json.loads(run.task.config.to_json()), first, run.at.history)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Source":
+        """The run of a Flower server's folder; its rounds are yet to be told."""
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return cls(folder, about["settings"], about["run"])
+
+
 def check(kinds: Sequence[str]) -> None:
     """Raise BadInput, saying what to install, for a writer that is not there; to be called before anything else."""
     for kind in kinds:
@@ -29,7 +52,7 @@ def check(kinds: Sequence[str]) -> None:
 
 def scalars(record: dict[str, Any], private: bool = False) -> dict[str, float]:
     """A round's record as flat names and numbers; ``private``: also those computed on private data, under that name."""
-    found = {name: record[name] for name in ("accuracy", "loss", "bytes_sent", "seconds")}
+    found = {name: record.get(name) for name in ("accuracy", "loss", "bytes_sent", "bytes_down", "seconds")}
     found["epsilon/largest"] = record["epsilon"]
     for client, epsilon in enumerate(record.get("epsilons", [])):
         found[f"epsilon/client {client}"] = epsilon
@@ -53,7 +76,7 @@ class Loggers:
     Raises BadInput where a writer does not start.
     """
 
-    def __init__(self, kinds: Sequence[str], run: Run, private: bool = False):
+    def __init__(self, kinds: Sequence[str], run: Source, private: bool = False):
         self.run, self.private = run, private
         self.writers: list[TensorBoard | WandB] = []
         for kind in kinds:
@@ -64,7 +87,7 @@ class Loggers:
                 raise BadInput(f"--{kind}: {first_line(error)}") from error
 
     def __enter__(self) -> "Loggers":
-        for record in self.run.at.history:
+        for record in self.run.history:
             self(record)
         return self
 
@@ -85,11 +108,11 @@ class Loggers:
 class TensorBoard:
     """Event files in RUN/tensorboard; a resumed run writes its rounds anew, and TensorBoard drops the older ones."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Source):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(run.folder / FOLDER, purge_step=0)
-        self.writer.add_text("settings", f"```json\n{run.task.config.to_json()}```")
+        self.writer.add_text("settings", f"```json\n{json.dumps(run.settings, indent=2)}\n```")
 
     def write(self, round: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -107,17 +130,17 @@ class WandB:
     machine) is switched off: that depends on private data, or is nobody's business.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Source):
         import wandb
 
         settings = wandb.Settings(
             x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True, console="off", disable_git=True,
             disable_code=True, save_code=False, x_save_requirements=False, silent=True,
         )  # fmt: skip
-        identity = hashlib.sha256(run.clients[0].ledger.id.encode()).hexdigest()[:16]  # drawn at the start, kept since
+        identity = hashlib.sha256(run.id.encode()).hexdigest()[:16]
         self.run = wandb.init(
             project=PROJECT, name=Path(run.folder).resolve().name, id=identity, resume="allow", dir=str(run.folder),
-            config=json.loads(run.task.config.to_json()), settings=settings,
+            config=run.settings, settings=settings,
         )  # fmt: skip
 
     def write(self, round: int, values: dict[str, float]) -> None:

@@ -91,6 +91,11 @@ class RunData:
         return self.settings["epsilon"] != "inf"
 
     @property
+    def over_flower(self) -> bool:
+        """Whether this is the folder of a Flower server, which was told the clients' sizes and holds no ledger."""
+        return not self.books and "sizes" in self.about
+
+    @property
     def budget(self) -> float | None:
         return float(self.settings["epsilon"]) if self.private else None
 
@@ -114,6 +119,8 @@ def read_run(folder: str | Path) -> RunData:
         run = RunData(folder.resolve().name, about, history, books.get("clients", {}), ledgers)
         if not run.settings or not history:
             raise ValueError("it holds no settings or no round")
+        if run.over_flower and [type(n) is int and n > 0 for n in about["sizes"]] != [True] * run.settings["clients"]:
+            raise ValueError("its sizes are not whole numbers, one a client")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, (BadInput, LedgerError)):
             raise

@@ -18,6 +18,7 @@ from lalora_kernels.report import (
     show_epsilon,
     table,
 )
+from lalora_kernels.report_flower import IMPLIED, at_most, clients_table, epsilon_chart
 
 DASH = "–"
 PARTS = (
@@ -76,10 +77,13 @@ def _percent(share: float) -> str:
 
 def _run(run: RunData, public: bool) -> str:
     first, last, settings = run.history[0], run.history[-1], run.settings
+    spent = ("most exposed client", _spent(run, last["epsilon"]))
+    if run.private and run.over_flower:
+        spent = ("each client in this run", at_most(run.budget))
     numbers = [
         ("test accuracy", _percent(last["accuracy"])),
         ("before", _percent(first["accuracy"])),
-        ("most exposed client", _spent(run, last["epsilon"])),
+        spent,
         (f"{last['round']} of {settings['rounds']} rounds", f"{last['seconds']:.0f} s"),
     ]
     boxes = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in numbers)
@@ -105,7 +109,9 @@ def _spent(run: RunData, epsilon: float | None) -> str:
 
 def _guarantee(run: RunData) -> str:
     words = [NO_GUARANTEE]
-    if run.private and not run.books:
+    if run.private and run.over_flower:
+        words = [ELSEWHERE, IMPLIED.format(epsilon=run.budget, delta=run.settings["delta"]), NOT_COVERED]
+    elif run.private and not run.books:
         words = [ELSEWHERE, NOT_COVERED]
     elif run.private and run.history[-1]["epsilon"] is None:
         words = [NO_EPSILON]
@@ -126,6 +132,8 @@ def _accuracy(run: RunData) -> str:
 
 
 def _epsilon(run: RunData) -> str:
+    if run.private and run.over_flower:
+        return epsilon_chart(run)
     if not run.private or run.history[-1]["epsilon"] is None:
         return ""
     largest = Line("most exposed client", [(r["round"], r["epsilon"]) for r in run.history], "c1")
@@ -155,6 +163,8 @@ def _rounds(run: RunData) -> str:
 
 
 def _clients(run: RunData, public: bool) -> str:
+    if run.over_flower:
+        return clients_table(run)
     plan = run.about.get("plan", {}).get("clients", [])
     if not plan:
         return "<p>The clients' sizes, noise and budgets stay with them.</p>"
@@ -261,6 +271,8 @@ def _time(run: RunData) -> str:
     spent = last["seconds"] - run.history[0]["seconds"]
     rows = [("whole run, seconds", f"{last['seconds']:.1f}"), ("mean of a round, seconds", f"{spent / rounds:.2f}"),
             ("bytes sent up, all rounds", f"{sent:,}")]  # fmt: skip
+    if run.over_flower:
+        rows.append(("bytes sent down, all rounds", f"{sum(record['bytes_down'] for record in run.history):,}"))
     return table("Time and traffic", ("", "value"), rows)
 
 

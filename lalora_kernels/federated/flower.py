@@ -292,16 +292,17 @@ def follow(
     folder: Path,
     on_round: Callable[[dict[str, Any]], None] = lambda record: None,
     processes: Sequence[Process] = (),
-    shown: int = 0,
 ) -> dict[str, Any]:
-    """Report rounds as they complete; returns result.json: what the server says, and never Flower's exit code alone.
+    """Report rounds, also those that are there already; returns result.json: what the server says, and never Flower's
+    exit code alone.
 
-    A server that ended without a word has failed. Raises FlowerFailed where one of ``processes`` ended.
+    A round is reported once config.json is there. A server that ended without a word has failed. Raises FlowerFailed
+    where one of ``processes`` ended.
     """
-    asked = time.monotonic()
+    asked, shown = time.monotonic(), 0
     while True:
         result = _read(folder / "result.json")
-        lines = _lines(folder / "metrics.jsonl")
+        lines = _lines(folder / "metrics.jsonl") if (folder / "config.json").exists() else []
         for line in lines[shown:]:
             on_round(json.loads(line))
             asked = time.monotonic()
