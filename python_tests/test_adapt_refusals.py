@@ -1,0 +1,145 @@
+"""What adapt() refuses or leaves out, by name, and that the model is then as before."""
+
+import peft
+import pytest
+import torch
+from adapting import mlp
+from torch import nn
+
+from lalora_kernels.adapt import adapt, saved_modules
+from lalora_kernels.nn import lora_layers
+
+
+class Conv(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.embed = nn.Conv2d(3, 4, 1), nn.Embedding(5, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.fc = nn.Linear(4, 4)
+
+
+def parametrized():
+    model = mlp()
+    torch.nn.utils.parametrizations.spectral_norm(model.fc1)
+    return model
+
+
+def hooked():
+    model = mlp()
+    model.fc1.register_forward_hook(lambda *_: None)
+    return model
+
+
+def wrapped_by_peft():
+    return peft.get_peft_model(mlp(), peft.LoraConfig(target_modules=["fc1"]))
+
+
+def quantized():
+    model = mlp()
+    model.fc1.weight = nn.Parameter(torch.zeros(5, 6, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "make, settings, messages",
+    [
+        (mlp, {"target_modules": ["fc3"]}, ["no module is named 'fc3'", "did you mean 'fc", "fc1, fc2, head"]),
+        (mlp, {"target_modules": ["fc1", "querry"]}, ["no module is named 'querry'"]),
+        (mlp, {"target_modules": "qv"}, ["matches no layer", "the linear layers here are fc1, fc2, head"]),
+        (mlp, {"target_modules": r"layer\..*"}, ["matches no layer"]),
+        (mlp, {"target_modules": r"(fc"}, ["not a regular expression"]),
+        (mlp, {"target_modules": []}, ["names of modules"]),
+        (mlp, {"target_modules": [1]}, ["names of modules"]),
+        (mlp, {"target_modules": ["head"], "modules_to_save": ["head"]}, ["matches no layer outside modules_to_save"]),
+        (lambda: nn.Sequential(mlp()), {"target_modules": "fc1"}, ["write ['fc1'] for this name"]),
+        (lambda: nn.Linear(3, 3), {"target_modules": "all-linear"}, ["no linear layer below its root"]),
+        (mlp, {"target_modules": ["act"]}, ["act cannot be adapted", "its type is GELU"]),
+        (lambda: nn.Sequential(nn.Conv1d(3, 4, 1)), {"target_modules": ["0"]}, ["0 cannot be", "its type is Conv1d"]),
+        (lambda: nn.Sequential(nn.EmbeddingBag(5, 4)), {"target_modules": ["0"]}, ["its type is EmbeddingBag"]),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), {"target_modules": ["0"]}, ["it has groups=2"]),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, dilation=2)), {"target_modules": ["0"]}, ["it has dilation=(2, 2)"]),
+        (
+            lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
+            {"target_modules": ["0"]},
+            ["it has padding_mode='reflect'"],
+        ),
+        (lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), {"target_modules": ["0"]}, ["it has max_norm"]),
+        (
+            lambda: nn.Sequential(nn.Embedding(5, 4, scale_grad_by_freq=True)),
+            {"target_modules": ["0"]},
+            ["it has scale_grad_by_freq"],
+        ),
+        (Conv, {"target_modules": ["fc", "out_proj"]}, ["attention.out_proj cannot", ": MultiheadAttention uses"]),
+        (lambda: nn.Sequential(Doubled(3, 3)), {"target_modules": ["0"]}, ["its type is Doubled"]),
+        (lambda: nn.Sequential(nn.LazyLinear(3)), {"target_modules": ["0"]}, ["not initialized"]),
+        (parametrized, {"target_modules": ["fc1"]}, ["fc1 cannot be adapted", "remove_parametrizations"]),
+        (hooked, {"target_modules": ["fc1"]}, ["fc1 cannot be adapted", "hooks"]),
+        (quantized, {"target_modules": ["fc1"]}, ["fc1 cannot be adapted", "torch.int8"]),
+        (wrapped_by_peft, {"target_modules": "all-linear"}, ["fc1 is wrapped already", "peft.tuners.lora"]),
+        (mlp, {"target_modules": ["fc1"], "modules_to_save": ["heed"]}, ["modules_to_save", "'heed'", "mean 'head'"]),
+        (mlp, {"target_modules": ["fc1"], "modules_to_save": ["act"]}, ["act (GELU) has no parameters"]),
+        (mlp, {"target_modules": ["fc1"], "r": 0}, ["r is a positive integer, got 0"]),
+        (mlp, {"target_modules": ["fc1"], "r": True}, ["r is a positive integer"]),
+        (mlp, {"target_modules": ["fc1"], "r": 2.0}, ["r is a positive integer"]),
+        (mlp, {"target_modules": ["fc1"], "lora_alpha": 0}, ["lora_alpha is a positive"]),
+        (mlp, {"target_modules": ["fc1"], "lora_alpha": float("inf")}, ["lora_alpha is a positive"]),
+        (mlp, {"target_modules": ["fc1"], "lora_dropout": 1.0}, ["lora_dropout lies in [0, 1)"]),
+        (mlp, {"target_modules": ["fc1"], "lora_dropout": float("nan")}, ["lora_dropout lies in [0, 1)"]),
+    ],
+)
+def test_errors_say_what_is_wrong_and_change_nothing(make, settings, messages):
+    model = make()
+    before = {name: (type(m), m) for name, m in model.named_modules()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(ValueError) as error:
+        adapt(model, **settings)
+    for message in messages:
+        assert message in str(error.value)
+    assert {name: (type(m), m) for name, m in model.named_modules()} == before
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert saved_modules(model) == []
+
+
+@pytest.mark.parametrize("again", [["fc1"], ["fc1", "fc2"], "all-linear", "fc.*"])
+def test_layers_are_adapted_once(again):
+    model = adapt(mlp(), target_modules=["fc1"], verbose=False)
+    layer = model.fc1
+    with pytest.raises(ValueError, match="fc1 cannot be adapted: it is adapted already; call unadapt"):
+        adapt(model, target_modules=again)
+    assert model.fc1 is layer and type(model.fc2) is nn.Linear
+    with pytest.raises(ValueError, match="modules_to_save: fc1 is or holds an adapted layer"):
+        adapt(model, target_modules=["fc2"], modules_to_save=["fc1"])
+
+
+def test_all_linear_reports_what_it_leaves_out(capsys):
+    model = Conv()
+    adapt(model, target_modules="all-linear")
+    assert [n for n, _ in lora_layers(model)] == ["fc"]
+    assert "left out attention.out_proj: MultiheadAttention uses its weight" in capsys.readouterr().out
+
+
+TIMM_BYPASS = {
+    "swinv2_tiny_window8_256": {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": (1,), "num_heads": (2,)},
+    "beit_base_patch16_224": {"img_size": 32, "embed_dim": 8, "depth": 1, "num_heads": 2},
+    "eva02_tiny_patch14_224": {"img_size": 28, "embed_dim": 8, "depth": 1, "num_heads": 2},
+}
+
+
+@pytest.mark.parametrize("name", TIMM_BYPASS)
+def test_layers_whose_parent_reads_their_weight_are_refused_by_name(name, capsys):
+    import timm
+
+    model = timm.create_model(name, num_classes=3, **TIMM_BYPASS[name])
+    with pytest.raises(ValueError, match=r"\.qkv cannot be adapted: \w*Attention uses its weight without calling it"):
+        adapt(model, target_modules="qv")
+    adapt(model, target_modules="all-linear")
+    assert ".attn.qkv: " in capsys.readouterr().out
+    size = TIMM_BYPASS[name]["img_size"]
+    model(torch.randn(2, 3, size, size)).sum().backward()
+    layers = dict(lora_layers(model))
+    assert layers and all(layer.lora_B.grad is not None for layer in layers.values())
