@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from test_private_step import KEY, train, written_out
-from test_trainer import adapted as adapted_hf
 from tolerances import PRIVATE_STEP_F64
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from trainer_models import adapted as adapted_hf
 
 import lalora_kernels as lk
 from lalora_kernels.privacy.checks import check_per_sample

@@ -1,0 +1,80 @@
+"""Arguments, settings and models that the private Trainer refuses."""
+
+import pytest
+import torch
+from trainer_models import adapted, trainer_of
+from transformers import TrainingArguments
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"train_sampling_strategy": "group_by_length"}, "picks records by another rule than Poisson sampling"),
+            ({"auto_find_batch_size": True}, "auto_find_batch_size starts over after a step was charged"),
+            ({"include_num_input_tokens_seen": True}, "counts the tokens of private batches"),
+            ({"max_grad_norm": 0.0}, "max_grad_norm is C, and above 0"),
+            ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["x"]}, "steps within backward"),
+        ],
+    )
+    def test_arguments(self, arguments, message, tmp_path):
+        _, patched, data = adapted("bert")
+        with pytest.raises(ValueError, match=message):
+            trainer_of(patched, data, tmp_path, **arguments)
+
+    @pytest.mark.parametrize("name, value", [("fp16", True), ("_n_gpu", 2), ("use_liger_kernel", True), ("fsdp", "x")])
+    def test_what_this_machine_cannot_ask_for(self, name, value, tmp_path):
+        from lalora_kernels.trainer import _refuse_arguments
+
+        _, patched, data = adapted("bert")
+        trainer = trainer_of(patched, data, tmp_path)
+        trainer.args.max_grad_norm = 1.0
+        _refuse_arguments(trainer)
+        setattr(trainer.args, name, value)
+        with pytest.raises(ValueError, match="nn.DataParallel" if name == "_n_gpu" else name):
+            _refuse_arguments(trainer)
+
+    def test_several_processes(self, tmp_path, monkeypatch):
+        from lalora_kernels.trainer import _refuse_arguments
+
+        _, patched, data = adapted("bert")
+        trainer = trainer_of(patched, data, tmp_path)
+        trainer.args.max_grad_norm = 1.0
+        monkeypatch.setattr(TrainingArguments, "world_size", 2)
+        with pytest.raises(ValueError, match="several processes are for a loop of your own"):
+            _refuse_arguments(trainer)
+
+    @pytest.mark.parametrize(
+        "privacy, message",
+        [
+            ({"steps": 3}, "privacy holds steps, which it does not know or which follow from TrainingArguments"),
+            ({"target_delta": None}, "privacy needs target_delta"),
+            ({"target_epsilon": 1.0}, "either target_epsilon or noise_multiplier"),
+            ({"noise_multiplier": None}, "either target_epsilon or noise_multiplier"),
+        ],
+    )
+    def test_settings(self, privacy, message, tmp_path):
+        _, patched, data = adapted("bert")
+        with pytest.raises(ValueError, match=message):
+            trainer_of(patched, data, tmp_path, privacy=privacy)
+
+    def test_a_search(self, tmp_path):
+        _, patched, data = adapted("bert")
+        with pytest.raises(ValueError, match="every trial of a search spends"):
+            trainer_of(patched, data, tmp_path).hyperparameter_search()
+
+    def test_a_data_set_without_addresses(self, tmp_path):
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                return iter([])
+
+        _, patched, data = adapted("bert")
+        trainer = trainer_of(patched, data, tmp_path)
+        trainer.train_dataset = Stream()
+        with pytest.raises((ValueError, TypeError), match="IterableDataset"):
+            trainer.train()
+
+    def test_peft_unpatched(self, tmp_path):
+        model, _, data = adapted("bert")
+        with pytest.raises(ValueError, match="call lalora_kernels.patch_peft"):
+            trainer_of(model, data, tmp_path).train()
