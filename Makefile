@@ -45,7 +45,7 @@ sanitize: $(VENV)/.test
 FUZZ_MINUTES ?= 10
 fuzz: $(VENV)/.test
 	FUZZ_MINUTES=$(FUZZ_MINUTES) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --timeout 0 \
-		python_tests/test_fuzz.py $(ARGS)
+		python_tests/test_fuzz*.py $(ARGS)
 
 # kill -9 at 50 random times of a training run, each resumed to its end.
 KILLS ?= 50

@@ -18,6 +18,7 @@ from pathlib import Path
 from planted.__main__ import ROOT, copy_of_the_product
 
 TESTS = ("test_backends.py", "test_privatize.py", "test_chacha20_normal.py")
+FUZZ = ("test_fuzz_files.py", "test_fuzz_operations.py", "test_fuzzing.py")
 COMMON = "-O1 -g1 -fno-omit-frame-pointer"
 LIMIT_S = 3600
 STOPPED = 66  # exit code of a process that a sanitizer ended; pytest's own are below 6
@@ -52,7 +53,7 @@ SANITIZERS = {
             "ASAN_OPTIONS": f"detect_leaks=0:exitcode={STOPPED}",
             "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={STOPPED}",
         },
-        (*TESTS, "test_fuzz.py"),  # for FUZZ_MINUTES, where that is set
+        (*TESTS, *FUZZ),  # for FUZZ_MINUTES, where that is set
         (
             Fault(
                 "a read past the end of a gradient",
