@@ -84,7 +84,8 @@ def same(a: dict, b: dict) -> bool:
 
 def ledger_of(client: Node | Path) -> Ledger:
     """The only ledger of a client, by its node or its folder."""
-    (path,) = (getattr(client, "home", client) / "ledgers").glob("*/ledger.json")
+    home = client.home if isinstance(client, Node) else client
+    (path,) = (home / "ledgers").glob("*/ledger.json")
     ledger = Ledger()
     ledger.load_state_dict(json.loads(path.read_text())["ledger"])
     return ledger
