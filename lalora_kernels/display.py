@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lalora_kernels.adapt import trainable_summary
 from lalora_kernels.federated.client import trainable_tensors
 from lalora_kernels.federated.diagnostics import NOT_PRIVATE
-from lalora_kernels.federated.run import ADAPTER, Run, Watch
+from lalora_kernels.federated.run import ADAPTER, ADAPTERS, Run, Watch
 from lalora_kernels.report import show_epsilon, write_report
 
 ROW = "{:>5}  {:>9}  {:>7}  {:>9}  {:>11}  {:>7}  {}"
@@ -118,9 +118,10 @@ class Display:
         epsilon = show_epsilon(last["epsilon"], self.private)
         who = " for the most exposed client" if last["epsilon"] is not None else ""
         self.note(f"report in {run.folder}/report.html")
-        what = "adapter" if run.weights.name == ADAPTER else "weights"
+        what = {ADAPTER: "adapter", ADAPTERS: "each client's adapter"}.get(run.weights.name, "weights")
+        mean = "mean over the clients' own models: " if run.weights.name == ADAPTERS else ""
         self.last(
-            f"accuracy {last['accuracy']:.2f} (before {first['accuracy']:.2f}) · {epsilon}{who} · {what} in "
+            f"{mean}accuracy {last['accuracy']:.2f} (before {first['accuracy']:.2f}) · {epsilon}{who} · {what} in "
             f"{run.weights}"
         )
 

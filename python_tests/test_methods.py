@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from small import digits_npz, vit_folder
+from rounds import ACTIVE, K, settings, train_by_hand, two_clients  # noqa: F401
 from tolerances import ROUNDS_F32
 
 from lalora_kernels.adapt import unadapt
 from lalora_kernels.data import BadInput
-from lalora_kernels.federated.client import Client, get_state, learning_rate
-from lalora_kernels.federated.config import make_config
+from lalora_kernels.federated.client import Client, get_state, set_state
 from lalora_kernels.federated.coordinator import Coordinator
 from lalora_kernels.federated.guard import Rules
 from lalora_kernels.federated.methods import FURTHER, METHODS, get_method, merged_weights, weighted_mean
 from lalora_kernels.federated.run import MERGED, Run, prepare
 from lalora_kernels.federated.server import Server, evaluate
 from lalora_kernels.federated.task import Watch
+from lalora_kernels.peft_io import load_adapter
+from lalora_kernels.reproduce.measures import Recorder
 
 # One layer with r = 1, m = n = 2, and a head; before the round, and after client 0 and client 1 trained everything.
 START = {"l.lora_A": [[1.0, 2.0]], "l.lora_B": [[0.0], [0.0]], "head.bias": [0.0, 0.0]}
@@ -148,6 +148,14 @@ def test_fedsvd_is_numpys_svd_of_the_product(m, n, r, rank):
     np.testing.assert_allclose(moved["l.lora_B"].norm(dim=0).numpy(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("weights, mean", [((1.0, 1.0), MEAN), ((30.0, 10.0), BY_SIZE)])
+def test_fedsa_lora_averages_a_and_leaves_b_with_the_clients(weights, mean):
+    server, sent = further("fedsa-lora", weights)
+    assert all(set(update) == {"l.lora_A", "head.bias"} for update in sent)
+    for key, value in (mean | {"l.lora_B": START["l.lora_B"]}).items():
+        assert torch.equal(server.state[key], torch.tensor(value)), key
+
+
 @pytest.mark.parametrize("rules", [Rules(aggregator="median"), Rules(clip_update_norm=1.0)])
 @pytest.mark.parametrize("method", ["fedex-lora", "flora"])
 def test_a_method_that_folds_the_exact_mean_refuses_other_rules(method, rules):
@@ -204,82 +212,13 @@ def test_weighted_mean_refuses(updates, weights, message):
 
 # ---------------------------------------------------------------- a whole run, written out
 
-LR, K, C = 0.5, 3, 3.86  # C cuts some records and not others
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with a small ViT and 24 digits; two clients of 12 records, drawn whole at every step (q = 1)."""
-    folder = tmp_path_factory.mktemp("world")
-    return vit_folder(folder / "vit"), digits_npz(folder / "d.npz", 24, 20)
-
-
-def settings(world, **changes):
-    model, data = world
-    values = {
-        "model": model, "dataset": data, "clients": 2, "fraction": 1.0, "rounds": 2, "local_steps": K, "rank": 2,
-        "batch_size": 12, "min_records": 12, "partition": "iid", "epsilon": math.inf, "lr": LR, "max_grad_norm": C,
-        "train_head": "yes", "lr_schedule": "cosine", "device": "cpu",
-    }  # fmt: skip
-    return make_config(values | changes)
-
-
-def smooth(t: torch.Tensor, key: str, on: bool) -> torch.Tensor:
-    """[1,4,6,4,1]/16 along the feature axis with NumPy's symmetric padding, by NumPy."""
-    if not on or "lora_" not in key:
-        return t
-    axis = 1 if key.endswith("lora_A") else 0
-    along = lambda v: np.convolve(np.pad(v, 2, mode="symmetric"), np.array([1, 4, 6, 4, 1]) / 16, "valid")  # noqa: E731
-    return torch.from_numpy(np.apply_along_axis(along, axis, t.double().numpy())).to(t.dtype)
-
-
-def train_by_hand(task, active, smoothing) -> dict[str, torch.Tensor]:
-    """Clip each record's gradient to C, sum, filter, divide by b, SGD; average the two clients; all in plain torch."""
-    model, collate = task.classifier.model.eval(), task.classifier.collate
-    tensors = {n: p for n, p in model.named_parameters() if "lora_" in n or n.startswith("classifier.")}
-    state, clipped = get_state(model), []
-    for number in (1, 2):
-        results = []
-        for part in task.parts:
-            for name, p in tensors.items():
-                p.data.copy_(state[name])
-            for step in range(1, K + 1):
-                trains = [n for n in tensors if "lora_" not in n or n[-1] in active(number, step)]
-                for name, p in tensors.items():
-                    p.requires_grad_(name in trains)
-                total = {n: torch.zeros_like(tensors[n]) for n in trains}
-                for i in part:
-                    x, y = collate([task.data.train[int(i)]])
-                    grads = torch.autograd.grad(F.cross_entropy(model(x).logits, y), [tensors[n] for n in trains])
-                    norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
-                    clipped.append(norm > C)
-                    for n, g in zip(trains, grads):
-                        total[n] += min(1.0, C / norm) * g
-                for n in trains:
-                    tensors[n].data -= learning_rate(task.config, number) * smooth(total[n], n, smoothing) / len(part)
-            results.append(get_state(model))
-        sent = {n for n in state if any("lora_" not in n or n[-1] in active(number, s) for s in range(1, K + 1))}
-        for n in sent:
-            state[n] = sum(r[n] for r in results) / 2
-    assert 0.1 < np.mean(clipped) < 0.9
-    return state
-
-
-ACTIVE = {
-    "dp-lora": lambda round, step: "AB",
-    "ffa-lora": lambda round, step: "B",
-    "rolora": lambda round, step: {1: "B", 2: "A"}[round],
-    "la-lora": lambda round, step: {1: "B", 2: "A", 3: "B"}[step],
-}
-
-
 @pytest.mark.parametrize("smoothing", ["binomial5", "none"])
 @pytest.mark.parametrize("method", ACTIVE)
 def test_two_rounds_of_two_clients_equal_plain_autograd(world, tmp_path, method, smoothing):
     config = settings(world, method=method, smoothing=smoothing)
     task = prepare(config)
     start = get_state(task.classifier.model)
-    expected = train_by_hand(task, ACTIVE[method], smoothing == "binomial5")
+    expected, _ = train_by_hand(task, ACTIVE[method], smoothing == "binomial5")
     run = Run.start(prepare(config), tmp_path / "run")
     run.train()
     for key, value in run.at.state.items():
@@ -314,6 +253,78 @@ def test_average_by_size_weighs_by_records(world, tmp_path, monkeypatch):
         assert torch.equal(value, expected.float()), key
 
 
+class Stop(Exception):
+    pass
+
+
+def mean_of(run, states):
+    """(accuracy, loss) on the test records, means over models that hold these states."""
+    found = []
+    for state in states:
+        set_state(run.task.classifier.model, state)
+        found.append(evaluate(run.task.classifier, run.task.data.test))
+    return tuple(np.mean(found, axis=0))
+
+
+def test_fedsa_lora_over_two_rounds_equals_plain_autograd(world, tmp_path):
+    """Killed after the first client of round 2: what is stored then goes on as if nothing had happened."""
+    config = settings(world, method="fedsa-lora", smoothing="none")
+    task, steps = prepare(config), []
+    start = get_state(task.classifier.model)
+    expected, own = train_by_hand(task, ACTIVE["dp-lora"], False, keeps="B")
+
+    def step():
+        steps.append(1)
+        if len(steps) > 3 * K:
+            raise Stop
+
+    with pytest.raises(Stop):
+        Run.start(prepare(config), tmp_path / "run").train(Watch(on_step=step))
+    run = Run.resume(tmp_path / "run")
+    assert run.at.round == 1 and set(run.at.updates) == {0} and set(run.at.kept) == {0, 1}
+    with pytest.raises(BadInput, match="fedsa-lora has no one model"):
+        Recorder(run, tmp_path / "measures.jsonl")
+    run.train()
+    for key, value in run.at.state.items():
+        torch.testing.assert_close(value, expected[key], **ROUNDS_F32, msg=lambda m, key=key: f"{key}: {m}")
+    for i, b in enumerate(own):
+        assert set(run.at.kept[i]) == set(b) == {key for key in start if key.endswith("lora_B")}
+        for key, value in b.items():
+            torch.testing.assert_close(run.at.kept[i][key], value, **ROUNDS_F32, msg=lambda m, key=key: f"{key}: {m}")
+    assert max(float((own[0][key] - own[1][key]).abs().max()) for key in own[0]) > 0.005
+    sent = sum(4 * value.numel() for key, value in start.items() if not key.endswith("lora_B"))
+    assert [record["bytes_sent"] for record in run.at.history] == [0, 2 * sent, 2 * sent]
+    found = []
+    for name in ("0", "1"):
+        load_adapter(task.classifier.model, run.weights / name)
+        found.append(evaluate(task.classifier, task.data.test))
+    assert sorted(path.name for path in run.weights.iterdir()) == ["0", "1"] and run.weights.name == "adapters"
+    last = run.at.history[-1]
+    assert tuple(np.mean(found, axis=0)) == pytest.approx((last["accuracy"], last["loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("broken", ["A", "B"])
+def test_a_client_whose_update_does_not_count_keeps_the_b_it_had(world, tmp_path, monkeypatch, broken):
+    """Client 1's A is NaN, which the server leaves out; or its B, which nobody but itself sees."""
+    train_round = Client.train_round
+
+    def poisoned(self, classifier, *args):
+        update = train_round(self, classifier, *args)
+        state = dict(classifier.model.named_parameters()) if broken == "B" else update
+        for key in state:
+            if self.name == "1" and key.endswith(f"lora_{broken}"):
+                state[key].data.fill_(math.nan)
+        return update
+
+    monkeypatch.setattr(Client, "train_round", poisoned)
+    run = Run.start(prepare(settings(world, method="fedsa-lora", rounds=1)), tmp_path / "run")
+    run.train()
+    last = run.at.history[-1]
+    assert set(run.at.kept) == {0} and set(last["dropped"]) == ({"1"} if broken == "A" else set())
+    found = mean_of(run, [run.at.state | run.at.kept[0], run.at.state])
+    assert found == pytest.approx((last["accuracy"], last["loss"]), rel=1e-6)
+
+
 @pytest.mark.parametrize("method", [name for name in FURTHER if not name.startswith("la-lora-")])
 def test_a_further_method_over_two_rounds_is_a_ledgered_run_that_resumes(world, tmp_path, method):
     """Every step is in the ledgers; what the folder holds at the end is the model that was measured."""
@@ -321,9 +332,6 @@ def test_a_further_method_over_two_rounds_is_a_ledgered_run_that_resumes(world, 
     one = Run.start(prepare(config), tmp_path / "one")
     start, base = dict(one.at.state), one.task.fingerprints
     stop = []
-
-    class Stop(Exception):
-        pass
 
     def after_first(record):
         stop.append(record["round"])
@@ -350,6 +358,9 @@ def test_a_further_method_over_two_rounds_is_a_ledgered_run_that_resumes(world, 
         plain = prepare(config).classifier
         unadapt(plain.model).load_state_dict(merged, strict=False)
         found = evaluate(plain, two.task.data.test)
+    elif get_method(method).keeps:
+        assert not (tmp_path / "one" / "adapter").exists()
+        found = mean_of(two, [two.at.state | two.at.kept[i] for i in (0, 1)])
     else:
         assert (tmp_path / "one" / "adapter").exists()
         found = evaluate(two.task.classifier, two.task.data.test)
@@ -362,7 +373,7 @@ def test_a_run_that_could_not_fold_is_refused_before_it_starts(world, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-@pytest.mark.parametrize("method", ["fedsvd", "fedex-lora", "flora"])
+@pytest.mark.parametrize("method", ["fedsvd", "fedex-lora", "flora", "fedsa-lora"])
 def test_flower_refuses_what_changes_more_than_travels(world, tmp_path, method):
     with pytest.raises(BadInput, match=f"{method} changes more than travels"):
         Coordinator.start(prepare(settings(world, method=method)), tmp_path / "run")

@@ -1,8 +1,9 @@
 """The state of a run on disk: one safetensors file that is replaced in one step, never a pickle.
 
 Tensors "state/NAME" are the global state after the last complete round; "update/CLIENT/NAME" are what clients of the
-round in progress have sent. Round, history and counters are JSON in the file's metadata. Ledgers are kept beside it, in
-``ledger.json``, and written first: a crash between the two files leaves a ledger that is ahead of the weights.
+round in progress have trained; "kept/CLIENT/NAME" are factors that a method leaves with their client. Round, history
+and counters are JSON in the file's metadata. Ledgers are kept beside it, in ``ledger.json``, and written first: a crash
+between the two files leaves a ledger that is ahead of the weights.
 """
 
 import hashlib
@@ -31,13 +32,15 @@ class Checkpoint:
     history: list[dict[str, Any]] = field(default_factory=list)  # as in metrics.jsonl, from round 0: before
     seconds: float = 0.0  # of all sessions so far
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)  # client -> what diagnostics.py says of its update
+    kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # client -> its own factors, once it has trained
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Replace the run folder's checkpoint in one step."""
     tensors = {f"state/{key}": value for key, value in checkpoint.state.items()}
-    for client, update in checkpoint.updates.items():
-        tensors |= {f"update/{client}/{key}": value for key, value in update.items()}
+    for kind, clients in (("update", checkpoint.updates), ("kept", checkpoint.kept)):
+        for client, own in clients.items():
+            tensors |= {f"{kind}/{client}/{key}": value for key, value in own.items()}
     tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
     names = ("round", "history", "seconds", "notes")
     rest = json.dumps({name: getattr(checkpoint, name) for name in names})
@@ -68,7 +71,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 checkpoint.state[name] = value
             else:
                 client, _, name = name.partition("/")
-                checkpoint.updates.setdefault(int(client), {})[name] = value
+                clients = {"update": checkpoint.updates, "kept": checkpoint.kept}[kind]
+                clients.setdefault(int(client), {})[name] = value
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         cure = "restore it from a copy, or start a new run"
         raise BadInput(f"{path} is corrupt or truncated ({error}); {cure}") from error

@@ -170,6 +170,10 @@ class Method:
         factor = factor_of(key)
         return True if factor is None else factor in self.factors(round)
 
+    def stays(self, key: str) -> bool:
+        """Whether the tensor named ``key`` is each client's own."""
+        return bool(self.keeps) and factor_of(key) == self.keeps
+
 
 # FFA-LoRA: A is drawn once, from the public seed, so every client starts from the same A and never moves it.
 METHODS = {
@@ -193,6 +197,8 @@ FURTHER = {
               down=lambda m, n, r, k: (k + 1) * r * (m + n)),
         _both("flora", sends="AB", source="arXiv 2409.05976", finish=fold_stack, folds=True,
               down=lambda m, n, r, k: k * r * (m + n)),
+        # both trained as in DP-LoRA; what all have in common is A
+        _both("fedsa-lora", sends="A", source="arXiv 2410.01463", keeps="B"),
         *(Method(name, get_schedule(name), "AB", weighted_mean, "LA-LoRA, other periods; SPEC section 7")
           for name in ("la-lora-2-1", "la-lora-4-1", "la-lora-1-2", "la-lora-10-10", "la-lora-25-25",
                        "la-lora-a-first")),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 from torch.utils.data import Subset
 
 import lalora_kernels
@@ -21,9 +22,9 @@ from lalora_kernels.federated.config import Config, make_config
 from lalora_kernels.federated.diagnostics import NOT_PRIVATE
 from lalora_kernels.federated.guard import Outcome, Rules, refuse_lost_rounds
 from lalora_kernels.federated.lock import RunLock
-from lalora_kernels.federated.methods import get_method, merged_weights
+from lalora_kernels.federated.methods import Method, get_method, merged_weights
 from lalora_kernels.federated.plan import ClientPlan, Plan, make_plan, read_plan
-from lalora_kernels.federated.server import Server, update_bytes
+from lalora_kernels.federated.server import Server, evaluate, update_bytes
 from lalora_kernels.federated.task import QUIET, Task, Watch, prepare, refuse_unfit
 from lalora_kernels.files import remove_temporaries, write_atomic
 from lalora_kernels.peft_io import save_adapter
@@ -31,6 +32,7 @@ from lalora_kernels.privacy.ledger import Ledger, LedgerError
 from lalora_kernels.privacy.noise import NoiseSource
 
 CONFIG, METRICS, LEDGERS, ADAPTER = "config.json", "metrics.jsonl", "ledger.json", "adapter"
+ADAPTERS = "adapters"  # instead of one adapter, of a method that leaves a factor with each client: one folder a client
 MERGED = "merged.safetensors"  # instead of an adapter, of a method that folds: the weights that changed, s B A included
 
 
@@ -148,8 +150,10 @@ class Run:
 
     @property
     def weights(self) -> Path:
-        """Where ``train`` leaves what was trained: the adapter; of a method that folds the merged weights."""
-        return self.folder / (MERGED if get_method(self.task.config.method).folds else ADAPTER)
+        """Where ``train`` leaves what was trained: the adapter; of a method that folds the merged weights; of one that
+        leaves a factor with each client a folder of adapters, named by their clients' numbers."""
+        method = get_method(self.task.config.method)
+        return self.folder / (MERGED if method.folds else ADAPTERS if method.keeps else ADAPTER)
 
     def train(self, watch: Watch = QUIET) -> None:
         """Run the rounds that are left; the folder is resumable at any moment, however this ends.
@@ -174,28 +178,63 @@ class Run:
                     for _ in range(config.local_steps):
                         watch.on_step()
                     continue
+                state = self._state_of(i)
                 update = self.clients[i].train_round(
-                    self.task.classifier, method, config, number, self.at.state, watch.on_step
+                    self.task.classifier, method, config, number, state, watch.on_step
                 )
                 self._save_ledgers()  # what it cost, before what it bought
-                self.at.updates[i] = update
+                own = get_state(self.task.classifier.model) if method.keeps else {}
+                self.at.updates[i] = update | {key: value for key, value in own.items() if method.stays(key)}
                 self.at.notes[str(i)] = {"public": self.clients[i].public, NOT_PRIVATE: self.clients[i].not_private}
                 self.at.seconds += time.monotonic() - began
                 began = time.monotonic()
                 save_checkpoint(self.folder, self.at)
             weights = {i: float(len(self.task.parts[i])) if config.average == "size" else 1.0 for i in self.at.updates}
-            watch.on_updates(number, self.at.updates, weights)
-            outcome = server.aggregate(number, self.at.updates, weights, len(chosen))
-            sent = sum(map(update_bytes, self.at.updates.values()))
-            self.at = Checkpoint(number, server.state, {}, self.at.history, self.at.seconds, self.at.notes)
+            updates, owns = self._parted(method)
+            watch.on_updates(number, updates, weights)
+            outcome = server.aggregate(number, updates, weights, len(chosen))
+            kept = self.at.kept | {i: own for i, own in owns.items() if outcome.moved and i in outcome.accepted}
+            sent = sum(map(update_bytes, updates.values()))
+            self.at = Checkpoint(number, server.state, {}, self.at.history, self.at.seconds, self.at.notes, kept)
             self._record(number, server, outcome, sent, time.monotonic() - began, watch)
             self._save()
             refuse_lost_rounds(self.at.history)
+        for i in range(len(self.clients) if method.keeps else 0):
+            set_state(self.task.classifier.model, self._state_of(i))
+            save_adapter(self.task.classifier.model, self.weights / str(i), config.model)
         set_state(self.task.classifier.model, self.at.state)
         if method.folds:  # the factors alone are not the model
             write_atomic(self.weights, save(merged_weights(self.at.state, config.scaling)))
-        else:
+        elif not method.keeps:
             save_adapter(self.task.classifier.model, self.weights, self.task.config.model)
+
+    def _state_of(self, client: int) -> dict[str, Tensor]:
+        """What a client's model holds: the server's state, with the factors that are this client's own."""
+        return self.at.state | self.at.kept.get(client, {})
+
+    def _parted(self, method: Method) -> tuple[dict[int, dict[str, Tensor]], dict[int, dict[str, Tensor]]]:
+        """(what each client of the round sends, what stays with it); a factor with NaN or Inf stays as it was."""
+        updates: dict[int, dict[str, Tensor]] = {}
+        owns: dict[int, dict[str, Tensor]] = {}
+        for i, update in self.at.updates.items():
+            own = {key: value for key, value in update.items() if method.stays(key)}
+            updates[i] = {key: value for key, value in update.items() if key not in own}
+            if own and all(value.isfinite().all() for value in own.values()):
+                owns[i] = own
+        return updates, owns
+
+    def _evaluate(self, server: Server) -> tuple[float, float]:
+        """(accuracy, loss) on the test records; where clients have models of their own, the means over all clients."""
+        task, own = self.task, sorted(self.at.kept)
+        strangers = len(self.clients) - len(own)  # of one model: none of them has trained yet
+        found = [server.evaluate(task.classifier, task.data.test)] * strangers if strangers else []
+        for i in own:
+            set_state(task.classifier.model, self._state_of(i))
+            found.append(evaluate(task.classifier, task.data.test))
+        if not own:
+            return found[0]
+        accuracies, losses = zip(*found)
+        return sum(accuracies) / len(found), sum(losses) / len(found)
 
     def _spent_already(self, client: int, number: int) -> bool:
         """Whether the ledger holds this round's steps though no update of it is stored."""
@@ -210,7 +249,7 @@ class Run:
 
     def _record(self, number: int, server: Server, outcome: Outcome, sent: int, seconds: float, watch: Watch) -> None:
         began = time.monotonic()
-        accuracy, loss = server.evaluate(self.task.classifier, self.task.data.test)
+        accuracy, loss = self._evaluate(server)
         self.at.seconds += seconds + time.monotonic() - began
         epsilons = self.epsilons()
         known = [e for e in epsilons if e is not None]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lalora_kernels.adapt import unadapt
+from lalora_kernels.data import BadInput
 from lalora_kernels.federated.client import set_state
 from lalora_kernels.federated.methods import Update, get_method, products
 from lalora_kernels.nn import LoRALinear, lora_layers
@@ -139,6 +140,9 @@ class Recorder:
     """``Watch.on_updates`` of a measured run: one line a round into ``path``; ``finish`` adds the curvature."""
 
     def __init__(self, run: "Run", path: Path):
+        """Raises BadInput for a method that leaves a factor with each client: there is no one model to measure."""
+        if get_method(run.task.config.method).keeps:
+            raise BadInput(f"{run.task.config.method} has no one model that question 5 could measure; leave it out")
         self.run, self.path = run, path
 
     def __call__(self, round: int, updates: Mapping[int, Update], weights: Mapping[int, float]) -> None:
