@@ -56,13 +56,13 @@ def test_a_tiny_grid_is_tuned_trained_and_reported_and_nothing_is_done_twice(bas
     assert [(r["arm"], r["seed"]) for r in found] == [("dp", 0), ("dp", 1), ("la", 0), ("la", 1)]
     assert all(r["epsilon"] == 3.0 >= r["epsilon_spent"] > 2.5 for r in found)
     tuned = json.loads((tmp_path / "tuned.json").read_text())
-    assert sorted(tuned) == ["dp-lora, plain", "la-lora, filtered"]
+    assert sorted(tuned) == ["dp-lora, plain, ε = 3", "la-lora, filtered, ε = 3"]
     for choice in tuned.values():  # the same budget for each, and the best of it
         assert [t["lr"] for t in choice["tried"]] == [0.25, 0.5] and choice["seed"] == 7
         best = min(choice["tried"], key=lambda t: t["loss"])
         assert choice["settings"] == {"lr": best["lr"]}
     for r in found:
-        assert r["settings"]["lr"] == tuned[tuning_key(ARMS[r["arm"]])]["settings"]["lr"]
+        assert r["settings"]["lr"] == tuned[tuning_key(ARMS[r["arm"]], 3.0)]["settings"]["lr"]
         assert r["seed"] != 7
     text = (tmp_path / "question-1.md").read_text()
     accuracies = [100 * r["accuracy"] for r in found if r["arm"] == "dp"]
@@ -193,9 +193,11 @@ def test_every_arm_of_every_question_is_a_valid_run():
                 # an arm that the preset's own settings are already (r = 16 of the paper's) is that run, none other
                 assert len(set(others) - same) == len([name for name in others if name not in same])
             assert set(preset.tuning) <= {"lr", "max_grad_norm", "batch_size"}
-    assert {key for key, _ in tuned_arms(QUESTIONS[1])} == {
-        "dp-lora, plain", "ffa-lora, plain", "rolora, plain", "la-lora, filtered",
-    }  # fmt: skip
+    assert {key for key, _ in tuned_arms(QUESTIONS[1], [1.0, math.inf])} == {
+        f"{arm}, ε = {epsilon}"
+        for arm in ("dp-lora, plain", "ffa-lora, plain", "rolora, plain", "la-lora, filtered")
+        for epsilon in ("1", "inf")
+    }
     assert list(_chosen(QUESTIONS[1], None, True).arms)[4:] == [
         n for n in cost.CONTENDERS if n not in (*FOUR, cost.OPACUS)
     ]
@@ -220,5 +222,6 @@ def test_bytes_of_a_round(base):
     assert up("ffa-lora") == {"up": head + B, "down": head + B}
     assert up("rolora")["up"] == head + (A + B) // 2
     assert up("fedsvd") == {"up": head + B, "down": head + A + B}
+    assert up("fedsa-lora") == {"up": head + A, "down": head + A}
     assert up("flora") == {"up": head + A + B, "down": head + 2 * (A + B)}
     assert up("fedex-lora") == {"up": head + A + B, "down": head + 3 * (A + B)}

@@ -125,7 +125,7 @@ def answer(
         raise BadInput(f"seed {preset.tuning_seed} is what the settings are tuned on, and is not reported")
     if epsilons is None:
         epsilons = list(preset.epsilons if question.epsilons is None else question.epsilons)
-    if tune and not _tune(question, preset, dict(base), out, jobs, deadline, say):
+    if tune and not _tune(question, epsilons, preset, dict(base), out, jobs, deadline, say):
         say("tuning is not complete; the same command continues")
         return False
     tuned = runs.read_tuned(out)
@@ -137,10 +137,10 @@ def answer(
         say(f"[{done}/{len(todo)}] {job.name}: {100 * result['accuracy']:.1f} %, {result['seconds']:.0f} s")
     results = runs.results_of(todo, out)
     runs.save_lines(results, out / f"question-{number}.jsonl")
-    missing = [key for key, _ in tuned_arms(question) if key not in tuned]
+    missing = [key for key, _ in tuned_arms(question, epsilons) if key not in tuned]
     note = f"Not tuned, the preset's own learning rate and C: {'; '.join(missing)}." if missing else (
-        f"Learning rate and C tuned for each method with the same budget on seed {preset.tuning_seed} at ε = "
-        f"{preset.tuning_epsilon:g}, by test loss; that seed is not in the table."
+        f"Learning rate and C tuned for each method and ε with the same budget on seed {preset.tuning_seed}, by test "
+        f"loss; that seed is not in the table."
     )  # fmt: skip
     text = tables.markdown(question.title, results, list(question.arms), question.against, note)
     if question.measure:
@@ -155,23 +155,24 @@ def answer(
 
 
 def _tune(
-    question: Question, preset: Preset, base: dict[str, Any], out: Path, jobs: int, deadline: float | None,
-    say: Callable[[str], None],
+    question: Question, epsilons: list[float], preset: Preset, base: dict[str, Any], out: Path, jobs: int,
+    deadline: float | None, say: Callable[[str], None],
 ) -> bool:  # fmt: skip
-    """Tune every arm of the question that is not; ``tuned.json`` holds choice and all that was tried."""
+    """Tune every arm of the question that is not, at every ε; ``tuned.json`` holds choice and all that was tried."""
     import json
 
     from lalora_kernels.reproduce import runs
 
     tuned = runs.read_tuned(out)
     plans = {
-        key: runs.tuning_jobs(arm, base, preset.tuning, preset.tuning_epsilon, preset.tuning_seed)
-        for key, arm in tuned_arms(question)
+        key: runs.tuning_jobs(arm, base, preset.tuning, preset.tuning_seed)
+        for key, arm in tuned_arms(question, epsilons)
         if key not in tuned
     }
     everything = [job for plan in plans.values() for job in plan]
     for job in runs.train(everything, out, jobs, deadline):
-        say(f"tuning: {job.config.method} lr {job.config.lr:g} C {job.config.max_grad_norm:g}")
+        config = job.config
+        say(f"tuning at ε = {config.epsilon:g}: {config.method} lr {config.lr:g} C {config.max_grad_norm:g}")
     for key, plan in plans.items():
         if (choice := runs.choose(plan, preset.tuning, out)) is not None:
             tuned[key] = {"settings": choice[0], "tried": choice[1], "seed": preset.tuning_seed}

@@ -12,7 +12,7 @@ from lalora_kernels.federated.config import Config
 from lalora_kernels.federated.methods import METHODS, Method, get_method, products
 from lalora_kernels.reproduce.runs import save_lines
 
-CONTENDERS = (*METHODS, "fedsvd", "fedex-lora", "flora", OPACUS)
+CONTENDERS = (*METHODS, "fedsvd", "fedex-lora", "flora", "fedsa-lora", OPACUS)
 
 
 def round_bytes(config: Config, num_classes: int, kind: str | None) -> dict[str, int]:

@@ -69,11 +69,13 @@ def aggregation_error(updates: Sequence[Update], reference: Update, weights: Seq
     A factor that an update does not hold did not travel: it is the reference's.
     """
     total, error, product = sum(weights), 0.0, 0.0
+    zero = torch.zeros((), dtype=torch.float64)
     for a, b in products(reference).values():
         As = [update.get(a, reference[a]).double() for update in updates]
         Bs = [update.get(b, reference[b]).double() for update in updates]
-        exact = sum(w * B @ A for w, A, B in zip(weights, As, Bs)) / total
-        means = (sum(w * B for w, B in zip(weights, Bs)) / total) @ (sum(w * A for w, A in zip(weights, As)) / total)
+        exact = sum((w * B @ A for w, A, B in zip(weights, As, Bs)), zero) / total
+        mean_b, mean_a = (sum((w * X for w, X in zip(weights, Xs)), zero) / total for Xs in (Bs, As))
+        means = mean_b @ mean_a
         error += float((exact - means).square().sum())
         product += float(exact.square().sum())
     return {"error": math.sqrt(error), "product": math.sqrt(product)}
@@ -99,7 +101,7 @@ def top_eigenvalue(
             if not length:
                 return 0.0
             v = [t / length for t in v]
-            dot = sum((g * t).sum() for g, t in zip(gradients, v))
+            dot = sum(((g * t).sum() for g, t in zip(gradients, v)), torch.zeros(()))
             hv = [h - shift * t for h, t in zip(torch.autograd.grad(dot, at, retain_graph=True), v)]
             value = sum(float((h.double() * t.double()).sum()) for h, t in zip(hv, v))
             v = [h.detach() for h in hv]

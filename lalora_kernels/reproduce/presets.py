@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,7 @@ class Preset:
     epsilons: tuple[float, ...] = (1.0, 2.0, 3.0, math.inf)
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 100
-    tuning_epsilon: float = 3.0
-    tuning: dict[str, tuple] = field(default_factory=dict)  # setting -> values, all combinations, for each arm
+    tuning: dict[str, tuple] = field(default_factory=dict)  # setting -> values, all combinations, for each arm and ε
     public_head: bool = False  # the run starts from a head fitted on public records: start.py
 
 
@@ -42,7 +41,7 @@ PRESETS = {
         SMALL | {"image_size": 64, "lr": 15.0, "max_grad_norm": 0.3},
         {"cifar100": {"model": "timm:vit_tiny_patch16_224"}},
         large={"image_size": 224, "rounds": 50, "physical_batch_size": 128},
-        tuning={"lr": (5.0, 15.0, 45.0), "max_grad_norm": (0.1, 0.3)}, public_head=True,
+        tuning={"lr": (5.0, 15.0, 45.0, 135.0), "max_grad_norm": (0.1, 0.3)}, public_head=True,
     ),
     "small-language": Preset(
         "MiniLM-L6 on SST-2's phrases, cut at 24 tokens, 4 clients",
@@ -167,16 +166,18 @@ def arm_settings(base: Settings, arm: Settings, tuned: Mapping[str, Any]) -> Set
     return settings | ({"lr": settings["lr"] * arm["@lr"]} if "@lr" in arm else {})
 
 
-def tuning_key(arm: Settings) -> str:
-    """Which tuning an arm uses: that of its method family and of whether a filter is there."""
+def tuning_key(arm: Settings, epsilon: float) -> str:
+    """Which tuning an arm uses at an ε: that of its method family and of whether a filter is there."""
     family = "la-lora" if arm["method"].startswith("la-lora") else arm["method"]
-    return f"{family}, {'filtered' if arm['smoothing'] != 'none' else 'plain'}"
+    return f"{family}, {'filtered' if arm['smoothing'] != 'none' else 'plain'}, ε = {epsilon:g}"
 
 
-def tuned_arms(question: Question) -> Iterator[tuple[str, Settings]]:
-    """(key, an arm to tune) of a question, each key once."""
+def tuned_arms(question: Question, epsilons: Iterable[float]) -> Iterator[tuple[str, Settings]]:
+    """(key, an arm to tune, with its ε) of a question, each key once."""
     seen = set()
-    for arm in question.arms.values():
-        if (key := tuning_key(arm)) not in seen:
-            seen.add(key)
-            yield key, {"method": key.split(",")[0], "smoothing": "binomial5" if "filtered" in key else "none"}
+    for epsilon in epsilons:
+        for arm in question.arms.values():
+            if (key := tuning_key(arm, epsilon)) not in seen:
+                seen.add(key)
+                smoothing = "binomial5" if "filtered" in key else "none"
+                yield key, {"method": key.split(",")[0], "smoothing": smoothing, "epsilon": epsilon}

@@ -53,16 +53,16 @@ def jobs_of(
     """Every run of a question, the seeds last, so that a piece of it is whole arms."""
     found = []
     for epsilon, (arm, own), seed in itertools.product(epsilons, question.arms.items(), seeds):
-        settings = arm_settings(base, own, tuned.get(tuning_key(own), {}))
+        settings = arm_settings(base, own, tuned.get(tuning_key(own, epsilon), {}))
         config = make_config(settings | {"epsilon": epsilon, "seed": seed})
         found.append(Job(arm, config, question.measure))
     return found
 
 
-def tuning_jobs(arm: Settings, base: Settings, grid: Mapping[str, tuple], epsilon: float, seed: int) -> list[Job]:
+def tuning_jobs(arm: Settings, base: Settings, grid: Mapping[str, tuple], seed: int) -> list[Job]:
     """All combinations of ``grid`` for one arm; as many for every arm."""
     return [
-        Job("tuning", make_config(base | arm | dict(zip(grid, values)) | {"epsilon": epsilon, "seed": seed}))
+        Job("tuning", make_config(base | arm | dict(zip(grid, values)) | {"seed": seed}))
         for values in itertools.product(*grid.values())
     ]
 
