@@ -145,13 +145,19 @@ def test_training_learns(world, tmp_path):
     assert evaluate(run.task.classifier, run.task.data.test, batch_size=7)[0] == pytest.approx(float(right))
 
 
-def test_text_models_train_too(tmp_path):
+@pytest.mark.parametrize("pairs", [False, True])
+def test_text_models_train_too(tmp_path, pairs):
+    data = text_tsv(tmp_path / "t.tsv")
+    if pairs:
+        lines = [f"{line}\tthe end" for line in (tmp_path / "t.tsv").read_text().splitlines()[1:]]
+        (tmp_path / "t.tsv").write_text("\n".join(["label\tsentence\tquestion", *lines]) + "\n")
     config = make_config({
-        "model": bert_folder(tmp_path / "bert"), "dataset": text_tsv(tmp_path / "t.tsv"), "clients": 2, "rounds": 4,
+        "model": bert_folder(tmp_path / "bert"), "dataset": data, "clients": 2, "rounds": 4,
         "fraction": 1.0, "local_steps": 10, "batch_size": 16, "epsilon": math.inf, "lr": 0.03, "optimizer": "adamw",
         "train_head": "yes", "partition": "iid", "max_grad_norm": 2.0, "device": "cpu",
     })  # fmt: skip
     run = Run.start(prepare(config), tmp_path / "run", noise=fixed)
+    assert (run.task.data.test.inputs[0][0] == "the end") is pairs
     run.train()
     assert run.at.history[-1]["accuracy"] > 0.95 > run.at.history[0]["accuracy"]
 
