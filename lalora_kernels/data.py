@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ def load_data(
 # ---------------------------------------------------------------- sources
 
 
-def _need(module: str, extra: str):
+def _need(module: str, extra: str) -> Any:
     """Import an optional dependency, or say which extra brings it."""
     try:
         return __import__(module, fromlist=["_"])
@@ -148,6 +149,7 @@ def _npz(path: Path) -> Data:
         return _split_images(str(path), arrays["x_train"], arrays["y_train"], classes)
     train = _images(arrays["x_train"], arrays["y_train"], f"{path}: x_train")
     test = _images(arrays["x_test"], arrays["y_test"], f"{path}: x_test")
+    assert isinstance(train.inputs, Tensor) and isinstance(test.inputs, Tensor)
     if train.inputs.shape[1:] != test.inputs.shape[1:]:
         shapes = f"{tuple(train.inputs.shape[1:])} and {tuple(test.inputs.shape[1:])}"
         raise BadInput(f"{path}: training and test images differ in shape, {shapes}")
@@ -245,7 +247,7 @@ def _hub(name: str, text_column: str | None, label_column: str | None) -> Data:
     text = [] if picture else _text_columns(name, columns, text_column, columns.index(label))
     classes = list(getattr(features[label], "names", None) or [])
 
-    def records(split) -> Records:
+    def records(split: Any) -> Records:
         labels = np.asarray(split[label])
         if picture is None:
             texts = _join([[str(t) for t in split[columns[i]]] for i in text])

@@ -9,7 +9,7 @@ from lalora_kernels.data import BadInput
 
 
 def partition_iid(
-    labels: Sequence[int], clients: int, rng: np.random.Generator, min_records: int = 1
+    labels: Sequence[int] | np.ndarray, clients: int, rng: np.random.Generator, min_records: int = 1
 ) -> list[np.ndarray]:
     """Deal the records evenly in random order. Returns and raises as ``partition_dirichlet`` does."""
     parts = [np.sort(part) for part in np.array_split(rng.permutation(len(labels)), _check_clients(labels, clients))]
@@ -19,7 +19,7 @@ def partition_iid(
 
 
 def partition_dirichlet(
-    labels: Sequence[int],
+    labels: Sequence[int] | np.ndarray,
     clients: int,
     alpha: float,
     rng: np.random.Generator,
@@ -54,7 +54,7 @@ def partition_dirichlet(
     )
 
 
-def _check_clients(labels: Sequence[int], clients: int) -> int:
+def _check_clients(labels: Sequence[int] | np.ndarray, clients: int) -> int:
     if clients < 1:
         raise BadInput(f"at least one client is needed, got {clients}")
     if clients > len(labels):

@@ -4,6 +4,7 @@ Each class adds a forward to one of PEFT's and is swapped in as ``module.__class
 merging) stays PEFT's code on PEFT's parameters.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,19 @@ from lalora_kernels.nn import Adapted
 
 class Patched(Adapted):
     """The common part. With one active adapter, unmerged, a forward is ours; in every other state it is PEFT's."""
+
+    # PEFT's own, by adapter; Any: a layer of the kind that is patched
+    active_adapters: Sequence[str]
+    disable_adapters: bool
+    merged: bool
+    base_layer: Any
+    lora_A: Mapping[str, Any]
+    lora_B: Mapping[str, Any]
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
+    lora_dropout: Mapping[str, nn.Module]
+    lora_variant: Mapping[str, object]
+    scaling: Mapping[str, float]
 
     def _names(self) -> list[str]:
         """The active adapters that this layer has."""
@@ -45,6 +59,9 @@ class Patched(Adapted):
         if self.lora_B[name].bias is not None:
             found["lora_bias"] = (self.lora_B[name], "bias")
         return found
+
+    def _forward(self, x: Tensor, name: str) -> Tensor:
+        raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's. Raises RuntimeError in a private step where only PEFT's forward would do."""
@@ -149,7 +166,7 @@ def watched(base: nn.Module) -> bool:
     )
 
 
-def variant_refusal(layer: nn.Module, name: str) -> str:
+def variant_refusal(layer: Any, name: str) -> str:
     """Says which variant of LoRA an adapter is."""
     kind = type(layer.lora_variant[name]).__name__
     return f"its adapter {name!r} is a {kind} (DoRA and its kin), which is not y = W0 x + s B A x; use plain LoRA"

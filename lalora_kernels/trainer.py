@@ -6,9 +6,9 @@ loop's own accumulation, which counts batches, is not used; the Trainer's ``opti
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,14 @@ from lalora_kernels.privacy.accountant import get_noise_multiplier
 from lalora_kernels.privacy.ledger import Ledger, LedgerError
 from lalora_kernels.privacy.make_private import make_private
 from lalora_kernels.privacy.optimizer import PrivateOptimizer
-from lalora_kernels.privacy.sampling import _count
+from lalora_kernels.privacy.sampling import PrivateLoader, _count
 from lalora_kernels.trainer_batches import LogicalBatch, PrivateBatches
 from lalora_kernels.trainer_loss import logits_of, record_losses
 
+if TYPE_CHECKING:  # what it stands before
+    from transformers import Trainer as _Mixed
+else:
+    _Mixed = object
 if not hasattr(Trainer, "_prepare_for_training"):
     raise ImportError("lalora_kernels.trainer needs transformers 5 or later")
 logger = logging.get_logger(__name__)
@@ -37,7 +41,7 @@ SETTINGS = set(
 LOSS_RTOL, TRIES = 1e-3, 8  # two ways to one number in float32; records to tell them apart by
 
 
-class PrivateTrainerMixin:
+class PrivateTrainerMixin(_Mixed):
     """Before ``Trainer`` (or ``Seq2SeqTrainer``) among a class's bases: training is private, all else is the Trainer's.
 
     Args beside the Trainer's:
@@ -57,7 +61,10 @@ class PrivateTrainerMixin:
     hyper-parameter search, a ledger of another run in ``output_dir``.
     """
 
-    def __init__(self, *args, privacy: Mapping[str, Any], **kwargs):
+    args: Any  # the Trainer's
+    optimizer: Any
+
+    def __init__(self, *args: Any, privacy: Mapping[str, Any], **kwargs: Any) -> None:
         _refuse_settings(privacy)
         self._private: PrivateOptimizer | None = None
         self._batches: PrivateBatches | None = None
@@ -99,13 +106,15 @@ class PrivateTrainerMixin:
             self._batches = PrivateBatches(data, self.expected_batch_size)
         return self._batches
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[LogicalBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[LogicalBatch], None]:
         """One logical batch, and no count of its tokens, which would make records depend on each other."""
         return [batch for _, batch in zip(range(num_batches), epoch_iterator)], None
 
     # ---------------------------------------------------------------- the private optimizer
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         self._resuming = resume_from_checkpoint is not None
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
@@ -116,11 +125,12 @@ class PrivateTrainerMixin:
             raise RuntimeError("there is no ledger before train()")
         return self._private.ledger
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, or yours, made private."""
         if self._private is not None:
             return self.optimizer
         set_active(self.model, "AB")
+        assert self._batches is not None  # the Trainer asks for its batches first
         plain = super().create_optimizer(model)
         ledger = self._open_ledger()
         sigma = self._noise_multiplier(ledger)
@@ -139,6 +149,7 @@ class PrivateTrainerMixin:
         if ledger.entries:
             last = ledger.entries[-1]
             self._private.engine.noise.load_state_dict({"next_release": last.first_release + last.count})
+        assert isinstance(loader, PrivateLoader)
         self._batches.bind(loader)
         charge = self._private.engine.charge
 
@@ -170,7 +181,8 @@ class PrivateTrainerMixin:
         given, target = self.privacy.get("noise_multiplier"), self.privacy.get("target_epsilon")
         if given is not None:
             return given
-        q = self.expected_batch_size / len(self._batches.dataset)
+        assert self._batches is not None
+        q = self.expected_batch_size / _count(self._batches.dataset)
         question = {"target_epsilon": target, "target_delta": self.privacy["target_delta"], "sample_rate": q}
         steps, done = self.state.max_steps, self.state.global_step
         sigma = get_noise_multiplier(steps=steps, **question)
@@ -180,8 +192,11 @@ class PrivateTrainerMixin:
 
     # ---------------------------------------------------------------- a step
 
-    def training_step(self, model: nn.Module, inputs: LogicalBatch, num_items_in_batch=None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: LogicalBatch, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Forward and backward of every physical part; the last part's clipping is left to ``optimizer.step``."""
+        assert self._private is not None
         model.train()
         total = torch.zeros((), device=self.args.device)
         records = 0
@@ -199,7 +214,10 @@ class PrivateTrainerMixin:
                 self._private.step()
         return total / max(records, 1)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:  # fmt: skip
         """In training the mean over records of each one's own loss; in evaluation the Trainer's."""
         labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
         if not model.training or self._private is None or self.compute_loss_func is not None:
@@ -268,13 +286,13 @@ class PrivateTrainerMixin:
                 break
         model.train()
 
-    def _clip_grad_norm(self, model) -> None:
+    def _clip_grad_norm(self, model: nn.Module) -> None:
         return None  # the engine clips, each record's; a norm of the batch's gradient would not be private
 
-    def _get_grad_norm(self, model, grad_norm=None) -> None:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> None:
         return None
 
-    def floating_point_ops(self, inputs) -> int:
+    def floating_point_ops(self, inputs: Any) -> int:
         """0: the number of a batch's tokens is private."""
         return 0
 
@@ -308,7 +326,7 @@ class PrivateTrainerMixin:
                 )
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # The ledger first: weights are never there without what they cost.
         self._write_ledger(os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
         super()._save_checkpoint(model, trial)
@@ -333,7 +351,7 @@ class PrivateTrainerMixin:
             self.ledger.load_state_dict(Ledger.load(Path(checkpoint, LEDGER)).state_dict())
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def hyperparameter_search(self, *args, **kwargs):
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: every trial would spend a budget of its own on the same records."""
         raise ValueError("every trial of a search spends ε on the same records; search on public data with Trainer")
 

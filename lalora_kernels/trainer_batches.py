@@ -17,6 +17,7 @@ class LogicalBatch:
     def __iter__(self) -> Iterator[tuple[Any, BatchInfo]]:
         for batch in self.stream:
             info = self.owner.info
+            assert info is not None  # the loader announces a batch before it yields it
             yield batch, info
             if info.last:
                 return
@@ -26,13 +27,15 @@ class PrivateBatches:
     """What the Trainer's loop takes for its data loader: round(1/q) logical batches a pass."""
 
     def __init__(self, data: DataLoader, expected_batch_size: float):
-        self.data, self.dataset, self.info = data, data.dataset, None
+        self.data, self.dataset = data, data.dataset
+        self.info: BatchInfo | None = None
         self.passes = max(1, round(_count(data.dataset) / expected_batch_size))
         self.loader: PrivateLoader | None = None
 
     def bind(self, loader: PrivateLoader) -> None:
         """``loader`` is what make_private returned for ``data``."""
         begin = loader.on_batch
+        assert begin is not None  # make_private's engine
 
         def announce(info: BatchInfo) -> None:
             self.info = info
@@ -44,6 +47,7 @@ class PrivateBatches:
         return self.passes
 
     def __iter__(self) -> Iterator[LogicalBatch]:
+        assert self.loader is not None
         stream = self.loader.steps(len(self))
         for _ in range(len(self)):
             yield LogicalBatch(self, stream)

@@ -43,7 +43,9 @@ def show_ledger(run: str | Path, *, accountant: str = "pld", delta: float | None
     return "\n".join([f"{path}: {many}; every hash chain holds; epsilon by {accountant.upper()}", *blocks])
 
 
-def _client(name: str, ledger: Ledger, claimed, accountant: str, delta: float | None, run_delta: float | None) -> str:
+def _client(
+    name: str, ledger: Ledger, claimed: object, accountant: str, delta: float | None, run_delta: float | None
+) -> str:
     delta = ledger.target_delta if delta is None else check_delta(delta)
     lines = [f"\n{f'client {name}, ' if name else ''}run {ledger.id}, {ledger.steps} releases"]
     for e in ledger.entries:
@@ -68,7 +70,7 @@ def _client(name: str, ledger: Ledger, claimed, accountant: str, delta: float | 
     return "\n".join(lines)
 
 
-def _refuse_other_claim(ledger: Ledger, claimed, delta: float) -> None:
+def _refuse_other_claim(ledger: Ledger, claimed: object, delta: float) -> None:
     found = ledger.epsilon(delta)
     if not isinstance(claimed, (int, float)) or not math.isclose(found, claimed, rel_tol=SAME, abs_tol=1e-9):
         raise BadInput(f"the file claims epsilon {claimed!r}, but its entries cost {found:.4f}; it was edited")

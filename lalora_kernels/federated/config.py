@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-try:
+if sys.version_info >= (3, 11):
     import tomllib
-except ModuleNotFoundError:  # Python 3.10
+else:
     import tomli as tomllib
 
 from lalora_kernels.data import BadInput
@@ -115,7 +116,7 @@ class Config:
     seed: int = 0
     device: str = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             self._check(field.name, getattr(self, field.name), *type_of(field))
         if self.average == "size" and self.aggregator != "mean":
@@ -125,7 +126,8 @@ class Config:
         flag = "--" + name.replace("_", "-")
         if value is None and optional:
             return
-        if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+        fits = isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
+        if not fits:
             what = {str: "text", int: "a whole number", float: "a number"}[wanted]
             raise BadInput(f"{flag} is {what}, got {value!r}")
         if name in CHOICES and value not in CHOICES[name]:
@@ -167,7 +169,7 @@ class Config:
 
 def type_of(field: dataclasses.Field) -> tuple[type, bool]:
     """(str, int or float; whether None is allowed) of a setting."""
-    kinds = getattr(field.type, "__args__", (field.type,))
+    kinds: Any = getattr(field.type, "__args__", (field.type,))
     return kinds[0], len(kinds) > 1
 
 

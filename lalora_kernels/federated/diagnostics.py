@@ -8,7 +8,7 @@ is for the eyes of whoever holds the records; nothing sends it, and what shows i
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Diagnostics:
         engine = self.optimizer.engine
         batch, C, noise_std = engine.batch, engine.max_grad_norm, engine.noise_std  # adaptive clipping moves them
         self.optimizer.step()
+        assert batch is not None
         sq = engine.sq[:, : batch.valid] * engine.grad_scale**2
         bound = tensor_bound(engine.clipping, C, len(engine.active))
         norms = sq.sum(0).sqrt()
@@ -42,7 +43,7 @@ class Diagnostics:
         per_tensor = engine.clipping == "per_layer"
         self.clipped.append((sq.amax(0).sqrt() if per_tensor else norms) > bound)
         if batch.last and noise_std:
-            grads = [site.param.grad for site in engine.active]
+            grads = [cast(Tensor, site.param.grad) for site in engine.active]
             norm = torch.stack([grad.double().norm() for grad in grads]).norm() * engine.divisor
             alone = sum(noise_variance(site.param.shape, site.smooth_dim if engine.smoothing else None)
                         for site in engine.active)  # fmt: skip

@@ -6,7 +6,7 @@ not fit is left out, counted and named, whoever sent it.
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -135,22 +135,19 @@ def _look_at(update: Update, reference: Update, rules: Rules) -> tuple[str | Non
     return None, min(1.0, rules.clip_update_norm / far) if far else 1.0
 
 
-class _Valid(Sequence):
-    """The valid updates in order, looked up anew at each access, clipped where the rules ask for it."""
+class _Valid(Iterable[Update]):
+    """The valid updates in order, looked up anew at each pass, clipped where the rules ask for it."""
 
     def __init__(self, updates: Mapping[int, Update], clients: list[int], reference: Update, scale: dict[int, float]):
         self.updates, self.clients, self.reference, self.scale = updates, clients, reference, scale
 
-    def __len__(self) -> int:
-        return len(self.clients)
-
-    def __getitem__(self, i: int) -> Update:
-        client = self.clients[i]
-        update, scale = self.updates[client], self.scale.get(client, 1.0)
-        return update if scale == 1.0 else _Clipped(update, self.reference, scale)
+    def __iter__(self) -> Iterator[Update]:
+        for client in self.clients:
+            update, scale = self.updates[client], self.scale.get(client, 1.0)
+            yield update if scale == 1.0 else _Clipped(update, self.reference, scale)
 
 
-class _Clipped(Mapping):
+class _Clipped(Mapping[str, Tensor]):
     """reference + scale (update - reference), tensor by tensor, in float64 until the last rounding."""
 
     def __init__(self, update: Update, reference: Update, scale: float):
@@ -160,14 +157,14 @@ class _Clipped(Mapping):
         start = self.reference[key].double()
         return (start + self.scale * (self.update[key].double() - start)).to(self.reference[key].dtype)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.update)
 
     def __len__(self) -> int:
         return len(self.update)
 
 
-def _by_coordinate(updates: Sequence[Update], reference: Update, rules: Rules) -> dict[str, Tensor]:
+def _by_coordinate(updates: Iterable[Update], reference: Update, rules: Rules) -> dict[str, Tensor]:
     middle: Callable[[Tensor], Tensor] = median if rules.aggregator == "median" else partial(trimmed, share=rules.trim)
     return {
         key: middle(torch.stack([update[key] for update in updates]).double()).to(reference[key].dtype)

@@ -68,7 +68,8 @@ class Policy:
             raise BadInput(f"{path}: unknown name {strange[0]!r}; there are {', '.join(names)}")
         if missing := [name for name in ("max_epsilon", "delta") if name not in values]:
             raise BadInput(f"{path}: {missing[0]} is missing")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**values)
 
     def check(self, config: Config) -> None:
         """Raises Refused for settings that are not allowed, whatever σ they lead to."""
