@@ -6,18 +6,22 @@ Without FLOWER=1 (``make flower-test``) only the app's own parts run: the rest t
 import contextlib
 import json
 import os
+import shutil
 import time
+from pathlib import Path
 
 import flower_nodes
 import pytest
 import torch
-from flower_nodes import ROUNDS, K, fixed, ledger_of, make_home, same, small_world  # noqa: F401
+from flower_nodes import ROUNDS, Calls, K, fixed, ledger_of, make_home, make_nodes, same, small_world  # noqa: F401
 
 flwr = pytest.importorskip("flwr", reason="Flower is not installed; make flower-test installs it")
 
 from lalora_kernels import cli  # noqa: E402
 from lalora_kernels.data import BadInput  # noqa: E402
+from lalora_kernels.federated import flower  # noqa: E402
 from lalora_kernels.federated.checkpoint import load_checkpoint  # noqa: E402
+from lalora_kernels.federated.coordinator import Coordinator  # noqa: E402
 from lalora_kernels.federated.flower import (  # noqa: E402
     APP,
     OFFLINE,
@@ -34,6 +38,7 @@ from lalora_kernels.federated.flower import (  # noqa: E402
     wait_for,
 )
 from lalora_kernels.federated.run import Run, prepare  # noqa: E402
+from lalora_kernels.federated.wire import STATUS, unpack  # noqa: E402
 
 CLIENTS = 3
 slow = pytest.mark.skipif(not os.environ.get("FLOWER"), reason="minutes of real processes: make flower-test")
@@ -247,6 +252,60 @@ def test_killed_in_a_round_and_back_again(world, tmp_path):
     assert [steps_of(home) for home in federation.homes] == [2 * K] * CLIENTS
     assert all(record["clients"] == [0, 1, 2] for record in records(run)[1:])
     assert same(load_checkpoint(run).state, expected)
+
+
+FAULTS = {  # what flower_faulty.py can do -> what the server says of it
+    "NaN": "is NaN or Inf",
+    "Inf": "is NaN or Inf",
+    "wrong shapes": "has shape",
+    "wrong keys": "other tensors than the method sends",
+    "garbage": "the message cannot be read",
+    "oversized": "the message is larger than any valid one",
+    "huge": "away from the reference",
+    "stale round": "it answers another run, round or client",
+    "throws": STATUS["failed"],
+    "exits hard": STATUS["failed"],
+}
+
+
+@slow
+@pytest.mark.timeout(1800)  # eleven rounds of three new processes, and a minute until Flower misses the one that exited
+def test_a_client_faulty_in_every_way_is_named_and_the_rest_is_the_run_without_it(world, tmp_path, monkeypatch):
+    """Client 2 spoils each round in another way; in the last it is sound, and counts again."""
+    kinds = [*FAULTS, "sound"]
+    config, run = settings(world, rounds=len(kinds)), tmp_path / "run"
+
+    def unheard(node, blob):
+        kind = kinds[unpack(blob)[1]["round"] - 1]
+        reply = "silence" if kind == "throws" else node.answer(blob)
+        return reply if kind == "sound" else "silence"
+
+    nodes = make_nodes(tmp_path / "nodes", config)
+    without = Coordinator.start(prepare(config), tmp_path / "without")
+    with one_thread():
+        without.train(Calls(nodes, {2: unheard}))
+
+    app = shutil.copytree(APP, tmp_path / "app")
+    shutil.copy(Path(__file__).with_name("flower_faulty.py"), app / "lalora_flower/faulty.py")
+    about = (app / "pyproject.toml").read_text()
+    (app / "pyproject.toml").write_text(about.replace("lalora_flower.client_app:", "lalora_flower.faulty:"))
+    monkeypatch.setattr(flower, "APP", app)
+    with Federation(tmp_path, config, secure=False) as federation:
+        (federation.homes[2] / "faults").write_text("\n".join(kinds))
+        for client in range(CLIENTS):
+            federation.start_node(client)
+        number = federation.control.submit(run, config, timeout=900)
+        result = follow(federation.control, number, run, processes=[federation.link])
+    assert result == {"outcome": "finished", "why": "", "round": len(kinds)}
+    *faulty, sound = records(run)[1:]
+    for (kind, why), record in zip(FAULTS.items(), faulty, strict=True):
+        assert record["clients"] == [0, 1] and list(record["dropped"]) == ["2"], (kind, record)
+        assert why in record["dropped"]["2"], (kind, record)
+    assert sound["clients"] == [0, 1, 2] and not sound["dropped"]
+    assert same(load_checkpoint(run).state, without.at.state)
+    assert [ledger_of(home).entries for home in federation.homes] == [ledger_of(node).entries for node in nodes]
+    assert [steps_of(home) for home in federation.homes] == [len(kinds) * K] * 2 + [(len(kinds) - 1) * K]
+    assert not any(b"record 7" in path.read_bytes() for path in run.rglob("*") if path.is_file())
 
 
 @slow
