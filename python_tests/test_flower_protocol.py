@@ -69,9 +69,17 @@ def test_partial_participation_by_size_is_bit_equal_too(world, tmp_path, clippin
     here = Run.start(prepare(config), tmp_path / "here", noise=fixed)
     here.train()
     there = Coordinator.start(prepare(config), tmp_path / "there")
-    there.train(Calls(make_nodes(tmp_path, config)))
+    calls = Calls(make_nodes(tmp_path, config))
+    there.train(calls)
     assert same(here.at.state, there.at.state)
     assert [r["clients"] for r in here.at.history] == [r["clients"] for r in there.at.history]
+
+    # one factor down to who took part in the round before, both to who missed one, nothing before the first change
+    for client, blob in calls.down:
+        tensors, about = unpack(blob)
+        turns = [n for n in range(1, about["round"]) if client in there.at.history[n]["clients"]]
+        missed = range(max(turns, default=1), about["round"])
+        assert {key[-1] for key in tensors} == {"AB"[n % 2] for n in missed}  # B trains in odd rounds, A in even ones
 
 
 def test_bfloat16_on_the_wire_halves_the_bytes_and_still_trains(world, tmp_path):
