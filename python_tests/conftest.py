@@ -5,6 +5,7 @@ import os
 # Read when a kernel is decorated, so before any test imports one: on this suite's machines Triton runs interpreted.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import hypothesis
 import pytest
 import torch
 
@@ -12,6 +13,9 @@ from lalora_kernels import native
 from lalora_kernels.models import torchvision_beside_cpu_torch
 
 torchvision_beside_cpu_torch()
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # its default fails a test for a busy machine
+hypothesis.settings.load_profile("untimed")
 
 _empty, _empty_like = torch.empty, torch.empty_like
 

@@ -17,11 +17,11 @@ from flower_nodes import (  # noqa: F401
 )
 from small import digits_npz
 
-from lalora_kernels.data import BadInput
+from lalora_kernels.data import BadInput, load_data
 from lalora_kernels.federated import node as node_module
 from lalora_kernels.federated.coordinator import BudgetSpent, Coordinator
 from lalora_kernels.federated.guard import QuorumLost
-from lalora_kernels.federated.lifetime import RECORDS, claim, record_hashes
+from lalora_kernels.federated.lifetime import RECORDS, claim, record_hashes, source_hash
 from lalora_kernels.federated.node import Node
 from lalora_kernels.federated.policy import Policy, Refused
 from lalora_kernels.federated.run import prepare
@@ -185,6 +185,30 @@ def test_a_record_has_one_ledger_whatever_its_data_set_becomes(world, tmp_path):
     (tmp_path / first / RECORDS).write_bytes(b"short")
     with pytest.raises(LedgerError, match="is missing or damaged"):
         where(10)
+
+
+def test_another_column_of_the_same_file_is_no_new_budget(tmp_path):
+    lines = [f"{i % 2}\t{i}\tfirst {i}\tsecond {i}" for i in range(20)]
+    table, other = tmp_path / "t.tsv", tmp_path / "other.tsv"
+    table.write_text("label\tnumber\tone\ttwo\n" + "\n".join(lines) + "\n")
+    other.write_text("label\ttwo\n" + "\n".join(f"{i % 2}\tthird {i}" for i in range(20)) + "\n")
+
+    def where(file, column):
+        data = load_data(str(file), text_column=column)
+        hashes = record_hashes(data.train, range(len(data.train)))
+        return hashes, claim(tmp_path / "ledgers", hashes | {source_hash(str(file))})
+
+    (one, first), (two, second), (_, third) = where(table, "one"), where(table, "two"), where(other, "two")
+    assert not one & two and first == second != third
+    assert source_hash("mnist") == source_hash("mnist") != source_hash("digits")
+
+
+def test_the_node_counts_the_file_among_its_records(world, tmp_path):
+    config = settings(world, clients=1)
+    (node,) = make_nodes(tmp_path, config, key=False)
+    Coordinator.start(prepare(config), tmp_path / "run").train(Calls([node]))
+    (records,) = (node.home / "ledgers").glob(f"*/{RECORDS}")
+    assert source_hash(config.dataset) in records.read_bytes()
 
 
 def test_a_data_set_that_lost_a_record_and_won_one_goes_on_with_its_ledger(world, tmp_path):

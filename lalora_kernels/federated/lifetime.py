@@ -1,10 +1,11 @@
 """Which of a client's lifetime ledgers holds what its records have cost, over all runs and servers.
 
     HOME/ledgers/DATA/ledger.json   every release from these records
-    HOME/ledgers/DATA/records       SHA-256 of every record that was ever among them, 32 bytes each, sorted
+    HOME/ledgers/DATA/records       SHA-256 of every record that was ever among them and of its file, 32 bytes each
 
 A data set that shares a record with an earlier one is charged to the ledger of that one: a file that lost a line and
-won another is no new budget. What one record has cost is then at most what its ledger says.
+won another is no new budget. The file itself counts among them, since another column of it is about the same people.
+What one record has cost is then at most what its ledger says.
 """
 
 import hashlib
@@ -36,6 +37,13 @@ def record_hashes(records: Records, indices: Iterable[int]) -> frozenset[bytes]:
             raw = f"{label},{len(inputs[0])} {inputs[0]}{inputs[1]}".encode()
         hashes.add(hashlib.sha256(raw).digest())
     return frozenset(hashes)
+
+
+def source_hash(dataset: str) -> bytes:
+    """SHA-256 of the file that ``dataset`` names, of the name where it is none; different from any record's."""
+    path = Path(dataset)
+    content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else dataset
+    return hashlib.sha256(f"source {content}".encode()).digest()
 
 
 def claim(ledgers: Path, hashes: frozenset[bytes]) -> Path:

@@ -29,7 +29,7 @@ from lalora_kernels.data import BadInput
 from lalora_kernels.federated.client import Client, get_state
 from lalora_kernels.federated.config import Config, make_config, read_toml
 from lalora_kernels.federated.guard import schema_hash
-from lalora_kernels.federated.lifetime import LEDGER, claim, record_hashes, refuse_lost
+from lalora_kernels.federated.lifetime import LEDGER, claim, record_hashes, refuse_lost, source_hash
 from lalora_kernels.federated.lock import RunLock
 from lalora_kernels.federated.methods import get_method
 from lalora_kernels.federated.plan import participation
@@ -91,7 +91,8 @@ class Node:
         task.refuse_once(self.client)
         reply = folder / f"reply-{number}.safetensors"
         refuse_lost(self.home / "ledgers", self.home / "runs", KEPT)
-        lifetime = claim(self.home / "ledgers", record_hashes(task.task.data.train, task.records.indices))
+        hashes = record_hashes(task.task.data.train, task.records.indices) | {source_hash(task.task.config.dataset)}
+        lifetime = claim(self.home / "ledgers", hashes)
         with RunLock(lifetime).released_on_error() as lock:
             book = _Book.open(lifetime / LEDGER, policy)
             charged = book.rounds.get(run, [])

@@ -9,6 +9,7 @@ import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def _prepare(settings: dict, folder: Path) -> dict:
         image_size=settings.get("image_size"), max_length=settings.get("max_length", 128), seed=SEED,
     )  # fmt: skip
     pooler = getattr(getattr(classifier.model, "bert", None), "pooler", None)
-    if pooler is not None:  # an encoder of sentences has no use for BERT's pooler; 1/4 keeps its tanh near linear
+    if pooler is not None:  # an encoder of sentences has no use for BERT's; a quarter keeps its tanh near linear
         nn.init.eye_(pooler.dense.weight).data.div_(4)
         nn.init.zeros_(pooler.dense.bias)
     test = [data.test[i] for i in range(len(data.test))]
@@ -101,6 +102,7 @@ def fit_head(classifier: Classifier, public: Sequence, test: Sequence) -> float:
     from sklearn.preprocessing import StandardScaler
 
     head = classifier.model.get_submodule(classifier.head[-1])
+    assert isinstance(head, nn.Linear)
     x, y = _features(classifier, head, public)
     fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000)).fit(x, y)
     scaler, regression = fitted[0], fitted[1]
@@ -134,7 +136,7 @@ def _features(classifier: Classifier, head: nn.Module, records: Sequence) -> tup
 def _save_images(settings: dict, data: Data, private: np.ndarray, classifier: Classifier, folder: Path) -> dict:
     from safetensors.torch import save_file
 
-    arrays = {"classes": np.array(data.classes)}
+    arrays: dict[str, Any] = {"classes": np.array(data.classes)}
     for split, records in (("train", _take(data.train, private)), ("test", data.test)):
         assert isinstance(records.inputs, Tensor)
         arrays[f"x_{split}"] = records.inputs.permute(0, 2, 3, 1).contiguous().numpy()
