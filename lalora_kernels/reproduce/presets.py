@@ -166,18 +166,22 @@ def arm_settings(base: Settings, arm: Settings, tuned: Mapping[str, Any]) -> Set
     return settings | ({"lr": settings["lr"] * arm["@lr"]} if "@lr" in arm else {})
 
 
+KINDS = {"none": "plain", "temporal": "temporal"}  # filters along the features want the same larger learning rate
+
+
 def tuning_key(arm: Settings, epsilon: float) -> str:
-    """Which tuning an arm uses at an ε: that of its method family and of whether a filter is there."""
+    """Which tuning an arm uses at an ε: that of its method family and of the kind of its filter."""
     family = "la-lora" if arm["method"].startswith("la-lora") else arm["method"]
-    return f"{family}, {'filtered' if arm['smoothing'] != 'none' else 'plain'}, ε = {epsilon:g}"
+    return f"{family}, {KINDS.get(arm['smoothing'], 'filtered')}, ε = {epsilon:g}"
 
 
 def tuned_arms(question: Question, epsilons: Iterable[float]) -> Iterator[tuple[str, Settings]]:
     """(key, an arm to tune, with its ε) of a question, each key once."""
+    smoothing = {kind: name for name, kind in KINDS.items()} | {"filtered": "binomial5"}
     seen = set()
     for epsilon in epsilons:
         for arm in question.arms.values():
             if (key := tuning_key(arm, epsilon)) not in seen:
                 seen.add(key)
-                smoothing = "binomial5" if "filtered" in key else "none"
-                yield key, {"method": key.split(",")[0], "smoothing": smoothing, "epsilon": epsilon}
+                method, kind, _ = key.split(", ")
+                yield key, {"method": method, "smoothing": smoothing[kind], "epsilon": epsilon}
