@@ -210,6 +210,15 @@ def test_every_arm_of_every_question_is_a_valid_run():
     ]
 
 
+def test_settings_go_by_loss_or_by_accuracy():
+    tried = [
+        {"lr": 1.0, "accuracy": 0.5, "loss": 1.0}, {"lr": 2.0, "accuracy": 0.6, "loss": 1.5},
+        {"lr": 3.0, "accuracy": 0.6, "loss": 1.2}, {"lr": 4.0, "accuracy": 0.1, "loss": None},
+    ]  # fmt: skip
+    assert runs.best(tried) == {"lr": 1.0} and runs.best(tried, "accuracy") == {"lr": 3.0}
+    assert runs.best(tried[3:] + tried[1:2]) == {"lr": 2.0}
+
+
 def test_equal_noise_scales_the_tuned_rate_and_equal_runs_are_one():
     arm = QUESTIONS[3].arms["none, equal noise"]
     assert arm_settings({"lr": 9.0}, arm, {"lr": 2.0})["lr"] == pytest.approx(2.0 * math.sqrt(70 / 256))

@@ -36,6 +36,7 @@ def add_reproduce(commands: Any) -> None:
     parser.add_argument("preset", choices=PRESETS, help="; ".join(f"{k}: {p.about}" for k, p in PRESETS.items()))
     parser.add_argument("--question", type=int, choices=(*QUESTIONS, COST), default=1, help="(default: 1)")
     parser.add_argument("--tune", action="store_true", help="tune the question's arms first, all with one budget")
+    parser.add_argument("--by", choices=("loss", "accuracy"), default="loss", help="what the tuning goes by")
     parser.add_argument("--task", metavar="NAME", help="one of the preset's data sets and models (default: the first)")
     parser.add_argument("--scale", choices=("small", "large"), default="small", help="large: for a machine with a card")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="weights and data in files (default: from the hub)")
@@ -76,25 +77,29 @@ def reproduce(args: argparse.Namespace, say: Callable[[str], None] = print) -> b
         question = _chosen(QUESTIONS[args.question], args.arms, args.further)
         done = answer(
             args.question, question, preset, base, out, seeds=args.seeds, epsilons=args.epsilons, tune=args.tune,
-            jobs=args.jobs, deadline=deadline, say=say,
+            jobs=args.jobs, deadline=deadline, by=args.by, say=say,
         )  # fmt: skip
-    _publish(out, args.question, args.preset, args.publish, args.into)
+    _publish(out, _name(args.question, args.by), args.preset, args.publish, args.into)
     return done
 
 
-def _publish(out: Path, question: int, name: str, folder: Path | None, page: Path | None) -> None:
+def _name(question: int, by: str) -> str:
+    return f"question-{question}" + f"-by-{by}" * (by != "loss")
+
+
+def _publish(out: Path, question: str, name: str, folder: Path | None, page: Path | None) -> None:
     """Copy what ``answer`` wrote to ``folder``; put its table, without the heading, into ``page``."""
     from lalora_kernels.reproduce.runs import TUNED
     from lalora_kernels.table import put_into
 
-    made = {f"{name}-question-{question}{end}": out / f"question-{question}{end}" for end in (".md", ".svg", ".jsonl")}
+    made = {f"{name}-{question}{end}": out / f"{question}{end}" for end in (".md", ".svg", ".jsonl")}
     if folder is not None:
         for target, path in (made | {f"{name}-{TUNED}": out / TUNED}).items():
             if path.exists():
                 write_atomic(folder / target, path.read_bytes())
-    table = out / f"question-{question}.md"
+    table = out / f"{question}.md"
     if page is not None and table.exists():
-        put_into(page, table.read_text().partition("\n")[2], f"evidence-{name}-{question}")
+        put_into(page, table.read_text().partition("\n")[2], f"evidence-{name}-{question.removeprefix('question-')}")
 
 
 def _chosen(question: Question, arms: list[str] | None, further: bool) -> Question:
@@ -112,7 +117,7 @@ def _chosen(question: Question, arms: list[str] | None, further: bool) -> Questi
 def answer(
     number: int, question: Question, preset: Preset, base: Mapping[str, Any], out: Path, *,
     seeds: list[int] | None = None, epsilons: list[float] | None = None, tune: bool = False, jobs: int = 1,
-    deadline: float | None = None, say: Callable[[str], None] = print,
+    deadline: float | None = None, by: str = "loss", say: Callable[[str], None] = print,
 ) -> bool:  # fmt: skip
     """Tune where asked, train what is missing, write question-N.jsonl, .md and .svg into ``out``; whether all is there.
 
@@ -129,27 +134,28 @@ def answer(
         say("tuning is not complete; the same command continues")
         return False
     tuned = runs.read_tuned(out)
-    todo = runs.jobs_of(question, dict(base), {key: t["settings"] for key, t in tuned.items()}, epsilons, seeds)
+    chosen = {key: runs.best(one["tried"], by) for key, one in tuned.items()}
+    todo = runs.jobs_of(question, dict(base), chosen, epsilons, seeds)
     for job in runs.train(todo, out, jobs, deadline):
         result = runs.result_of(job, out)
         assert result is not None
         done = len(runs.results_of(todo, out))
         say(f"[{done}/{len(todo)}] {job.name}: {100 * result['accuracy']:.1f} %, {result['seconds']:.0f} s")
     results = runs.results_of(todo, out)
-    runs.save_lines(results, out / f"question-{number}.jsonl")
+    runs.save_lines(results, out / f"{_name(number, by)}.jsonl")
     missing = [key for key, _ in tuned_arms(question, epsilons) if key not in tuned]
     note = f"Not tuned, the preset's own learning rate and C: {'; '.join(missing)}." if missing else (
         f"Learning rate and C tuned for each method and ε with the same budget on seed {preset.tuning_seed}, by test "
-        f"loss; that seed is not in the table."
+        f"{by}; that seed is not in the table."
     )  # fmt: skip
     text = tables.markdown(question.title, results, list(question.arms), question.against, note)
     if question.measure:
         text += "\n" + _measures(todo, out)
     if len(results) < len(todo):
         text += f"\nIncomplete: {len(results)} of {len(todo)} runs.\n"
-    write_atomic(out / f"question-{number}.md", text)
+    write_atomic(out / f"{_name(number, by)}.md", text)
     if results:
-        tables.figure(question.title, results, list(question.arms), out / f"question-{number}.svg")
+        tables.figure(question.title, results, list(question.arms), out / f"{_name(number, by)}.svg")
     say(text)
     return len(results) == len(todo)
 

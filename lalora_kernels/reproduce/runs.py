@@ -180,11 +180,21 @@ def read_tuned(out: Path) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def choose(jobs: list[Job], grid: Mapping[str, tuple], out: Path) -> tuple[Settings, list[dict[str, Any]]] | None:
-    """The settings of the run with the lowest test loss, which tells close settings apart, and all that were tried.
+def best(tried: Iterable[Mapping[str, Any]], by: str = "loss") -> Settings:
+    """The settings of what was tried with the lowest test loss, which tells close settings apart, or the highest
+    accuracy, the loss then deciding ties; a loss that is not finite is the worst."""
 
-    A loss that is not finite is the worst. None while a run is missing: an arm is tuned with its whole budget or not
-    at all.
+    def order(one: Mapping[str, Any]) -> tuple[float, float]:
+        loss = math.inf if one["loss"] is None else one["loss"]
+        return (-one["accuracy"] if by == "accuracy" else loss, loss)
+
+    return {key: value for key, value in min(tried, key=order).items() if key not in ("accuracy", "loss")}
+
+
+def choose(jobs: list[Job], grid: Mapping[str, tuple], out: Path) -> tuple[Settings, list[dict[str, Any]]] | None:
+    """The ``best`` settings by loss, and all that were tried.
+
+    None while a run is missing: an arm is tuned with its whole budget or not at all.
     """
     results = [result_of(job, out) for job in jobs]
     if any(result is None for result in results):
@@ -194,5 +204,4 @@ def choose(jobs: list[Job], grid: Mapping[str, tuple], out: Path) -> tuple[Setti
         for job, result in zip(jobs, results)
         if result is not None
     ]
-    best = min(tried, key=lambda t: math.inf if t["loss"] is None else t["loss"])
-    return {key: best[key] for key in grid}, tried
+    return best(tried), tried
