@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ from small import digits_npz, vit_folder
 
 from lalora_kernels.cli import main
 from lalora_kernels.data import BadInput
+from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.run import Run
 from lalora_kernels.reproduce import cost, runs, tables
-from lalora_kernels.reproduce.command import _chosen, answer
+from lalora_kernels.reproduce.command import _whole, answer
 from lalora_kernels.reproduce.presets import (
     EQUAL_NOISE,
     FOUR,
@@ -87,6 +90,44 @@ def test_results_are_published_and_put_into_a_page(base, tmp_path, monkeypatch, 
     text = page.read_text()
     assert text.startswith("above\n<!-- evidence-tiny-1:begin -->\n\n" + table.strip())
     assert text.endswith("\n\n<!-- evidence-tiny-1:end -->\nbelow\n") and "old" not in text
+
+
+def test_what_was_published_is_not_run_again_anywhere(base, tmp_path, monkeypatch, capsys):
+    """A second machine: other folders, the published files; it trains the seed that is missing and shows them all."""
+    monkeypatch.setitem(PRESETS, "tiny", replace(TINY, settings=base | {"rounds": 1}))
+    command = "reproduce tiny --question 2 --tune --epsilons 3 --arms alternation --publish".split()
+    assert main([*command, str(tmp_path / "results"), "--out", str(tmp_path / "one"), "--seeds", "0"]) == 0
+    first = (tmp_path / "results" / "tiny-question-2.jsonl").read_text()
+    assert len(first.splitlines()) == 2  # and what it is compared with
+    copied = shutil.copy(base["dataset"], tmp_path / Path(base["dataset"]).name)
+    elsewhere = base | {"rounds": 1, "dataset": str(copied)}
+    monkeypatch.setitem(PRESETS, "tiny", replace(TINY, settings=elsewhere))
+    trained = []
+    train = Run.train
+    monkeypatch.setattr(Run, "train", lambda run, watch: (trained.append(run.task.config.seed), train(run, watch)))
+    assert main([*command, str(tmp_path / "results"), "--out", str(tmp_path / "two"), "--seeds", "1"]) == 0
+    assert trained == [1, 1]
+    both = (tmp_path / "results" / "tiny-question-2.jsonl").read_text().splitlines()
+    assert set(first.splitlines()) < set(both) and len(both) == 4
+    text = (tmp_path / "results" / "tiny-question-2.md").read_text()
+    assert "seeds 0, 1;" in text and "Incomplete: 4 of 16 runs." in text
+    assert main([*command, str(tmp_path / "results"), "--out", str(tmp_path / "three"), "--seeds", "0", "1"]) == 0
+    assert trained == [1, 1] and not (tmp_path / "three" / "runs").exists()
+
+
+def test_a_run_with_measures_serves_a_question_without_and_not_the_other_way_round(base, tmp_path):
+    config = make_config(base | ARMS["la"] | {"rounds": 1})
+    plain, measured = runs.Job("la", config), runs.Job("la", config, measure=True)
+    assert list(runs.train([plain], tmp_path)) == [plain]
+    line = runs.result_of(plain, tmp_path)
+    assert runs.result_of(measured, tmp_path) is None
+    assert runs.result_of(measured, tmp_path / "else", {runs.same(line["settings"]): line}) is None
+    shutil.rmtree(tmp_path / "runs")
+    assert list(runs.train([measured], tmp_path)) == [measured]
+    line = runs.result_of(plain, tmp_path)
+    assert line["run"] == measured.name and line["measures"]["eigenvalue"]
+    assert runs.result_of(measured, tmp_path / "else", {runs.same(line["settings"]): line}) == line
+    assert list(runs.train([plain, measured], tmp_path)) == []
 
 
 def test_pieces_end_between_rounds_and_reach_the_end(base, tmp_path, monkeypatch):
@@ -205,7 +246,7 @@ def test_every_arm_of_every_question_is_a_valid_run():
         "la-lora, filtered, ε = 3": "binomial5",
         "la-lora, temporal, ε = 3": "temporal",
     }
-    assert list(_chosen(QUESTIONS[1], None, True).arms)[4:] == [
+    assert list(_whole(QUESTIONS[1], True).arms)[4:] == [
         n for n in cost.CONTENDERS if n not in (*FOUR, cost.OPACUS)
     ]
 
@@ -228,8 +269,6 @@ def test_equal_noise_scales_the_tuned_rate_and_equal_runs_are_one():
 
 
 def test_bytes_of_a_round(base):
-    from lalora_kernels.federated.config import make_config
-
     # 2 layers of 16 -> 16, 24 and back: q, k, v, out, 16 -> 24, 24 -> 16; r = 2, two clients; a head of 16 x 10 + 10
     sizes = 2 * [(16, 16)] * 4 + 2 * [(24, 16), (16, 24)]
     head, A, B = 4 * 170, sum(4 * 2 * n for m, n in sizes), sum(4 * 2 * m for m, n in sizes)

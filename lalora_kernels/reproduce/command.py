@@ -1,7 +1,6 @@
 """``lalora reproduce``: tune, train a question's grid in pieces of any length, write its tables and figures."""
 
 import argparse
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,6 +20,7 @@ from lalora_kernels.reproduce.presets import (
     Question,
     base_settings,
     tuned_arms,
+    tuning_key,
 )
 
 ABOUT = (
@@ -65,6 +65,7 @@ def reproduce(args: argparse.Namespace, say: Callable[[str], None] = print) -> b
         raise BadInput(f"--task is one of {', '.join(preset.tasks)}; got {task!r}")
     base = base_settings(args.preset, task, args.scale, args.data)
     out = args.out or Path("runs") / "reproduce" / f"{args.preset}-{task}-{args.scale}"
+    name = args.preset + f"-{task}" * (task != next(iter(preset.tasks))) + f"-{args.scale}" * (args.scale != "small")
     if preset.public_head:
         from lalora_kernels.reproduce.start import prepare_start
 
@@ -74,12 +75,13 @@ def reproduce(args: argparse.Namespace, say: Callable[[str], None] = print) -> b
     if args.question == COST:
         done = _cost(base, out, deadline, say)
     else:
-        question = _chosen(QUESTIONS[args.question], args.arms, args.further)
+        question = _whole(QUESTIONS[args.question], args.further)
+        known = None if args.publish is None else (args.publish, name)
         done = answer(
-            args.question, question, preset, base, out, seeds=args.seeds, epsilons=args.epsilons, tune=args.tune,
-            jobs=args.jobs, deadline=deadline, by=args.by, say=say,
+            args.question, question, preset, base, out, arms=args.arms, seeds=args.seeds, epsilons=args.epsilons,
+            tune=args.tune, jobs=args.jobs, deadline=deadline, by=args.by, known=known, say=say,
         )  # fmt: skip
-    _publish(out, _name(args.question, args.by), args.preset, args.publish, args.into)
+    _publish(out, _name(args.question, args.by), name, args.publish, args.into)
     return done
 
 
@@ -102,81 +104,88 @@ def _publish(out: Path, question: str, name: str, folder: Path | None, page: Pat
         put_into(page, table.read_text().partition("\n")[2], f"evidence-{name}-{question.removeprefix('question-')}")
 
 
-def _chosen(question: Question, arms: list[str] | None, further: bool) -> Question:
-    have = dict(question.arms)
-    if further:
-        names = (name for name in FURTHER if not name.startswith("la-lora"))
-        have |= {name: {"method": name, "smoothing": "none"} for name in names}
-    if arms is not None:
-        if strange := [arm for arm in arms if arm not in have]:
-            raise BadInput(f"no arm {strange[0]!r} in this question; there are {', '.join(have)}")
-        have = {arm: have[arm] for arm in have if arm in arms or arm == question.against}
-    return replace(question, arms=have)
+def _whole(question: Question, further: bool) -> Question:
+    names = (name for name in FURTHER if further and not name.startswith("la-lora"))
+    return replace(question, arms=question.arms | {name: {"method": name, "smoothing": "none"} for name in names})
 
 
 def answer(
     number: int, question: Question, preset: Preset, base: Mapping[str, Any], out: Path, *,
-    seeds: list[int] | None = None, epsilons: list[float] | None = None, tune: bool = False, jobs: int = 1,
-    deadline: float | None = None, by: str = "loss", say: Callable[[str], None] = print,
+    arms: list[str] | None = None, seeds: list[int] | None = None, epsilons: list[float] | None = None,
+    tune: bool = False, jobs: int = 1, deadline: float | None = None, by: str = "loss",
+    known: tuple[Path, str] | None = None, say: Callable[[str], None] = print,
 ) -> bool:  # fmt: skip
-    """Tune where asked, train what is missing, write question-N.jsonl, .md and .svg into ``out``; whether all is there.
+    """Tune where asked, train what is missing, write question-N.jsonl, .md and .svg into ``out``; whether all that was
+    asked for is there. ``arms``, ``seeds`` and ``epsilons`` choose what is trained (default: the whole question, and
+    with some arms what they are compared with); the table has everything that is there. ``known``: a folder, and the
+    name that a preset was published under, whose results and tuning count as done.
 
-    Raises BadInput where the tuning seed is among ``seeds``: what was tuned on is never reported.
+    Raises BadInput for an arm that is not the question's, and where the tuning seed is among ``seeds``: what was tuned
+    on is never reported.
     """
     from lalora_kernels.reproduce import runs, tables
 
     seeds = list(preset.seeds) if seeds is None else seeds
     if preset.tuning_seed in seeds:
         raise BadInput(f"seed {preset.tuning_seed} is what the settings are tuned on, and is not reported")
-    if epsilons is None:
-        epsilons = list(preset.epsilons if question.epsilons is None else question.epsilons)
-    if tune and not _tune(question, epsilons, preset, dict(base), out, jobs, deadline, say):
+    if strange := [arm for arm in arms or () if arm not in question.arms]:
+        raise BadInput(f"no arm {strange[0]!r} in this question; there are {', '.join(question.arms)}")
+    own = list(preset.epsilons if question.epsilons is None else question.epsilons)
+    epsilons = own if epsilons is None else epsilons
+    have = {a: s for a, s in question.arms.items() if arms is None or a in arms or a == question.against}
+    there = runs.NOTHING if known is None else runs.read_known(*known)
+    published = [] if known is None else [known[0] / f"{known[1]}-{runs.TUNED}"]
+    asked = replace(question, arms=have)
+    if tune and not _tune(asked, epsilons, preset, dict(base), out, published, there, jobs, deadline, say):
         say("tuning is not complete; the same command continues")
         return False
-    tuned = runs.read_tuned(out)
+    tuned = runs.read_tuned(*published, out / runs.TUNED)
     chosen = {key: runs.best(one["tried"], by) for key, one in tuned.items()}
-    todo = runs.jobs_of(question, dict(base), chosen, epsilons, seeds)
-    for job in runs.train(todo, out, jobs, deadline):
+    todo = runs.jobs_of(asked, dict(base), chosen, epsilons, seeds)
+    for job in runs.train(todo, out, jobs, deadline, there):
         result = runs.result_of(job, out)
         assert result is not None
-        done = len(runs.results_of(todo, out))
+        done = len(runs.results_of(todo, out, there))
         say(f"[{done}/{len(todo)}] {job.name}: {100 * result['accuracy']:.1f} %, {result['seconds']:.0f} s")
-    results = runs.results_of(todo, out)
+    shown_epsilons, shown_seeds = sorted({*own, *epsilons}), sorted({*preset.seeds, *seeds})
+    shown = runs.jobs_of(question, dict(base), chosen, shown_epsilons, shown_seeds)
+    results = runs.results_of(shown, out, there)
     runs.save_lines(results, out / f"{_name(number, by)}.jsonl")
-    missing = [key for key, _ in tuned_arms(question, epsilons) if key not in tuned]
+    used = [tuning_key(question.arms[r["arm"]], float(r["epsilon"])) for r in results]
+    missing = [key for key in dict.fromkeys(used) if key not in tuned]
     note = f"Not tuned, the preset's own learning rate and C: {'; '.join(missing)}." if missing else (
         f"Learning rate and C tuned for each method and ε with the same budget on seed {preset.tuning_seed}, by test "
         f"{by}; that seed is not in the table."
     )  # fmt: skip
     text = tables.markdown(question.title, results, list(question.arms), question.against, note)
     if question.measure:
-        text += "\n" + _measures(todo, out)
-    if len(results) < len(todo):
-        text += f"\nIncomplete: {len(results)} of {len(todo)} runs.\n"
+        text += "\n" + tables.measures(results)
+    if len(results) < len(shown):
+        text += f"\nIncomplete: {len(results)} of {len(shown)} runs.\n"
     write_atomic(out / f"{_name(number, by)}.md", text)
     if results:
         tables.figure(question.title, results, list(question.arms), out / f"{_name(number, by)}.svg")
     say(text)
-    return len(results) == len(todo)
+    return len(runs.results_of(todo, out, there)) == len(todo)
 
 
 def _tune(
-    question: Question, epsilons: list[float], preset: Preset, base: dict[str, Any], out: Path, jobs: int,
-    deadline: float | None, say: Callable[[str], None],
+    question: Question, epsilons: list[float], preset: Preset, base: dict[str, Any], out: Path,
+    published: list[Path], known: Mapping, jobs: int, deadline: float | None, say: Callable[[str], None],
 ) -> bool:  # fmt: skip
     """Tune every arm of the question that is not, at every ε; ``tuned.json`` holds choice and all that was tried."""
     import json
 
     from lalora_kernels.reproduce import runs
 
-    tuned = runs.read_tuned(out)
+    tuned = runs.read_tuned(*published, out / runs.TUNED)
     plans = {
         key: runs.tuning_jobs(arm, base, preset.tuning, preset.tuning_seed)
         for key, arm in tuned_arms(question, epsilons)
         if key not in tuned
     }
     everything = [job for plan in plans.values() for job in plan]
-    for job in runs.train(everything, out, jobs, deadline):
+    for job in runs.train(everything, out, jobs, deadline, known):
         config = job.config
         say(f"tuning at ε = {config.epsilon:g}: {config.method} lr {config.lr:g} C {config.max_grad_norm:g}")
     for key, plan in plans.items():
@@ -184,27 +193,6 @@ def _tune(
             tuned[key] = {"settings": choice[0], "tried": choice[1], "seed": preset.tuning_seed}
     write_atomic(out / runs.TUNED, json.dumps(tuned, indent=2) + "\n")
     return all(key in tuned for key in plans)
-
-
-def _measures(jobs: list, out: Path) -> str:
-    """Question 5's second table: means over seeds and rounds."""
-    from lalora_kernels.reproduce import runs
-    from lalora_kernels.reproduce.measures import read_measures
-    from lalora_kernels.reproduce.tables import label
-
-    found: dict[tuple[str, float], list[dict[str, float]]] = {}
-    for job in jobs:
-        if (one := read_measures(out / runs.RUNS / job.name / runs.MEASURES)) is not None:
-            found.setdefault((job.arm, job.config.epsilon), []).append(one)
-    if not found:
-        return ""
-    names = list(next(iter(found.values()))[0])
-    lines = ["| arm | ε | " + " | ".join(names) + " |", "|---|---|" + "---:|" * len(names)]
-    for (arm, epsilon), values in found.items():
-        means = [sum(v[name] for v in values) / len(values) for name in names]
-        shown = ["—" if math.isnan(mean) else f"{mean:.3g}" for mean in means]
-        lines.append(f"| {arm} | {label(epsilon)} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n\nMeans over seeds and rounds; reproduce/measures.py says what each is.\n"
 
 
 def _cost(base: dict[str, Any], out: Path, deadline: float | None, say: Callable[[str], None]) -> bool:

@@ -41,7 +41,7 @@ PRESETS = {
         SMALL | {"image_size": 64, "lr": 15.0, "max_grad_norm": 0.3},
         {"cifar100": {"model": "timm:vit_tiny_patch16_224"}},
         large={"image_size": 224, "rounds": 50, "physical_batch_size": 128},
-        tuning={"lr": (5.0, 15.0, 45.0, 135.0), "max_grad_norm": (0.1, 0.3)}, public_head=True,
+        tuning={"lr": (5.0, 15.0, 45.0, 135.0), "max_grad_norm": (0.1,)}, public_head=True,
     ),
     "small-language": Preset(
         "MiniLM-L6 on SST-2's phrases, cut at 24 tokens, 4 clients",

@@ -25,6 +25,8 @@ from lalora_kernels.reproduce.measures import Recorder, read_measures
 from lalora_kernels.reproduce.presets import Question, Settings, arm_settings, tuning_key
 
 RUNS, TUNED, MEASURES = "runs", "tuned.json", "measures.jsonl"
+Known = Mapping[str, Mapping[str, Any]]  # same(settings) -> a result line of another machine or day
+NOTHING: Known = {}
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,16 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Readable, then a digest of every setting: equal runs of two questions are one."""
+        """Readable, then a digest of every setting that is not the default: equal runs of two questions are one, on any
+        machine."""
         c = self.config
-        digest = hashlib.sha256(c.to_json().encode()).hexdigest()[:10]
+        digest = hashlib.sha256(same(_told(c)).encode()).hexdigest()[:10]
         return f"{c.method}-{c.smoothing}-eps{c.epsilon:g}-seed{c.seed}-{digest}" + "-measured" * self.measure
+
+    def folders(self, out: Path) -> list[Path]:
+        """Where this run may be: its own folder, and that of the same run with measures, which serves as well."""
+        own = out / RUNS / self.name
+        return [own] if self.measure else [own, own.with_name(own.name + "-measured")]
 
 
 def jobs_of(
@@ -67,22 +75,48 @@ def tuning_jobs(arm: Settings, base: Settings, grid: Mapping[str, tuple], seed: 
     ]
 
 
-def result_of(job: Job, out: Path) -> dict[str, Any] | None:
-    """One line of results.jsonl for a run that is complete; None for any other."""
+def same(settings: Mapping[str, Any]) -> str:
+    """Text that is equal for equal settings."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def result_of(job: Job, out: Path, known: Known = NOTHING) -> dict[str, Any] | None:
+    """One line of results.jsonl for a run that is complete here or ``known`` from elsewhere; None for any other."""
+    for folder in job.folders(out):
+        if (found := _read_result(job, folder)) is not None:
+            return found
+    line = known.get(same(_told(job.config)))
+    if line is None or (job.measure and "measures" not in line):
+        return None
+    return {**line, "arm": job.arm}
+
+
+def _read_result(job: Job, folder: Path) -> dict[str, Any] | None:
     try:
-        lines = (out / RUNS / job.name / "metrics.jsonl").read_text().splitlines()
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
     except FileNotFoundError:
         return None
     first, last = json.loads(lines[0]), json.loads(lines[-1])
-    if last["round"] < job.config.rounds:
+    measures = read_measures(folder / MEASURES)
+    if last["round"] < job.config.rounds or (job.measure and measures is None):
         return None
     return {
-        "run": job.name, "arm": job.arm, "epsilon": "inf" if not job.config.private else job.config.epsilon,
+        "run": folder.name, "arm": job.arm, "epsilon": "inf" if not job.config.private else job.config.epsilon,
         "seed": job.config.seed, "accuracy_before": first["accuracy"], "accuracy": last["accuracy"],
         "loss": last["loss"], "epsilon_spent": last["epsilon"], "seconds": last["seconds"],
         "bytes_sent": sum(json.loads(line)["bytes_sent"] for line in lines), "settings": _told(job.config),
-        "version": __version__,
+        **({} if measures is None else {"measures": measures}), "version": __version__,
     }  # fmt: skip
+
+
+def read_known(folder: Path, preset: str) -> Known:
+    """What ``--publish`` left of a preset in ``folder``: result lines of all its questions, by their settings."""
+    known: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob(f"{preset}-question-*.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            if "settings" in line and "measures" not in known.get(same(line["settings"]), {}):
+                known[same(line["settings"])] = line
+    return known
 
 
 def _told(config: Config) -> dict[str, Any]:
@@ -92,12 +126,14 @@ def _told(config: Config) -> dict[str, Any]:
     return {key: Path(value).name if os.sep in str(value) else value for key, value in told.items()}
 
 
-def train(jobs: Iterable[Job], out: Path, parallel: int = 1, deadline: float | None = None) -> Iterator[Job]:
-    """Train what is not complete; yield each run as it ends. ``deadline``: a ``time.time()`` at which to stop.
+def train(
+    jobs: Iterable[Job], out: Path, parallel: int = 1, deadline: float | None = None, known: Known = NOTHING
+) -> Iterator[Job]:
+    """Train what is neither complete nor ``known``; yield each run as it ends. ``deadline``: a ``time.time()``.
 
     A run stops between two rounds and is resumable, so a piece of any length gets at least one round further.
     """
-    todo = list({job.name: job for job in jobs if not _complete(job, out)}.values())
+    todo = list({job.name: job for job in jobs if result_of(job, out, known) is None}.values())
     if parallel == 1:
         for job in todo:
             if _late(deadline):
@@ -116,11 +152,6 @@ def train(jobs: Iterable[Job], out: Path, parallel: int = 1, deadline: float | N
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _complete(job: Job, out: Path) -> bool:
-    measured = not job.measure or read_measures(out / RUNS / job.name / MEASURES) is not None
-    return measured and result_of(job, out) is not None
 
 
 class TimeUp(Exception):
@@ -164,9 +195,9 @@ def _one(job: Job, out: Path, threads: int | None, deadline: float | None) -> bo
     return True
 
 
-def results_of(jobs: Iterable[Job], out: Path) -> list[dict[str, Any]]:
-    """Results of what is complete, in the order of ``jobs``."""
-    return [result for job in jobs if (result := result_of(job, out)) is not None]
+def results_of(jobs: Iterable[Job], out: Path, known: Known = NOTHING) -> list[dict[str, Any]]:
+    """Results of what is complete or known, in the order of ``jobs``."""
+    return [result for job in jobs if (result := result_of(job, out, known)) is not None]
 
 
 def save_lines(results: Iterable[Mapping[str, Any]], path: Path) -> None:
@@ -174,10 +205,13 @@ def save_lines(results: Iterable[Mapping[str, Any]], path: Path) -> None:
     write_atomic(path, "".join(json.dumps(result) + "\n" for result in results))
 
 
-def read_tuned(out: Path) -> dict[str, dict[str, Any]]:
-    """What ``--tune`` chose, by ``tuning_key``; nothing where it never ran."""
-    path = out / TUNED
-    return json.loads(path.read_text()) if path.exists() else {}
+def read_tuned(*paths: Path) -> dict[str, dict[str, Any]]:
+    """What ``--tune`` chose, by ``tuning_key``, from all files that are there; the last word is the last file's."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        if path.exists():
+            found |= json.loads(path.read_text())
+    return found
 
 
 def best(tried: Iterable[Mapping[str, Any]], by: str = "loss") -> Settings:

@@ -103,6 +103,23 @@ def markdown(title: str, results: Sequence[Mapping[str, Any]], arms: Sequence[st
     return f"## {title}\n\n" + "\n".join(lines) + f"\n\n{about} {note}\n"
 
 
+def measures(results: Sequence[Mapping[str, Any]]) -> str:
+    """Question 5's second table: means over seeds and rounds; nothing where nothing was measured."""
+    found: dict[tuple[str, float], list[Mapping[str, float]]] = {}
+    for result in results:
+        if "measures" in result:
+            found.setdefault((result["arm"], float(result["epsilon"])), []).append(result["measures"])
+    if not found:
+        return ""
+    names = list(next(iter(found.values()))[0])
+    lines = ["| arm | ε | " + " | ".join(names) + " |", "|---|---|" + "---:|" * len(names)]
+    for (arm, epsilon), values in found.items():
+        means = [sum(v[name] for v in values) / len(values) for name in names]
+        shown = ["—" if math.isnan(mean) else f"{mean:.3g}" for mean in means]
+        lines.append(f"| {arm} | {label(epsilon)} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n\nMeans over seeds and rounds; reproduce/measures.py says what each is.\n"
+
+
 def figure(title: str, results: Sequence[Mapping[str, Any]], arms: Sequence[str], path: Path) -> None:
     """Accuracy over ε with the standard deviation, one line an arm; where ε is one or two and arms are many, bars."""
     import matplotlib
