@@ -42,7 +42,7 @@ FLAGS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     )),
     ("method", (
         ("method", "which LoRA factor trains when, and what travels"),
-        ("smoothing", "low-pass filter on the noisy gradient; costs no privacy; after the first two: experimental"),
+        ("smoothing", "filter of the noisy gradient; at no privacy; auto: the method's own; others are experimental"),
         ("rank", "r of the adapters"),
         ("lora_alpha", "the adapter's output is scaled by lora_alpha / r (default: r)"),
         ("targets", "layers to adapt: all-linear, qv, names with commas, or a regular expression"),

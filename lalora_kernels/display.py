@@ -75,7 +75,7 @@ class Display:
             f"clients hold {min(sizes)} to {max(sizes)} records and make {min(steps)} to {max(steps)} private steps; "
             + (f"noise σ/C {min(sigmas):.2f} to {max(sigmas):.2f}" if config.private else "no noise")
         )
-        self.note(f"{config.method}, smoothing {config.smoothing}, clipping {config.clipping}")
+        self.note(f"{config.method}, smoothing {config.filter or 'none'}, clipping {config.clipping}")
         self.note(ROW.format("round", "accuracy", "loss", "largest ε", "bytes sent", "time", "clients"))
         for record in run.at.history:
             self._round(record)

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """``active(round, step)`` names the factors that a private step trains: "A", "B" or "AB"."""
+    """``active(round, step)`` names the factors that a private step trains: "A", "B" or "AB".
+
+    ``smoothing`` is the filter that the method's source has, "binomial5" or None: what smoothing="auto" means.
+    """
 
     name: str
     rule: Callable[[int, int], str]
+    smoothing: str | None = None
 
     def active(self, round: int, step: int) -> str:
         """Factors of local step ``step`` of round ``round``. Raises ValueError where either is below 1."""
@@ -44,12 +48,14 @@ SCHEDULES = {
     "dp-lora": Schedule("dp-lora", _both),  # 2312.17493
     "ffa-lora": Schedule("ffa-lora", _b_only),  # 2403.12313
     "rolora": Schedule("rolora", _by_round),  # 2409.02346
-    "la-lora": Schedule("la-lora", _by_step),  # 2602.19926
+    "la-lora": Schedule("la-lora", _by_step, "binomial5"),  # 2602.19926
+    "la-lora-unfiltered": Schedule("la-lora-unfiltered", _by_step),
 }
+DEFAULT = "la-lora-unfiltered"  # docs/reproduce.md: under true per-sample DP the filter buys nothing
 # LA-LoRA with other periods, k_B-k_A (SPEC section 7); 10-10 and 25-25 are halves of a round of K = 20 and of K = 50.
 for _b, _a in ((2, 1), (4, 1), (1, 2), (10, 10), (25, 25)):
-    SCHEDULES[f"la-lora-{_b}-{_a}"] = Schedule(f"la-lora-{_b}-{_a}", periods(_b, _a))
-SCHEDULES["la-lora-a-first"] = Schedule("la-lora-a-first", periods(1, 1, first="A"))
+    SCHEDULES[f"la-lora-{_b}-{_a}"] = Schedule(f"la-lora-{_b}-{_a}", periods(_b, _a), "binomial5")
+SCHEDULES["la-lora-a-first"] = Schedule("la-lora-a-first", periods(1, 1, first="A"), "binomial5")
 
 
 def get_schedule(method: str | Schedule) -> Schedule:

@@ -13,7 +13,15 @@ from lalora_kernels import adapt, make_private
 from lalora_kernels.models import load_model
 from lalora_kernels.nn import lora_layers
 from lalora_kernels.privacy.postprocess import EXPERIMENTAL, KEPT, Temporal, laplacian, permuted, projected
-from lalora_kernels.reproduce.measures import aggregation_error, cosine, curvature, noise_terms, top_eigenvalue
+from lalora_kernels.reproduce.measures import (
+    aggregation_error,
+    cosine,
+    curvature,
+    filter_gain,
+    noise_terms,
+    plain_loss,
+    top_eigenvalue,
+)
 
 STATE = {"l.lora_A": torch.tensor([[1.0, 2.0]]), "l.lora_B": torch.tensor([[1.0], [0.0]])}
 
@@ -98,6 +106,43 @@ def test_curvature_of_a_model_is_that_of_its_dense_hessian(tmp_path):
     H = torch.stack(columns)
     values = torch.linalg.eigvalsh((H + H.T) / 2)
     assert found == pytest.approx(float(values[-1]), rel=1e-2)
+
+
+def test_gradients_of_the_plain_copy_are_those_of_the_kernels(tmp_path):
+    classifier = load_model(vit_folder(tmp_path / "vit"), 10)
+    adapt(classifier.model, r=2, target_modules=["q_proj", "fc1"], verbose=False)
+    for _, layer in lora_layers(classifier.model):
+        torch.nn.init.normal_(layer.lora_B, generator=torch.Generator().manual_seed(3))
+    batch = classifier.collate([(torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(4)), i) for i in range(4)])
+    loss, factors = plain_loss(classifier, batch)
+    at = [value.requires_grad_() for value in factors.values()]
+    found = dict(zip(factors, torch.autograd.grad(loss(at), at)))
+    named = {name: p for name, p in classifier.model.named_parameters() if name in factors}
+    assert set(named) == set(factors)
+    for p in named.values():
+        p.requires_grad_(True)
+    expected = torch.autograd.grad(classifier.loss(batch, classifier.model.eval()), list(named.values()))
+    torch.testing.assert_close([found[name] for name in named], list(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_filter_gain_against_the_dense_filter():
+    """1.91 where neighbours are equal, 0.72 where they are uncorrelated, 0 where they alternate; in between as the
+    matrix that NumPy's padding and convolution make says."""
+    F5 = np.stack([
+        np.convolve(np.pad(row, 2, mode="symmetric"), np.array([1, 4, 6, 4, 1]) / 16, "valid") for row in np.eye(2000)
+    ]).T  # fmt: skip
+    smoothly = np.sin(np.arange(2000) / 3.0)
+    a = np.stack([smoothly, np.random.default_rng(0).standard_normal(2000)])
+    b = a[1:].T
+    found = filter_gain({"x.lora_A": torch.tensor(a), "y.lora_B": torch.tensor(b)})
+    gain = lambda g: np.sum(g * (g @ F5.T)) / np.sum(g * g) / math.sqrt(70 / 256)  # noqa: E731
+    assert found["A"] == pytest.approx(gain(a), rel=1e-9) and found["B"] == pytest.approx(gain(b.T), rel=1e-9)
+    assert found["B"] == pytest.approx(0.375 / math.sqrt(70 / 256), abs=0.03)
+    ones, alternating = torch.ones(1, 64), torch.tensor([[1.0, -1.0] * 500])
+    assert filter_gain({"x.lora_A": ones})["A"] == pytest.approx(1 / math.sqrt(70 / 256))
+    assert filter_gain({"x.lora_A": alternating})["A"] == pytest.approx(0.0, abs=2e-3)
+    assert filter_gain({"x.lora_A": ones}, permuted)["A"] == pytest.approx(1 / math.sqrt(70 / 256))
+    assert math.isnan(filter_gain({"x.lora_A": ones})["B"])
 
 
 # ---------------------------------------------------------------- filters

@@ -12,6 +12,7 @@ from tolerances import PRIVATE_STEP_F64, SPLIT_F32
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lalora_kernels.federated.config import make_config
 from lalora_kernels.nn import set_active
 from lalora_kernels.privacy.checks import single_sample_gradients
 from lalora_kernels.privacy.make_private import make_private
@@ -89,6 +90,25 @@ def test_two_steps_equal_the_formula(method, phases, clipping, smoothing):
         torch.testing.assert_close(p, q, **PRIVATE_STEP_F64, msg=n)
         moved += 1
     assert moved
+
+
+@pytest.mark.parametrize(
+    "method, filtered",
+    [(None, False), ("la-lora", True), ("la-lora-2-1", True), ("dp-lora", False), ("rolora", False)],
+)
+def test_unasked_a_method_filters_as_its_paper_does(method, filtered):
+    """One step against the formula; the default is LA-LoRA's schedule without the filter."""
+    model, data, loss = toy()
+    twin = copy.deepcopy(model)
+    asked = {"method": method} if method else {}
+    opt, loader = private(model, data, max_grad_norm=0.3, sample_rate=1.0, **asked)
+    train(model, loss, opt, loader, 1)
+    set_active(twin, "AB" if method == "dp-lora" else "B")
+    grads = written_out(twin, data.tensors, loss, clipping="flat", C=0.3, smoothing=filtered, divisor=12)
+    moved = {n: p - 0.5 * grads[n] for n, p in twin.named_parameters() if n in grads}
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p, moved.get(n, dict(twin.named_parameters())[n]), **PRIVATE_STEP_F64, msg=n)
+    assert make_config(asked).filter == ("binomial5" if filtered else None)
 
 
 def test_loss_reduction_sum_releases_the_same_gradient():

@@ -171,6 +171,7 @@ def test_measured_runs_have_a_second_table(base, tmp_path):
     cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[3:-1]] for line in second[2:4]}
     found = {arm: dict(zip(names, map(float, values))) for arm, values in cells.items()}
     assert found["dp"]["noise, N_B N_A"] > 0 == found["la"]["noise, N_B N_A"]
+    assert all(0 < v["filter gain, A"] < 1.92 > v["filter gain, random order, B"] > 0 for v in found.values())
     assert all(v["sigma"] > 0.5 and v["eigenvalue"] and -1 <= v["cosine"] <= 1 for v in found.values())
 
 

@@ -82,7 +82,7 @@ def base_rate(config: Config) -> float:
         return config.lr
     if config.optimizer == "adamw":
         return 0.01
-    return 0.5 if config.smoothing == "none" else 1.0
+    return 0.5 if config.filter is None else 1.0
 
 
 def learning_rate(config: Config, round: int) -> float:
@@ -152,7 +152,7 @@ class Client:
             make_optimizer(model, config, learning_rate(config, round)),
             DataLoader(self.records, batch_size=config.batch_size, collate_fn=classifier.collate),
             method=method.schedule,
-            smoothing=None if config.smoothing == "none" else config.smoothing,
+            smoothing=config.filter,
             clipping="flat" if adaptive else config.clipping,
             max_grad_norm=config.max_grad_norm if self.max_grad_norm is None else self.max_grad_norm,
             target_unclipped_quantile=config.target_unclipped_quantile if adaptive else None,

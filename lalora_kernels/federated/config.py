@@ -15,13 +15,14 @@ else:
     import tomli as tomllib
 
 from lalora_kernels.data import BadInput
-from lalora_kernels.federated.methods import FURTHER, METHODS
+from lalora_kernels.federated.methods import FURTHER, METHODS, get_method
 from lalora_kernels.privacy.clipping import CLIPPING
 from lalora_kernels.privacy.postprocess import EXPERIMENTAL
+from lalora_kernels.schedule import DEFAULT
 
 CHOICES = {
     "method": (*METHODS, *FURTHER),
-    "smoothing": ("binomial5", "none", *EXPERIMENTAL),
+    "smoothing": ("auto", "binomial5", "none", *EXPERIMENTAL),
     "clipping": (*CLIPPING, "adaptive"),
     "partition": ("dirichlet", "iid"),
     "average": ("uniform", "size"),
@@ -77,8 +78,8 @@ class Config:
     image_size: int | None = None
     max_length: int = 128
     # the method
-    method: str = "la-lora"
-    smoothing: str = "binomial5"
+    method: str = DEFAULT
+    smoothing: str = "auto"  # as the method's paper has it
     rank: int = 8
     lora_alpha: float | None = None  # None: the rank, so s = 1
     targets: str = "all-linear"
@@ -150,6 +151,13 @@ class Config:
     def private(self) -> bool:
         """False where ``epsilon`` is infinite: the run adds no noise and guarantees nothing."""
         return math.isfinite(self.epsilon)
+
+    @property
+    def filter(self) -> str | None:
+        """The filter behind ``smoothing``: its name, or None; "auto" is that of the method's schedule."""
+        if self.smoothing == "auto":
+            return get_method(self.method).schedule.smoothing
+        return None if self.smoothing == "none" else self.smoothing
 
     @property
     def records_needed(self) -> int:

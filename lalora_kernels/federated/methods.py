@@ -189,6 +189,7 @@ _both = partial(Method, schedule=get_schedule("dp-lora"), aggregate=weighted_mea
 FURTHER = {
     m.name: m
     for m in (
+        Method("la-lora-unfiltered", get_schedule("la-lora-unfiltered"), "AB", weighted_mean, "LA-LoRA, no filter"),
         # trains B on a fixed A, as FFA-LoRA does; the server turns A by the SVD of the aggregated product
         Method("fedsvd", get_schedule("ffa-lora"), "B", weighted_mean, "arXiv 2505.12805", refactor,
                down=lambda m, n, r, k: r * (m + n)),

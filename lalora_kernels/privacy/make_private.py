@@ -21,9 +21,9 @@ from lalora_kernels.privacy.optimizer import PrivateOptimizer
 from lalora_kernels.privacy.postprocess import EXPERIMENTAL
 from lalora_kernels.privacy.sampling import PrivateLoader
 from lalora_kernels.privacy.shuffled import ShuffledLoader
-from lalora_kernels.schedule import Schedule, get_schedule
+from lalora_kernels.schedule import DEFAULT, Schedule, get_schedule
 
-SMOOTHING = ("binomial5", None, *EXPERIMENTAL)
+SMOOTHING = ("auto", "binomial5", None, *EXPERIMENTAL)
 REDUCTIONS = ("mean", "sum")
 
 
@@ -32,8 +32,8 @@ def make_private(
     optimizer: Optimizer,
     data_loader: DataLoader,
     *,
-    method: str | Schedule = "la-lora",
-    smoothing: str | None = "binomial5",
+    method: str | Schedule = DEFAULT,
+    smoothing: str | None = "auto",
     clipping: str = "flat",
     max_grad_norm: float = 1.0,
     noise_multiplier: float | None = None,
@@ -64,8 +64,10 @@ def make_private(
     draws Poisson batches: each record with probability ``sample_rate``, independently.
 
     Args:
-        method: which factor trains at which step: "la-lora", "rolora", "ffa-lora", "dp-lora", or a ``Schedule``.
-        smoothing: "binomial5" filters the noisy adapter gradients along their feature axis; None does not.
+        method: which factor trains at which step: "la-lora-unfiltered", "la-lora", "rolora", "ffa-lora", "dp-lora", or
+            a ``Schedule``.
+        smoothing: "binomial5" filters the noisy adapter gradients along their feature axis; None does not; "auto" does
+            what the method's source does: "la-lora" and its periods filter, every other method does not.
             Experimental, slower and in plain torch: "permuted", "temporal", "laplacian", "projected"
             (privacy/postprocess.py).
         clipping: "flat", "per_layer" or "automatic" (SPEC section 4; AUTO-S, 2206.07136).
@@ -101,6 +103,8 @@ def make_private(
     """
     schedule = get_schedule(method)
     _one_of("smoothing", smoothing, SMOOTHING)
+    if smoothing == "auto":
+        smoothing = schedule.smoothing
     postprocess: Any = None
     if smoothing in EXPERIMENTAL:
         smoothing, postprocess = EXPERIMENTAL[smoothing]

@@ -120,9 +120,10 @@ def read_known(folder: Path, preset: str) -> Known:
 
 
 def _told(config: Config) -> dict[str, Any]:
-    """Settings that are not the default, without folders of this machine."""
+    """Method, filter, and what else is not the default, without folders of this machine."""
     default = json.loads(Config().to_json())
     told = {key: value for key, value in json.loads(config.to_json()).items() if value != default[key]}
+    told |= {"method": config.method, "smoothing": config.filter or "none"}
     return {key: Path(value).name if os.sep in str(value) else value for key, value in told.items()}
 
 
