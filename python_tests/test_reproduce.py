@@ -237,7 +237,7 @@ def test_every_arm_of_every_question_is_a_valid_run():
             assert set(preset.tuning) <= {"lr", "max_grad_norm", "batch_size"}
     assert {key for key, _ in tuned_arms(QUESTIONS[1], [1.0, math.inf])} == {
         f"{arm}, ε = {epsilon}"
-        for arm in ("dp-lora, plain", "ffa-lora, plain", "rolora, plain", "la-lora, filtered")
+        for arm in ("dp-lora, plain", "ffa-lora, plain", "rolora, plain", "la-lora, filtered", "la-lora, plain")
         for epsilon in ("1", "inf")
     }
     # a low-pass over steps leaves the mean gradient its length, so it is not tuned as the filters of the features are
@@ -247,7 +247,7 @@ def test_every_arm_of_every_question_is_a_valid_run():
         "la-lora, filtered, ε = 3": "binomial5",
         "la-lora, temporal, ε = 3": "temporal",
     }
-    assert list(_whole(QUESTIONS[1], True).arms)[4:] == [
+    assert list(_whole(QUESTIONS[1], True).arms)[len(FOUR) + 1 :] == [
         n for n in cost.CONTENDERS if n not in (*FOUR, cost.OPACUS)
     ]
 

@@ -79,7 +79,7 @@ FOUR = {
     "rolora": {"method": "rolora", "smoothing": "none"},
     "la-lora": {"method": "la-lora", "smoothing": "binomial5"},
 }
-PLAIN = {"method": "la-lora", "smoothing": "none"}
+PLAIN = {"method": "la-lora-unfiltered", "smoothing": "none"}
 LA: Settings = FOUR["la-lora"]
 
 
@@ -95,7 +95,10 @@ class Question:
 
 
 QUESTIONS = {
-    1: Question("Four methods: is LA-LoRA ahead, beyond the confidence interval?", FOUR, "la-lora", None),
+    1: Question(
+        "Four methods: is LA-LoRA ahead, beyond the confidence interval?",
+        FOUR | {"la-lora-unfiltered": PLAIN}, "la-lora", None,
+    ),
     2: Question(
         "Ablation: alternation and filter",
         {"neither": FOUR["dp-lora"], "filter": {"method": "dp-lora", "smoothing": "binomial5"},
@@ -119,7 +122,9 @@ QUESTIONS = {
         | {f"clipping {c}": LA | {"clipping": c} for c in ("per_layer", "automatic")}
         | {"projected": LA | {"smoothing": "projected"}}, "la-lora",
     ),
-    5: Question("Noise amplification and coupling", FOUR, "la-lora", measure=True),
+    5: Question(
+        "Noise amplification and coupling", FOUR | {"la-lora-unfiltered": PLAIN}, "la-lora", measure=True,
+    ),
 }  # fmt: skip
 COST = 6  # cost.py: not runs but timed steps
 COST_RANKS = (4, 8, 16, 32, 64)
