@@ -1,6 +1,7 @@
 """``lalora reproduce``: tune, train a question's grid in pieces of any length, write its tables and figures."""
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,7 +14,6 @@ from lalora_kernels.federated.methods import FURTHER
 from lalora_kernels.files import write_atomic
 from lalora_kernels.reproduce.presets import (
     COST,
-    COST_RANKS,
     PRESETS,
     QUESTIONS,
     Preset,
@@ -174,8 +174,6 @@ def _tune(
     published: list[Path], known: Mapping, jobs: int, deadline: float | None, say: Callable[[str], None],
 ) -> bool:  # fmt: skip
     """Tune every arm of the question that is not, at every ε; ``tuned.json`` holds choice and all that was tried."""
-    import json
-
     from lalora_kernels.reproduce import runs
 
     tuned = runs.read_tuned(*published, out / runs.TUNED)
@@ -201,13 +199,11 @@ def _cost(base: dict[str, Any], out: Path, deadline: float | None, say: Callable
 
     config = make_config(base)
     data = load_data(config.dataset, test=config.test_dataset)
-    path, lines = out / f"question-{COST}.jsonl", []
-    for line in cost.measure(config, len(data.classes), data.kind, COST_RANKS, path, deadline):
+    path = out / f"question-{COST}.jsonl"
+    for line in cost.measure(config, len(data.classes), data.kind, path, deadline):
         say(f"{line['contender']}, r = {line['rank']}: {line.get('error') or line['factors']}")
-    if path.exists():
-        import json
-
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        write_atomic(out / f"question-{COST}.md", text := cost.markdown(lines, config.local_steps))
+    lines = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+    if lines:
+        write_atomic(out / f"question-{COST}.md", text := cost.markdown(lines, config, len(data.classes), data.kind))
         say(text)
-    return len(lines) == len(COST_RANKS) * len(cost.CONTENDERS)
+    return cost.complete(lines)

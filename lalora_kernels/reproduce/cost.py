@@ -1,9 +1,12 @@
 """Question 6: time and memory of a private step, and bytes of a round, of each method here and of DP-LoRA in Opacus."""
 
 import dataclasses
+import itertools
 import json
+import math
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ from lalora_kernels.federated.config import Config
 from lalora_kernels.federated.methods import METHODS, Method, get_method, products
 from lalora_kernels.reproduce.runs import save_lines
 
-CONTENDERS = (*METHODS, "fedsvd", "fedex-lora", "flora", "fedsa-lora", OPACUS)
+CONTENDERS = (*METHODS, "la-lora-unfiltered", "fedsvd", "fedex-lora", "flora", "fedsa-lora", OPACUS)
+RANKS = (4, 16, 64)
+PASSES = 3
 
 
 def round_bytes(config: Config, num_classes: int, kind: str | None) -> dict[str, int]:
@@ -36,25 +41,37 @@ def _down(method: Method, state: dict, clients: int) -> int:
     ))  # fmt: skip
 
 
+def timed_as(contender: str) -> str:
+    """Whose client steps a contender's are: those of its schedule's method; what the server does is not timed."""
+    return contender if contender == OPACUS else get_method(contender).schedule.name
+
+
+TIMED = tuple(dict.fromkeys(map(timed_as, CONTENDERS)))
+
+
+def complete(lines: Sequence[dict[str, Any]]) -> bool:
+    """Whether every contender was measured in every pass at every rank."""
+    return len(lines) == PASSES * len(RANKS) * len(TIMED)
+
+
 def measure(
-    config: Config, num_classes: int, kind: str, ranks: Sequence[int], path: Path, deadline: float | None
+    config: Config, num_classes: int, kind: str, path: Path, deadline: float | None
 ) -> Iterator[dict[str, Any]]:
-    """One line for each contender and rank, each measured alone in a fresh process; what ``path`` holds is kept."""
+    """One line for each pass, rank and contender of TIMED, each measured alone in a fresh process; what ``path`` holds
+    is kept. Within a pass all of a rank follow each other, so that ratios are between neighbours in time."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    there = {(line["contender"], line["rank"]) for line in lines}
-    for rank in ranks:
-        for contender in CONTENDERS:
-            if (contender, rank) in there:
-                continue
-            if deadline is not None and time.time() >= deadline:
-                return
-            at = dataclasses.replace(config, rank=rank, lora_alpha=None)
-            line = {"contender": contender, "rank": rank, **dry_run(at, num_classes, kind, contender)}
-            method = "dp-lora" if contender == OPACUS else contender
-            line["bytes"] = round_bytes(dataclasses.replace(at, method=method), num_classes, kind)
-            lines.append(line)
-            save_lines(lines, path)
-            yield line
+    there = {(line["pass"], line["rank"], line["contender"]) for line in lines}
+    for key in itertools.product(range(PASSES), RANKS, TIMED):
+        if key in there:
+            continue
+        if deadline is not None and time.time() >= deadline:
+            return
+        number, rank, contender = key
+        at = dataclasses.replace(config, rank=rank, lora_alpha=None)
+        line = {"pass": number, "rank": rank, "contender": contender, **dry_run(at, num_classes, kind, contender)}
+        lines.append(line)
+        save_lines(lines, path)
+        yield line
 
 
 def round_seconds(line: dict[str, Any], local_steps: int) -> float:
@@ -63,29 +80,68 @@ def round_seconds(line: dict[str, Any], local_steps: int) -> float:
     return local_steps * sum(times) / len(times)
 
 
-def markdown(lines: Sequence[dict[str, Any]], local_steps: int) -> str:
-    """Seconds a client's round and memory a step, by rank."""
-    ranks = sorted({line["rank"] for line in lines})
-    at = {(line["contender"], line["rank"]): line for line in lines}
-    head = ["method", *(f"r = {rank}: s, MB, MB up, MB down" for rank in ranks)]
-    out = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(ranks)]
-    for contender in CONTENDERS:
-        row = []
-        for rank in ranks:
-            line = at.get((contender, rank))
-            if line is None or "error" in line:
-                row.append("—" if line is None else line["error"][:60])
-                continue
-            memory = line["device"] or line["step"] or line["peak"] or 0
-            sent = line["bytes"]
-            row.append(
-                f"{round_seconds(line, local_steps):.2f}, {memory / 1e6:.0f}, {sent['up'] / 1e6:.2f}, "
-                f"{sent['down'] / 1e6:.2f}"
-            )
-        name = "dp-lora in Opacus" if contender == OPACUS else contender
-        out.append(f"| {name} | " + " | ".join(row) + " |")
+def step_memory(line: dict[str, Any]) -> float:
+    """Bytes of a step above what model and optimizer hold: on the device, else resident, else the process's peak."""
+    return line["device"] or line["step"] or line["peak"] or math.nan
+
+
+def _against_opacus(
+    lines: Sequence[dict[str, Any]], contender: str, rank: int, value: Callable[[dict[str, Any]], float]
+) -> tuple[float, list[float]] | str:
+    """(median over passes of ``value``, its ratio to Opacus' in each pass), or why there is none."""
+    at = {(line["pass"], line["contender"]): line for line in lines if line["rank"] == rank}
+    mine = {number: line for (number, name), line in at.items() if name == timed_as(contender)}
+    if errors := [line["error"] for line in mine.values() if "error" in line]:
+        return errors[0][:60]
+    if not mine:
+        return "—"
+    theirs = {number: line for (number, name), line in at.items() if name == OPACUS and "error" not in line}
+    ratios = [value(line) / value(theirs[number]) for number, line in mine.items() if number in theirs]
+    return statistics.median(map(value, mine.values())), ratios
+
+
+def markdown(lines: Sequence[dict[str, Any]], config: Config, num_classes: int, kind: str) -> str:
+    """Three tables by rank: seconds of a client's round, memory of a step, bytes of a round."""
     about = (
-        f"Seconds of one client's round (K = {local_steps}), memory of a step above model and optimizer, what it "
-        "sends and is sent in a round."
+        f"Medians over {PASSES} passes, each contender's steps in a fresh process; in parentheses the ratio to DP-LoRA "
+        "in Opacus in the same pass, median [least, most]. FedSVD's client steps are FFA-LoRA's, those of FedEx-LoRA, "
+        "FLoRA and FedSA-LoRA DP-LoRA's: they differ in what the server does and what travels."
     )
-    return "## Cost of a round\n\n" + "\n".join(out) + f"\n\n{about}\n"
+    K = config.local_steps
+    measured = [
+        (f"Seconds of one client's round, K = {K}", lambda line: round_seconds(line, K), 1.0),
+        ("MB that a step needs above model and optimizer", step_memory, 1e6),
+    ]
+    tables = [_table(title, [
+        [_name(c), *(_cell(_against_opacus(lines, c, rank, value), unit, c) for rank in RANKS)] for c in CONTENDERS
+    ]) for title, value, unit in measured]  # fmt: skip
+    sent = []
+    for c in CONTENDERS:
+        row = [_name(c)]
+        for rank in RANKS:
+            method = "dp-lora" if c == OPACUS else c
+            at = dataclasses.replace(config, rank=rank, lora_alpha=None, method=method)
+            row.append(" / ".join(f"{n / 1e6:.2f}" for n in round_bytes(at, num_classes, kind).values()))
+        sent.append(row)
+    tables.append(_table("MB that a client sends / is sent in a round, float32", sent))
+    return "## Cost of a round\n\n" + "\n\n".join(tables) + f"\n\n{about}\n"
+
+
+def _name(contender: str) -> str:
+    return "dp-lora in Opacus" if contender == OPACUS else contender
+
+
+def _cell(found: tuple[float, list[float]] | str, unit: float, contender: str) -> str:
+    if isinstance(found, str):
+        return found
+    value, ratios = found
+    shown = f"{value / unit:.3g}"
+    if contender == OPACUS or not ratios:
+        return shown
+    return f"{shown} ({statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}])"
+
+
+def _table(title: str, rows: Sequence[Sequence[str]]) -> str:
+    head = ["method", *(f"r = {rank}" for rank in RANKS)]
+    lines = [f"{title}:", "", "| " + " | ".join(head) + " |", "|---|" + "---:|" * len(RANKS)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -127,7 +127,6 @@ QUESTIONS = {
     ),
 }  # fmt: skip
 COST = 6  # cost.py: not runs but timed steps
-COST_RANKS = (4, 8, 16, 32, 64)
 
 
 def base_settings(name: str, task: str, scale: str, data: Path | None) -> Settings:
