@@ -186,20 +186,28 @@ def run_steps(run: Run) -> None:
     start, rounds = time.monotonic(), 1 if run.dry else 10
     device = "cpu" if run.dry else "cuda"
     run.result["serves"] = {op: dispatch.choose(device, torch.bfloat16, op=op) for op in dispatch.OPS}
+    try:
+        refused = gpu_steps.wrong(device)  # correctness first
+    except ImportError as error:
+        run.add([missing("step", "all", "PEFT", f"not installed: {error.name}")])
+        return
     noise = backends(run, "chacha20_normal")
     cases = [
-        (lambda s=s: gpu_steps.step_rows(s, noise, rounds), s) for s in (gpu_steps.TINY if run.dry else gpu_steps.CASES)
+        (lambda s=s: gpu_steps.step_rows(s, noise, rounds, refused), s)
+        for s in (gpu_steps.TINY if run.dry else gpu_steps.CASES)
     ]
     last = gpu_steps.TINY[0] if run.dry else gpu_steps.ROUND
-    for rows, spec in [*cases, (lambda: gpu_steps.round_rows(last, min(rounds, 5)), last)]:
+    # The round after one case of each model: what comes last is what a slow machine goes without.
+    cases.insert(len(cases) // 2, (lambda: gpu_steps.round_rows(last, min(rounds, 5), refused), last))
+    for rows, spec in cases:
         if run.left() < 30:
             run.add([missing("step", f"{spec}", "all", "not run: out of time")])
         else:
             run.add(rows())
         if not run.dry:
             torch.cuda.empty_cache()
+        run.result["seconds"]["steps"] = round(time.monotonic() - start)
         run.save()
-    run.result["seconds"]["steps"] = round(time.monotonic() - start)
 
 
 def missing(*row: str) -> dict:
