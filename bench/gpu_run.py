@@ -1,6 +1,6 @@
 """What ``bench/gpu.sh`` runs once everything is built: tests on the card, then benchmarks, then the verdict.
 
-    python bench/gpu_run.py [--dry] [--out FOLDER] [--minutes 8] [--only tests ops steps compile]
+    python bench/gpu_run.py [--dry] [--out FOLDER] [--minutes 8] [--only tests ops steps tuning compile]
 
 Writes gpu-<family>.json and .md into bench/results and, of kernels all of whose tests passed, the proof into
 lalora_kernels/proven.json: commit both. ``--dry`` needs no card: Triton interpreted and compiled, the CUDA kernels
@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "python_tests")]
 BACKENDS = {"cuda": "lalora_kernels.cuda", "triton": "lalora_kernels.triton_ops"}
 TESTS = ROOT / "python_tests/test_gpu_card.py"
 PROVEN = ROOT / "lalora_kernels/proven.json"
-GROUPS = ("compile", "tests", "ops", "steps")
+GROUPS = ("compile", "tests", "ops", "steps", "tuning")
 
 
 class Run:
@@ -210,6 +210,17 @@ def run_steps(run: Run) -> None:
         run.save()
 
 
+def run_tuning(run: Run) -> None:
+    """Last: it says what to pin next, and meets no target."""
+    import gpu_ops
+
+    start = time.monotonic()
+    if "sample_grad" in run.result["passed"].get("triton", []) and run.left() > 30:
+        run.add(gpu_ops.tuning_rows("cpu" if run.dry else "cuda", 1 if run.dry else 15))
+    run.result["seconds"]["tuning"] = round(time.monotonic() - start)
+    run.save()
+
+
 def missing(*row: str) -> dict:
     return dict(zip(("what", "case", "against", "note"), row), median=None, met=None)
 
@@ -297,6 +308,8 @@ def main() -> int:
         run_ops(run)
     if "steps" in args.only:
         run_steps(run)
+    if "tuning" in args.only:
+        run_tuning(run)
     path = run.save()
     for report in run.out.glob("tests-*.xml"):
         report.unlink()

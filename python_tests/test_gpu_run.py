@@ -32,6 +32,7 @@ def test_a_dry_run_writes_a_row_of_every_operation_and_proves_nothing(run, monke
     monkeypatch.setattr(cuda, "_module", emulated.load(emulated.build()))
     run.result["passed"] = OPS
     gpu_run.run_ops(run)
+    gpu_run.run_tuning(run)
     result = json.loads((run.out / "gpu-dry.json").read_text())
     rows = {(r["what"], r.get("backend")) for r in result["rows"]}
     assert rows >= {
@@ -39,9 +40,13 @@ def test_a_dry_run_writes_a_row_of_every_operation_and_proves_nothing(run, monke
         ("privatize", "triton"),
         ("sample_grad", "triton"),
         ("chacha20_normal", "cuda"),
+        ("tuning", None),
     }
     assert all(r["median"] > 0 and r["met"] is None for r in result["rows"])
     assert {"device", "commit", "torch", "triton"} <= set(result)
+    tuned = [r for r in result["rows"] if r["what"] == "tuning"]
+    assert [r["case"][-2:].strip(" ,") for r in tuned] == ["B", "dz", "A"]
+    assert all(len(r["seconds"]) >= 2 and r["pinned"] in r["seconds"] for r in tuned)
     text = (run.out / "gpu-dry.md").read_text()
     assert "nothing is proven" in text and "| sample_grad | (2, 5, 24, 4) bf16, B | copy (triton) |" in text
     assert gpu_run.PROVEN.read_text() == "{}\n"
