@@ -1,89 +1,24 @@
-"""One training step of the same model on the same data: LA-LoRA here, and everything that it is compared with.
-
-Every contender has ``step()`` (load the batch, forward, backward, optimizer), takes plain SGD, and trains the adapters
-and the head. ``grads()`` are the gradients of its last step under this library's names, before the optimizer's.
-"""
+"""One training step of the same model on the same data: LA-LoRA here, and everything that it is compared with."""
 
 import copy
 import time
-from collections.abc import Iterator
 
 import torch
+from contender import BACKWARD, Contender, adapted, peft_model, plain_name
+from recipes import BookKeeping, LayerByLayer
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.profiler import record_function
-from zoo import Spec, base_model, loader, loss_of
+from zoo import Spec, loader, loss_of
 
-from lalora_kernels.adapt import adapt
-from lalora_kernels.nn import lora_layers
 from lalora_kernels.privacy.make_private import make_private
 from lalora_kernels.schedule import Schedule
-
-LR = 1e-3
-BACKWARD = "bench::backward"  # marks where the forward's memory is read (memory.py)
-
-
-def adapted(spec: Spec) -> nn.Module:
-    """The model with this library's adapters; B is not zero, so that A has a gradient."""
-    model = adapt(base_model(spec), r=spec.r, target_modules=spec.targets, modules_to_save=spec.head, verbose=False)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for _, layer in lora_layers(model):
-            layer.lora_B.copy_(0.02 * torch.randn(layer.lora_B.shape, generator=generator))
-    return model
-
-
-def peft_model(spec: Spec, float32_factors: bool = True) -> nn.Module:
-    """The same in PEFT, with the same weights; beside a half-precision base, factors in float32 or in its dtype."""
-    import peft
-
-    ours = adapted(spec)
-    layers = dict(lora_layers(ours))
-    config = peft.LoraConfig(r=spec.r, lora_alpha=spec.r, target_modules=list(layers), modules_to_save=spec.head)
-    model = peft.get_peft_model(base_model(spec), config, autocast_adapter_dtype=float32_factors).train()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            for factor in ("lora_A", "lora_B"):
-                if f".{factor}." in name:
-                    layer = name.removeprefix("base_model.model.").removesuffix(f".{factor}.default.weight")
-                    p.copy_(getattr(layers[layer], factor))
-    return model
-
-
-def plain_name(name: str) -> str:
-    """This library's name of a PEFT (or Opacus-wrapped PEFT) parameter."""
-    name = name.removeprefix("_module.").removeprefix("base_model.model.").replace(".modules_to_save.default", "")
-    return name.replace(".lora_A.default.weight", ".lora_A").replace(".lora_B.default.weight", ".lora_B")
-
-
-class Contender:
-    """A model, an optimizer and endless batches of all records."""
-
-    def __init__(self, spec: Spec, model: nn.Module):
-        self.spec, self.model = spec, model
-        self.sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LR)
-        self.batches: Iterator = self._endless()
-        self.kept: dict[str, Tensor] | None = None
-
-    def _endless(self) -> Iterator:
-        batches = loader(self.spec)
-        while True:
-            yield from batches
-
-    def keep_grads(self) -> None:
-        """From now on the inner optimizer's step notes the gradients it is given; ``grads`` returns them."""
-        self.sgd.register_step_pre_hook(lambda *_: self._keep())
-
-    def _keep(self) -> None:
-        named = self.model.named_parameters()
-        self.kept = {plain_name(n): p.grad.clone() for n, p in named if p.grad is not None}
-
-    def grads(self) -> dict[str, Tensor]:
-        return self.kept
 
 
 class Peft(Contender):
     """Ordinary LoRA, not private, A and B."""
+
+    clipping = None
 
     def __init__(self, spec: Spec, noise: float = 1.0, clip: float = 1.0, float32_factors: bool = True):
         super().__init__(spec, peft_model(spec, float32_factors))
@@ -100,14 +35,24 @@ class Peft(Contender):
 class LaLora(Contender):
     """This library; the active factor follows ``factors``, one letter a step, over and over."""
 
-    def __init__(self, spec: Spec, noise: float = 1.0, clip: float = 1.0, factors: str = "BA", smoothing="binomial5"):
+    def __init__(
+        self,
+        spec: Spec,
+        noise: float = 1.0,
+        clip: float = 1.0,
+        factors: str = "BA",
+        smoothing: str | None = "binomial5",
+        clipping: str = "flat",
+    ):
         super().__init__(spec, adapted(spec))
+        self.clipping = clipping
         self.optimizer, batches = make_private(
             self.model,
             self.sgd,
             loader(spec),
             method=Schedule("bench", lambda _, step: factors[(step - 1) % len(factors)]),
             smoothing=smoothing,
+            clipping=clipping,
             max_grad_norm=clip,
             noise_multiplier=noise,
             sample_rate=1.0,
@@ -160,7 +105,7 @@ class OpacusHooks(Contender):
         from opacus.optimizers import DPOptimizer
 
         model = peft_model(spec)
-        kind = _folded(GradSampleModule, spec.batch) if spec.model == "swin" else GradSampleModule
+        kind = _folded(GradSampleModule, spec.batch) if "swin" in spec.model else GradSampleModule
         super().__init__(spec, kind(model, batch_first=True, loss_reduction="mean", strict=False))
         self.optimizer = DPOptimizer(
             self.sgd, noise_multiplier=noise, max_grad_norm=clip, expected_batch_size=spec.batch
@@ -197,14 +142,14 @@ class OpacusGhost(Contender):
         from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
         model = peft_model(spec)
-        kind = _folded(Ghost, spec.batch) if spec.model == "swin" else Ghost
+        kind = _folded(Ghost, spec.batch) if "swin" in spec.model else Ghost
         wrapped = kind(
             model,
             batch_first=True,
             loss_reduction="mean",
             strict=False,
             max_grad_norm=clip,
-            use_ghost_clipping=spec.model != "swin",
+            use_ghost_clipping="swin" not in spec.model,
         )
         super().__init__(spec, wrapped)
         self.optimizer = DPOptimizerFastGradientClipping(
@@ -251,15 +196,24 @@ CONTENDERS: dict[str, type[Contender]] = {
     "Opacus hooks": OpacusHooks,
     "Opacus ghost": OpacusGhost,
     "torch.func vmap": FunctionalVmap,
+    "fastDP's recipe": BookKeeping,
+    "FlashDP's recipe": LayerByLayer,
 }
 
 
-def expected(G: dict[str, Tensor], clip: float | None, names=lambda name: True) -> dict[str, Tensor]:
+def expected(
+    G: dict[str, Tensor], clip: float | None, names=lambda name: True, clipping: str | None = "flat"
+) -> dict[str, Tensor]:
     """The clipped mean of per-sample gradients over the tensors that ``names`` accepts, in float64."""
     G = {n: g.double() for n, g in G.items() if names(n)}
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in G.values()]).norm(dim=0)
-    weights = torch.ones_like(norms) if clip is None else (clip / norms).clamp(max=1.0)
-    return {n: torch.einsum("n,n...->...", weights, g) / len(norms) for n, g in G.items()}
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in G.values()])
+    if clip is None or clipping is None:
+        weights = torch.ones_like(norms)
+    elif clipping == "per_layer":
+        weights = (clip / len(G) ** 0.5 / norms).clamp(max=1.0)
+    else:
+        weights = (clip / norms.norm(dim=0)).clamp(max=1.0).expand_as(norms)
+    return {n: torch.einsum("n,n...->...", w, g) / len(w) for w, (n, g) in zip(weights, G.items())}
 
 
 def typical_norm(G: dict[str, Tensor]) -> float:

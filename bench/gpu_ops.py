@@ -3,6 +3,7 @@
 ``device="cpu"`` runs the same code on tiny shapes, on Triton's interpreter and the emulated machine.
 """
 
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -158,3 +159,39 @@ def noise_seconds(ops: ModuleType, count: int, device: str, rounds: int) -> floa
         device, {"": lambda: ops.chacha20_normal(count, key=KEY, release=1, tensor_index=0, device=device)}, rounds
     )
     return statistics.median(times[""])
+
+
+def tuning_rows(device: str, rounds: int) -> Iterator[dict]:
+    """What the pinned block sizes of ``sample_grad`` leave on the table: the fastest of the autotuner's short list."""
+    from lalora_kernels.triton_ops import common
+
+    module = importlib.import_module("lalora_kernels.triton_ops.sample_grad")
+    for N, T, m, r in TINY if device == "cpu" else SHAPES:
+        make = dict(device=device, dtype=torch.bfloat16)
+        dy, B, h = torch.randn(N, T, m, **make), torch.randn(m, r, **make), torch.randn(N, T, r, **make)
+        dz, wide = torch.empty_like(h), torch.zeros(N, T, r, device=device)
+        G, configs = torch.empty(N, m, r, device=device), module.configs(common.chip(dy.device).arch, 2, max(r, 16))
+        calls = {
+            "B": lambda c, t=(dy, h, G, B, dz): module.thin_gradient(c, *t[:2], SCALING, t[2], False, *t[3:]),
+            "dz": lambda c, t=(dy, B, dz, wide): module.rows_dz(c, *t[:2], SCALING, *t[2:]),
+            "A": lambda c, t=(dy, wide, G): module.thin_gradient(c, *t[:2], 1.0, t[2], False),
+        }
+        for what, call in calls.items():
+            times = race(device, {str(tuple(c)): lambda c=c, f=call: f(c) for c in configs if _fits(call, c)}, rounds)
+            pinned = str(tuple(configs[0]))
+            best = min(times, key=lambda name: statistics.median(times[name]))
+            gain = ratio(times.get(pinned, times[best]), times[best])
+            facts = {"seconds": medians(times), "pinned": pinned}
+            yield row("tuning", f"({N}, {T}, {m}, {r}) bf16, {what}", f"pinned: {best}", gain, 1.0, True, **facts) | {
+                "met": None
+            }
+
+
+def _fits(call: Callable, config: tuple) -> bool:
+    try:
+        call(config)
+    except Exception as error:  # a tile that this chip's shared memory does not hold
+        if type(error).__name__ != "OutOfResources":
+            raise
+        return False
+    return True

@@ -1,6 +1,6 @@
 """What ``bench/gpu.sh`` runs once everything is built: tests on the card, then benchmarks, then the verdict.
 
-    python bench/gpu_run.py [--dry] [--out FOLDER] [--minutes 8] [--only tests ops steps compile]
+    python bench/gpu_run.py [--dry] [--out FOLDER] [--minutes 8] [--only tests ops steps tuning compile]
 
 Writes gpu-<family>.json and .md into bench/results and, of kernels all of whose tests passed, the proof into
 lalora_kernels/proven.json: commit both. ``--dry`` needs no card: Triton interpreted and compiled, the CUDA kernels
@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "python_tests")]
 BACKENDS = {"cuda": "lalora_kernels.cuda", "triton": "lalora_kernels.triton_ops"}
 TESTS = ROOT / "python_tests/test_gpu_card.py"
 PROVEN = ROOT / "lalora_kernels/proven.json"
-GROUPS = ("compile", "tests", "ops", "steps")
+GROUPS = ("compile", "tests", "ops", "steps", "tuning")
 
 
 class Run:
@@ -186,20 +186,39 @@ def run_steps(run: Run) -> None:
     start, rounds = time.monotonic(), 1 if run.dry else 10
     device = "cpu" if run.dry else "cuda"
     run.result["serves"] = {op: dispatch.choose(device, torch.bfloat16, op=op) for op in dispatch.OPS}
+    try:
+        refused = gpu_steps.wrong(device)  # correctness first
+    except ImportError as error:
+        run.add([missing("step", "all", "PEFT", f"not installed: {error.name}")])
+        return
     noise = backends(run, "chacha20_normal")
     cases = [
-        (lambda s=s: gpu_steps.step_rows(s, noise, rounds), s) for s in (gpu_steps.TINY if run.dry else gpu_steps.CASES)
+        (lambda s=s: gpu_steps.step_rows(s, noise, rounds, refused), s)
+        for s in (gpu_steps.TINY if run.dry else gpu_steps.CASES)
     ]
     last = gpu_steps.TINY[0] if run.dry else gpu_steps.ROUND
-    for rows, spec in [*cases, (lambda: gpu_steps.round_rows(last, min(rounds, 5)), last)]:
+    # The round after one case of each model: what comes last is what a slow machine goes without.
+    cases.insert(len(cases) // 2, (lambda: gpu_steps.round_rows(last, min(rounds, 5), refused), last))
+    for rows, spec in cases:
         if run.left() < 30:
             run.add([missing("step", f"{spec}", "all", "not run: out of time")])
         else:
             run.add(rows())
         if not run.dry:
             torch.cuda.empty_cache()
+        run.result["seconds"]["steps"] = round(time.monotonic() - start)
         run.save()
-    run.result["seconds"]["steps"] = round(time.monotonic() - start)
+
+
+def run_tuning(run: Run) -> None:
+    """Last: it says what to pin next, and meets no target."""
+    import gpu_ops
+
+    start = time.monotonic()
+    if "sample_grad" in run.result["passed"].get("triton", []) and run.left() > 30:
+        run.add(gpu_ops.tuning_rows("cpu" if run.dry else "cuda", 1 if run.dry else 15))
+    run.result["seconds"]["tuning"] = round(time.monotonic() - start)
+    run.save()
 
 
 def missing(*row: str) -> dict:
@@ -289,6 +308,8 @@ def main() -> int:
         run_ops(run)
     if "steps" in args.only:
         run_steps(run)
+    if "tuning" in args.only:
+        run_tuning(run)
     path = run.save()
     for report in run.out.glob("tests-*.xml"):
         report.unlink()

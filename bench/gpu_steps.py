@@ -1,32 +1,81 @@
-"""Whole private steps on a card against PEFT's and Opacus': rows of gpu_run.py."""
+"""Whole private steps on a card against PEFT's, Opacus' and two recipes' (recipes.py): rows of gpu_run.py."""
 
 import gc
-import importlib.util
 import statistics
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import ModuleType
 
 import torch
-from contenders import Contender, LaLora, OpacusGhost, OpacusHooks, Peft
+from contender import Contender, plain_name
+from contenders import CONTENDERS, LaLora, OpacusHooks, Peft, expected, one_gradient, typical_norm
 from gpu_ops import medians, missing, noise_seconds, race, row
+from harness import relative_error
 from report import Ratio, ratio
-from zoo import MODELS, Spec
+from zoo import MODELS, Spec, loss_of
 
 CASES = [
     Spec(model, targets, 16, batch, "cuda", torch.bfloat16)
-    for model, batch in (("roberta-128", 32), ("vit-b", 64), ("swin-b", 32), ("llama-1b", 8))
     for targets in ("qv", "all-linear")
+    for model, batch in (("roberta-128", 32), ("llama-1b", 8), ("swin-b", 32), ("vit-b", 64))
 ]
-TINY = [Spec("tiny-vit", "qv", 4, 3), Spec("tiny-llama", "all-linear", 4, 3)]
+TINY = [Spec("tiny-vit", "qv", 4, 3), Spec("tiny-llama", "all-linear", 4, 3), Spec("tiny-swin", "all-linear", 4, 3)]
+TOLERANCE = 1e-4  # of the check: float32
 ROUND = Spec("swin-b", "qv", 16, 32, "cuda", torch.float32)  # as the paper's: float32
 STEPS_A_ROUND = 8
+CASE_SECONDS = 12  # of timing a case; at least 3 rounds
+OURS = {"flat": "ours", "per_layer": "ours, per layer"}
 PLAIN = {
     "PEFT": Peft,
     "PEFT, factors in bfloat16": lambda spec: Peft(spec, float32_factors=False),
 }
-PRIVATE = {"Opacus hooks": OpacusHooks, "Opacus ghost": OpacusGhost}
-# Methods that the comparison should have: (module to look for, what stands in the row).
-ABSENT = {"fastDP": "fastDP", "FlashDP": "flashdp"}
+PRIVATE = {n: kind for n, kind in CONTENDERS.items() if kind.clipping is not None and n != "torch.func vmap"}
+
+
+def one_by_one(spec: Spec) -> dict[str, torch.Tensor]:
+    """name -> (N, *shape), each record's gradient of its own loss, from as many backwards of PEFT's model."""
+    peft = Peft(spec)
+    x, y = next(peft.batches)
+    trained = {plain_name(n): p for n, p in peft.model.named_parameters() if p.requires_grad}
+    each = []
+    for i in range(len(y)):
+        loss = loss_of(peft.model(x[i : i + 1]).logits, y[i : i + 1])
+        each.append(torch.autograd.grad(loss, list(trained.values())))
+    return {n: torch.stack(g) for n, g in zip(trained, zip(*each))}
+
+
+def why(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return f"not installed: {error.name}"
+    return f"failed: {type(error).__name__}: {str(error)[:120]}"
+
+
+def wrong(device: str) -> dict[str, str]:
+    """Contender -> why it is not timed, of those whose noiseless gradient on small models is not the formula's."""
+    found: dict[str, str] = {}
+    for tiny in TINY:
+        spec = replace(tiny, device=device)
+        G = one_by_one(spec)
+        clip = typical_norm(G)
+
+        def note(name: str, contender: Contender, want: dict[str, torch.Tensor], spec: Spec = spec) -> None:
+            got = one_gradient(contender)
+            flat = (torch.cat([g[n].double().flatten() for n in want]) for g in (got, want))
+            if not (error := relative_error(*flat)) <= TOLERANCE:
+                found.setdefault(name, f"off by {error:.2g} on {spec}: not timed")
+
+        for name, kind in {"PEFT": Peft, **PRIVATE}.items():
+            try:
+                note(name, kind(spec, noise=0.0, clip=clip), expected(G, clip, clipping=kind.clipping))
+            except Exception as error:
+                found.setdefault(name, why(error))
+        for clipping, name in OURS.items():
+            ours = LaLora(spec, noise=0.0, clip=clip, smoothing=None, clipping=clipping)
+            ours.sgd.param_groups[0]["lr"] = 0.0  # so that the second step is taken at the same place
+            for frozen in ("lora_A", "lora_B"):  # B comes first
+                note(name, ours, expected(G, clip, lambda n, frozen=frozen: not n.endswith(frozen), clipping))
+    return found
 
 
 class Entry:
@@ -41,8 +90,11 @@ class Entry:
         if device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            self.run()
+        start = time.perf_counter()
+        self.run()
+        if device == "cuda":
             torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - start
         self.peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
 
 
@@ -54,10 +106,8 @@ def enter(makes: dict[str, Callable[[], Contender]], device: str) -> tuple[dict[
     for name, make in makes.items():
         try:
             entries[name] = Entry(make, device)
-        except ImportError as error:
-            failures[name] = f"not installed: {error.name}"
         except Exception as error:  # a contender's own failure is a row, not the end of the run
-            failures[name] = f"failed: {type(error).__name__}: {str(error)[:120]}"
+            failures[name] = why(error)
     return entries, failures
 
 
@@ -66,34 +116,40 @@ def compare_memory(what: str, case: str, name: str, ours: int, theirs: int, targ
     return row(what, case, name, value, target, at_least, bytes={"ours": ours, name: theirs})
 
 
-def step_rows(spec: Spec, backends: dict[str, ModuleType], rounds: int) -> Iterator[dict]:
-    case, device = f"{MODELS[spec.model][0]}, {spec.targets}", spec.device
-    makes = {name: lambda kind=kind: kind(spec) for name, kind in {**PLAIN, **PRIVATE}.items()}
-    entries, failures = enter({"ours": lambda: LaLora(spec), **makes}, device)
-    for name, why in failures.items():
-        yield missing("step", case, name, why)
-    for name, module in ABSENT.items():
-        here = importlib.util.find_spec(module) is not None
-        yield missing("step", case, name, "installed, but not run: no contender here" if here else "not installed")
-    ours = entries.get("ours")
-    if ours is None:
+def step_rows(
+    spec: Spec, backends: dict[str, ModuleType], rounds: int, refused: dict[str, str] | None = None
+) -> Iterator[dict]:
+    """``refused``: contenders that ``wrong`` found, which are rows without a figure."""
+    case, device, refused = f"{MODELS[spec.model][0]}, {spec.targets}", spec.device, refused or {}
+    makes = {name: lambda clipping=clipping: LaLora(spec, clipping=clipping) for clipping, name in OURS.items()}
+    makes |= {name: lambda kind=kind: kind(spec) for name, kind in {**PLAIN, **PRIVATE}.items()}
+    right = {name: make for name, make in makes.items() if name.partition(", factors")[0] not in refused}
+    entries, failures = enter(right, device)
+    for name, reason in {**refused, **failures}.items():
+        yield missing("step", case, name, reason)
+    if "ours" not in entries:
         return
+    rounds = min(rounds, max(3, int(CASE_SECONDS / sum(e.seconds for e in entries.values()))))
     times = race(device, {name: e.run for name, e in entries.items()}, rounds, host=True)
-    times["ours"] = [t / len(ours.contender.factors) for t in times["ours"]]  # a cycle: one step of each factor
+    for name in OURS.values():
+        if name in entries:  # a cycle: one step of each factor
+            times[name] = [t / len(entries[name].contender.factors) for t in times[name]]
     facts = {"seconds": medians(times), "batch": spec.batch, "r": spec.r}
     plain = [name for name in PLAIN if name in entries]
+    ours = entries["ours"]
     if plain:
         best = min(plain, key=lambda name: statistics.median(times[name]))
         yield row("step", case, best, ratio(times["ours"], times[best]), 1.05, False, **facts)
         small = min(plain, key=lambda name: entries[name].peak)
         floor = entries[small].peak
         yield compare_memory("step memory", case, small, ours.peak, floor, 1.0, False)
-    for name in PRIVATE:
-        if name in entries:
-            yield row("step", case, name, ratio(times[name], times["ours"]), 2.0, True, **facts)
+    for name, kind in PRIVATE.items():
+        mine = OURS[kind.clipping]  # what clips by layers is compared with ours that does
+        if name in entries and mine in entries:
+            yield row("step", case, name, ratio(times[name], times[mine]), 2.0, True, **facts)
             if plain:  # extra: what privacy adds to PEFT's
-                extra = entries[name].peak - floor
-                yield compare_memory("extra memory", case, name, max(ours.peak - floor, 0), extra, 3.0, True)
+                mine_extra, extra = (max(entries[n].peak - floor, 0) for n in (mine, name))
+                yield compare_memory("extra memory", case, name, mine_extra, extra, 3.0, True)
     sites = [s for s in ours.contender.optimizer.engine.sites if not s.name.endswith("lora_A")]
     for name, ops in backends.items():
         noise = noise_seconds(ops, sum(s.param.numel() for s in sites), device, rounds)
@@ -101,12 +157,14 @@ def step_rows(spec: Spec, backends: dict[str, ModuleType], rounds: int) -> Itera
         yield row("noise", case, "its step", share, 0.02, False, backend=name)
 
 
-def round_rows(spec: Spec, rounds: int) -> Iterator[dict]:
+def round_rows(spec: Spec, rounds: int, refused: dict[str, str] | None = None) -> Iterator[dict]:
     """One client's local steps: LA-LoRA here, DP-LoRA (both factors) with Opacus."""
     case, device = f"round of {STEPS_A_ROUND} steps, {MODELS[spec.model][0]}, CIFAR-100's shape, float32", spec.device
-    entries, failures = enter({"ours": lambda: LaLora(spec), "Opacus hooks": lambda: OpacusHooks(spec)}, device)
-    for name, why in failures.items():
-        yield missing("round", case, name, why)
+    makes = {"ours": lambda: LaLora(spec), "Opacus hooks": lambda: OpacusHooks(spec)}
+    refused = {name: why for name, why in (refused or {}).items() if name in makes}
+    entries, failures = ({}, refused) if refused else enter(makes, device)
+    for name, reason in failures.items():
+        yield missing("round", case, name, reason)
     if failures:
         return
 

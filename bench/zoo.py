@@ -64,11 +64,17 @@ MODELS = {
              num_key_value_heads=8, vocab_size=32000, pad_token_id=0, use_cache=False),
         1024,
     ),
-    # for dry runs
+    # for dry runs, and for the check of every contender
     "tiny-vit": (
         "a ViT of two layers",
         ("ViTConfig", "ViTForImageClassification"),
         dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32),
+        None,
+    ),
+    "tiny-swin": (
+        "a Swin of two stages",
+        ("SwinConfig", "SwinForImageClassification"),
+        dict(image_size=32, embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=4, drop_path_rate=0.0),
         None,
     ),
     "tiny-llama": (

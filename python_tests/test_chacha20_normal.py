@@ -1,5 +1,6 @@
 """The noise source: RFC 8439's vectors, the same words everywhere, the right distribution."""
 
+import importlib
 import math
 from functools import lru_cache
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 from tolerances import KS_ACCEPT, KS_REJECT, NORMAL_F32
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lalora_kernels import functional, native, reference
 from lalora_kernels.reference.chacha20_normal import normals_from_words
@@ -127,3 +129,38 @@ def test_streams_differ():
 def test_bad_streams(change, message, backend):
     with pytest.raises(ValueError, match=message):
         functional.chacha20_normal(4, **{**dict(key=KEY, release=0, tensor_index=0), **change}, backend=backend)
+
+
+@pytest.mark.parametrize("most", [1, 10, 1 << 18])
+def test_streams_together_are_the_streams_one_by_one(monkeypatch, most):
+    module = importlib.import_module("lalora_kernels.reference.chacha20_normal")  # its package names the function so
+    monkeypatch.setattr(module, "PASS", most)
+    counts, indices, release = [5, 0, 4, 1, 33, 40, 3], [7, 0, 2**32 - 1, 3, 1, 2, 9], 2**33 + 5
+    together = module.each_streams_start(counts, key=KEY, release=release, tensor_index=indices, device="cpu")
+    for count, index, got in zip(counts, indices, together, strict=True):
+        want = module.chacha20_normal(count, key=KEY, release=release, tensor_index=index, dtype=torch.float64)
+        assert torch.equal(got, want)
+
+
+def test_the_noise_of_a_release_is_one_pass_of_operations():
+    """On a card that has no proven kernel each is a launch: a model of a hundred tensors would wait for 200,000."""
+
+    class Counting(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.calls += 1
+            return op(*args, **(kwargs or {}))
+
+    def operations(tensors: int) -> int:
+        out = [torch.empty(3, 4) for _ in range(tensors)]
+        nothing = [None] * tensors
+        with Counting() as counted:
+            reference.privatize(
+                nothing, nothing, None, out, noise_std=1.0, key=KEY, release=1, tensor_index=range(tensors),
+                smooth_dim=nothing, divisor=1.0,
+            )  # fmt: skip
+        return counted.calls
+
+    one = operations(1)
+    assert one > 2000 and operations(11) < one + 10 * 20

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))
 import gpu_run  # noqa: E402
+import harness  # noqa: E402
 
 OPS = {"cuda": ["chacha20_normal", "privatize"], "triton": ["chacha20_normal", "privatize", "sample_grad"]}
 
@@ -31,6 +32,7 @@ def test_a_dry_run_writes_a_row_of_every_operation_and_proves_nothing(run, monke
     monkeypatch.setattr(cuda, "_module", emulated.load(emulated.build()))
     run.result["passed"] = OPS
     gpu_run.run_ops(run)
+    gpu_run.run_tuning(run)
     result = json.loads((run.out / "gpu-dry.json").read_text())
     rows = {(r["what"], r.get("backend")) for r in result["rows"]}
     assert rows >= {
@@ -38,21 +40,69 @@ def test_a_dry_run_writes_a_row_of_every_operation_and_proves_nothing(run, monke
         ("privatize", "triton"),
         ("sample_grad", "triton"),
         ("chacha20_normal", "cuda"),
+        ("tuning", None),
     }
     assert all(r["median"] > 0 and r["met"] is None for r in result["rows"])
     assert {"device", "commit", "torch", "triton"} <= set(result)
+    tuned = [r for r in result["rows"] if r["what"] == "tuning"]
+    assert [r["case"][-2:].strip(" ,") for r in tuned] == ["B", "dz", "A"]
+    assert all(len(r["seconds"]) >= 2 and r["pinned"] in r["seconds"] for r in tuned)
     text = (run.out / "gpu-dry.md").read_text()
     assert "nothing is proven" in text and "| sample_grad | (2, 5, 24, 4) bf16, B | copy (triton) |" in text
     assert gpu_run.PROVEN.read_text() == "{}\n"
 
 
-def test_steps_are_compared_with_peft_and_opacus(run):
+def test_steps_are_compared_with_peft_opacus_and_the_recipes(run):
     import gpu_steps
 
     rows = list(gpu_steps.step_rows(gpu_steps.TINY[0], {}, 1))
     against = {r["against"] for r in rows if r["what"] == "step"}
-    assert {"Opacus hooks", "Opacus ghost", "fastDP", "FlashDP"} <= against and any("PEFT" in a for a in against)
+    assert {"Opacus hooks", "Opacus ghost", "fastDP's recipe", "FlashDP's recipe"} <= against
+    assert any("PEFT" in a for a in against)
     assert all(r["note"] == "not installed" for r in rows if r["median"] is None)
+
+
+def test_every_contender_is_checked_before_it_is_timed(monkeypatch):
+    import contenders
+    import gpu_steps
+    import recipes
+
+    checked = []
+
+    def relative_error(got, want):
+        checked.append(harness.relative_error(got, want))
+        return checked[-1]
+
+    monkeypatch.setattr(gpu_steps, "relative_error", relative_error)
+    assert gpu_steps.wrong("cpu") == {}
+    contended = 1 + len(gpu_steps.PRIVATE) + 2 * len(gpu_steps.OURS)  # PEFT's; ours with either factor
+    assert len(checked) == len(gpu_steps.TINY) * contended and max(checked) < 1e-6
+
+    # Each fault is one that a careless recipe has; vit's Gram matrices, the other two models' direct norms.
+    monkeypatch.setattr(gpu_steps, "TINY", gpu_steps.TINY[:1])
+    monkeypatch.setattr(gpu_steps, "OURS", {})
+    monkeypatch.setattr(recipes.LayerByLayer, "_weights", lambda self, G: torch.ones(len(G)))
+    monkeypatch.setattr(contenders.OpacusHooks, "backward", lambda self: None)
+    found = gpu_steps.wrong("cpu")
+    assert set(found) == {"FlashDP's recipe", "Opacus hooks"}
+    assert "not timed" in found["FlashDP's recipe"] and found["Opacus hooks"].startswith("failed: ")
+    rows = list(gpu_steps.step_rows(gpu_steps.TINY[0], {}, 1, found))
+    assert {r["against"] for r in rows if r["median"] is None} == set(found)
+    assert not {r["against"] for r in rows if r["median"] is not None} & set(found)
+    monkeypatch.setattr(gpu_steps, "enter", lambda *_: pytest.fail("a round was timed against what is wrong"))
+    rounds = list(gpu_steps.round_rows(gpu_steps.TINY[0], 1, found))
+    assert [r["against"] for r in rounds] == ["Opacus hooks"] and rounds[0]["median"] is None
+
+
+def test_swins_windows_are_one_record_to_every_contender(monkeypatch):
+    """Names of models differ ("swin-b"); who takes a window for a record is off by much."""
+    import contenders
+    import gpu_steps
+
+    monkeypatch.setattr(gpu_steps, "TINY", [s for s in gpu_steps.TINY if s.model == "tiny-swin"])
+    monkeypatch.setattr(gpu_steps, "OURS", {})
+    monkeypatch.setattr(contenders, "_folded", lambda kind, records: kind)
+    assert set(gpu_steps.wrong("cpu")) == {"Opacus hooks", "Opacus ghost"}
 
 
 def test_a_contender_that_fails_is_a_row():

@@ -76,6 +76,35 @@ def test_sums_over_spans_of_T_are_added_to_and_repeat(monkeypatch):
     check_repeats(TARGET, case, "sample_grad")
 
 
+def test_work_is_cut_only_where_the_chip_would_stand_idle():
+    """Of a sum over T: 128 programs on 132 multiprocessors are left alone, fewer are cut into at most two turns."""
+    from lalora_kernels.triton_ops.sample_grad import FILL_DZ, FILL_G, spans
+
+    assert spans(132, 128, 2048, 64, FILL_G) == (1, 2048)
+    assert spans(132, 64, 2048, 64, FILL_G) == (4, 512)
+    assert spans(132, 128, 4096, 256, FILL_DZ) == (2, 2048)
+    assert spans(132, 64, 100, 64, FILL_G)[0] == 1  # two blocks a piece at least
+    for programs in range(1, 300):
+        for length in (1, 65, 197, 2048):
+            for fill in (FILL_G, FILL_DZ):
+                pieces, span = spans(132, programs, length, 32, fill)
+                assert (pieces - 1) * span < length <= pieces * span and span % 32 == 0
+                assert pieces == 1 or programs * pieces <= 2 * 132
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 64])
+@pytest.mark.parametrize("dtype", [BF16, F16, torch.float32])
+def test_dz_beside_the_gradient_of_A_is_the_same_cut_or_not(monkeypatch, dtype, multiprocessors):
+    """The gradient takes it in float32, the caller in dy's dtype: both come from one launch, or a sum of pieces."""
+    launched = []
+    module = sys.modules["lalora_kernels.triton_ops.sample_grad"]
+    finish = module.finish
+    monkeypatch.setattr(module, "finish", lambda z, *a: launched.append(z is not None) or finish(z, *a))
+    monkeypatch.setattr(common, "assumed", common.Chip(80, multiprocessors))
+    check_sample_grad(TARGET, GradCase(2, 40, 1100, 9, 4, dtype), ("x",))
+    assert any(launched) == (multiprocessors > 1)
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_configuration_of_each_architecture(arch, monkeypatch):
     monkeypatch.setattr(common, "assumed", common.Chip(arch, 3))
@@ -209,12 +238,12 @@ def test_float32_products_take_tf32_only_where_torchs_own_may(monkeypatch):
             matmul.allow_tf32 = allowed
             triton_ops.sample_grad(torch.ones(1, 3, 4), torch.ones(4, 2), 1.0, h=torch.ones(1, 3, 2))
         monkeypatch.setattr(torch.version, "hip", "6.2")
-        assert common.precision() == "ieee"
+        assert common.precision(torch.float32) == "ieee"
         monkeypatch.setattr(torch.version, "hip", None)
         if hasattr(matmul, "fp32_precision"):  # which forbids to read allow_tf32 from then on
             for setting in ("ieee", "tf32"):
                 matmul.fp32_precision = setting
-                assert common.precision() == setting
+                assert common.precision(torch.float32) == setting
     finally:
         matmul.allow_tf32 = before
     assert seen == ["ieee", "tf32"]

@@ -1,6 +1,7 @@
 """ChaCha20 (RFC 8439, section 2.3) as a counter-based source of normals."""
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 CONSTANTS = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)
 MASK = 0xFFFFFFFF
 TWO_PI = 2.0 * math.pi
+PASS = 1 << 18  # blocks; 128 bytes of state each, a few times over
 MAX_ELEMENTS = 4 << 32  # the block counter is 32 bits wide and a block serves 4 elements
 
 
@@ -48,10 +50,13 @@ def chacha20_words(
     if start < 0 or blocks < 0 or start + blocks > 1 << 32:
         raise ValueError(f"ChaCha20's block counter has 32 bits; blocks {start}..{start + blocks} do not fit")
     counter = torch.arange(start, start + blocks, dtype=torch.int64, device=device)
-    fixed = [*CONSTANTS, *key_words(key)]
-    initial = [torch.full_like(counter, w) for w in fixed]
-    initial.append(counter)
-    initial += [torch.full_like(counter, w & MASK) for w in nonce]
+    return _words(key, counter, [torch.full_like(counter, w & MASK) for w in nonce])
+
+
+def _words(key: bytes, counter: Tensor, nonce: list[Tensor]) -> Tensor:
+    """(blocks, 16); counter and the nonce's three words (blocks,)."""
+    initial = [torch.full_like(counter, w) for w in (*CONSTANTS, *key_words(key))]
+    initial += [counter, *nonce]
     s = list(initial)
     for _ in range(10):
         for q in ((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15)):
@@ -97,3 +102,29 @@ def chacha20_normal(
     normals = normals_from_words(words.view(-1, 4, 4)).reshape(-1)
     offset = start - 4 * first
     return normals[offset : offset + count].to(dtype)
+
+
+def each_streams_start(
+    counts: Sequence[int], *, key: bytes, release: int, tensor_index: Sequence[int], device: torch.device | str
+) -> Iterator[Tensor]:
+    """The first ``counts[l]`` elements of stream ``tensor_index[l]`` in float64, for one l after another.
+
+    ChaCha20 is some 2,500 operations of torch whatever the number of blocks, each a launch on a GPU; so the blocks of
+    many tensors go through them together, up to PASS of them.
+    """
+    if any(count > MAX_ELEMENTS for count in counts):
+        raise ValueError(f"a noise stream has {MAX_ELEMENTS} elements, {max(counts)} were asked for")
+    blocks = [-(-count // 4) for count in counts]
+    first = 0
+    while first < len(counts):
+        last, total = first + 1, blocks[first]
+        while last < len(counts) and total + blocks[last] <= PASS:
+            total, last = total + blocks[last], last + 1
+        part = range(first, last)
+        counter = torch.cat([torch.arange(blocks[l], dtype=torch.int64, device=device) for l in part])
+        index = torch.cat([torch.full((blocks[l],), tensor_index[l] & MASK, device=device) for l in part])
+        nonce = [index, torch.full_like(counter, release & MASK), torch.full_like(counter, release >> 32 & MASK)]
+        normals = normals_from_words(_words(key, counter, nonce).view(-1, 4, 4)).reshape(-1)
+        for l, z in zip(part, normals.split([4 * blocks[l] for l in part])):
+            yield z[: counts[l]]
+        first = last

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lalora_kernels.reference.chacha20_normal import chacha20_normal
+from lalora_kernels.reference.chacha20_normal import each_streams_start
 from lalora_kernels.reference.clip_reduce import weighted_sum
 
 TAPS = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
@@ -61,15 +61,16 @@ def privatize(
     """
     if noise_std and key is None:
         raise ValueError("privatize: noise_std > 0 needs a key")
+    noise = None
+    if noise_std and key is not None and out:
+        counts = [o.numel() for o in out]
+        noise = each_streams_start(counts, key=key, release=release, tensor_index=tensor_index, device=out[0].device)
     for l, (o, g, s, dim) in enumerate(zip(out, G, S, smooth_dim)):
         total = torch.zeros_like(o) if s is None else s.to(o.dtype)
         if g is not None:
             total = total + weighted_sum(g, weights[l])
-        if noise_std and key is not None:
-            xi = chacha20_normal(
-                o.numel(), key=key, release=release, tensor_index=tensor_index[l], dtype=o.dtype, device=o.device
-            )
-            total = total + noise_std * xi.view(o.shape)
+        if noise is not None:
+            total = total + noise_std * next(noise).to(o.dtype).view(o.shape)
         if dim is not None:
             total = smooth(total, dim, padding)
         o.copy_(total / divisor)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lalora_kernels.gpu import DTYPES, refuse_capture
 from lalora_kernels.reference.chacha20_normal import MASK, MAX_ELEMENTS, key_words
-from lalora_kernels.triton_ops.common import inline, signed
+from lalora_kernels.triton_ops.common import cdiv, inline, signed
 
 BLOCK = 256  # blocks of ChaCha20 a program
 
@@ -175,7 +175,7 @@ def chacha20_normal(
     stream = stream_args(key, (tensor_index, release & MASK, release >> 32))
     if count:
         with torch.cuda.device_of(out):
-            chacha20_normal_kernel[(triton.cdiv(blocks, BLOCK),)](
+            chacha20_normal_kernel[(cdiv(blocks, BLOCK),)](
                 out, signed(first), offset, count, *stream, C=BLOCK, enable_fp_fusion=True
             )
     return out
@@ -191,5 +191,5 @@ def chacha20_words(
     stream = stream_args(key, nonce)
     if blocks:
         with torch.cuda.device_of(out):
-            chacha20_words_kernel[(triton.cdiv(blocks, BLOCK),)](out, signed(start), blocks, *stream, C=BLOCK)
+            chacha20_words_kernel[(cdiv(blocks, BLOCK),)](out, signed(start), blocks, *stream, C=BLOCK)
     return out

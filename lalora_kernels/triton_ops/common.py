@@ -24,8 +24,19 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-def precision() -> str:
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own, and its ``next_power_of_2``, take 5 microseconds a call, several a launch."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def precision(dtype: torch.dtype) -> str:
     """Of float32 products: tf32 only where torch's own may be, and never on AMD, whose compiler may not know it."""
+    if dtype != torch.float32:
+        return "ieee"  # means nothing to these products
     matmul = torch.backends.cuda.matmul
     # Newer torch refuses to read allow_tf32 once somebody has set fp32_precision.
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
@@ -61,13 +72,17 @@ def signed(word: int) -> int:
 _tuned: dict[tuple, object] = {}
 
 
+def autotunes() -> bool:
+    return os.environ.get("LALORA_TRITON_AUTOTUNE") == "1" and not INTERPRET
+
+
 def pick(key: tuple, configs: Sequence, run: Callable[[object], None]):
     """configs[0], the pinned default; with LALORA_TRITON_AUTOTUNE=1 the fastest, timed once per key.
 
     ``run`` launches with a configuration and scratch outputs. Timing waits for the device, so it is off by default
     and while a CUDA graph is captured. A configuration that the chip cannot hold is passed over.
     """
-    if INTERPRET or os.environ.get("LALORA_TRITON_AUTOTUNE", "0") != "1" or torch.cuda.is_current_stream_capturing():
+    if not autotunes() or torch.cuda.is_current_stream_capturing():
         return configs[0]
     if key not in _tuned:
         times = {}

@@ -5,6 +5,7 @@ program takes one sample, BF features and a span of T. Sums that cross programs 
 go through float32 partial results, added in a fixed order: no atomics, so results repeat bit for bit.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lalora_kernels.gpu import gradient_out, layer_inputs
-from lalora_kernels.triton_ops.common import chip, dot, inline, pick, precision
+from lalora_kernels.triton_ops.common import autotunes, cdiv, chip, dot, inline, next_power_of_2, pick, precision
 
 HALF = torch.float16
 FINISH = 1024  # elements a program of the finishing kernels
@@ -149,10 +150,12 @@ def finish_kernel(
 
 @triton.jit
 def dz_kernel(
-    dy, factor, dz, scale, rows, T, F, R, span, w_n, w_t, w_f, b_f, b_r, z_split,
-    PRECISION: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, RB: tl.constexpr, STAGES: tl.constexpr,
+    dy, factor, dz, second, scale, rows, T, F, R, span, w_n, w_t, w_f, b_f, b_r, z_split,
+    TWICE: tl.constexpr, PRECISION: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, RB: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles, spans of F): dz[span] = scale * dy @ factor over the N T rows; no gradient."""
+    """Grid (row tiles, spans of F): dz[span] = scale * dy @ factor over the N T rows; no gradient. ``second``: the same
+    once more in another dtype."""
     i_t, i_s = tl.program_id(0), tl.program_id(1)
     f0 = i_s * span
     f1 = tl.minimum(f0 + span, F)
@@ -170,14 +173,24 @@ def dz_kernel(
         b_z = dot(b_w, b_b, b_z, PRECISION)
         p_w += BF * tl.cast(w_f, tl.int64)
         p_b += BF * tl.cast(b_f, tl.int64)
-    p_z = dz + i_s.to(tl.int64) * z_split + o_t[:, None] * R + o_r[None, :]
-    tl.store(p_z, (scale * b_z).to(dz.dtype.element_ty), mask=m_t[:, None] & m_r[None, :])
+    b_z *= scale
+    o_z = i_s.to(tl.int64) * z_split + o_t[:, None] * R + o_r[None, :]
+    m_z = m_t[:, None] & m_r[None, :]
+    tl.store(dz + o_z, b_z.to(dz.dtype.element_ty), mask=m_z)
+    if TWICE:
+        tl.store(second + o_z, b_z.to(second.dtype.element_ty), mask=m_z)
 
 
+# ---------------------------------------------------------------- launchers: what they decide is cached, as the host's
+# time for a layer is of the order of the card's.
+
+
+@cache
 def rank_block(r: int) -> int:
-    return max(16, triton.next_power_of_2(r))
+    return max(16, next_power_of_2(r))
 
 
+@cache
 def configs(chip_arch: int, itemsize: int, rb: int, two_sums: bool = False) -> tuple[Config, ...]:
     """The first is the default. ``two_sums``: the float16 case of ``fma_thin``, which holds twice the registers."""
     if itemsize == 4:
@@ -189,7 +202,8 @@ def configs(chip_arch: int, itemsize: int, rb: int, two_sums: bool = False) -> t
             Config(max(16, features // 2), positions, 4, 2),
         )
     features = max(64, min(256, (8192 if two_sums or chip_arch < 90 else 16384) // rb))
-    stages = 2 if chip_arch >= 90 else 3
+    # From rank 64 on a multiprocessor of sm_90 holds one program: a third stage keeps as much under way as two would.
+    stages = 3 if chip_arch < 90 or (64 <= rb < 256 and not two_sums) else 2
     return (
         Config(features, 64 if chip_arch >= 90 else 32, 8, stages),
         Config(features, 64, 4, stages),
@@ -198,19 +212,28 @@ def configs(chip_arch: int, itemsize: int, rb: int, two_sums: bool = False) -> t
     )
 
 
-def spans(device: torch.device, programs: int, length: int, block: int) -> tuple[int, int]:
-    """(pieces, length of one): how a sum of ``length`` is cut so that programs * pieces fill the chip."""
-    wanted, pieces = chip(device).multiprocessors, 1
-    if 0 < programs < wanted:
-        pieces = max(1, min(-(-2 * wanted // programs), length // (2 * block), 16))
-    span = max(1, triton.cdiv(triton.cdiv(length, pieces), block)) * block
-    return max(1, triton.cdiv(length, span)), span
+@cache
+def spans(multiprocessors: int, programs: int, length: int, block: int, fill: float) -> tuple[int, int]:
+    """(pieces, length of one): how a sum of ``length`` is cut where ``programs`` are fewer than ``fill`` times the
+    multiprocessors. At most two programs a multiprocessor come of it, so that none is left for a turn of its own."""
+    pieces = 1
+    if 0 < programs < fill * multiprocessors:
+        pieces = max(1, min(2 * multiprocessors // programs, length // (2 * block), 16))
+    span = max(1, cdiv(cdiv(length, pieces), block)) * block
+    return max(1, cdiv(length, span)), span
 
 
-def finish(z_partial: Tensor | None, dz: Tensor | None, dz_wide: Tensor | None, sq_partial, sq: Tensor | None) -> None:
-    """Add up dz over z_partial's first axis and squared norms over sq_partial's last; None: nothing to add."""
-    blocks = 0 if z_partial is None else triton.cdiv(z_partial[0].numel(), FINISH)
-    samples = 0 if sq is None else len(sq)
+# What a cut costs: of G its size in memory twice over, of dz, which is thin, next to nothing.
+FILL_G, FILL_DZ = 0.75, 2.0
+
+
+def finish(
+    z_partial: Tensor | None, dz: Tensor | None, dz_wide: Tensor | None, sq_partial, sq: Tensor | None, parts: int = 1
+) -> None:
+    """Add up dz over z_partial's first axis and squared norms over their ``parts``; None: nothing to add."""
+    like = dz if dz_wide is None else dz_wide
+    size = 0 if z_partial is None else like.numel()
+    blocks, samples = cdiv(size, FINISH), 0 if sq is None else len(sq)
     if not blocks + samples:
         return
     # What a kernel will not touch is any tensor.
@@ -218,8 +241,7 @@ def finish(z_partial: Tensor | None, dz: Tensor | None, dz_wide: Tensor | None, 
     if sq is None:
         q = q_partial = z
     finish_kernel[(blocks + samples,)](
-        z, z if dz is None else dz, z if dz_wide is None else dz_wide, z[0].numel(), len(z),
-        q_partial, q, q_partial[0].numel(), blocks,
+        z, z if dz is None else dz, z if dz_wide is None else dz_wide, size, len(z), q_partial, q, parts, blocks,
         WANT_Z=blocks > 0 and dz is not None, WANT_WIDE=blocks > 0 and dz_wide is not None, WANT_Q=samples > 0,
         C=FINISH, PARTS=128,
     )  # fmt: skip
@@ -231,26 +253,26 @@ def thin_gradient(
 ) -> Tensor:  # fmt: skip
     """G (N, F, R), a sample without gaps in any order of axes; dz and its float32 copy, where given; squared norms."""
     (N, T, F), R, device = wide.shape, thin.shape[2], wide.device
-    tiles = triton.cdiv(F, config.features)
-    pieces, span = spans(device, N * tiles, T, config.positions)
+    tiles = cdiv(F, config.features)
+    pieces, span = spans(chip(device).multiprocessors, N * tiles, T, config.positions, FILL_G)
     split, want_z = pieces > 1, dz is not None or dz_wide is not None
     z_partial, z_out = None, wide
     if want_z and tiles == 1 and (dz is None or dz_wide is None):
         z_out = dz if dz_wide is None else dz_wide
     elif want_z:
         z_out = z_partial = torch.empty(tiles, N, T, R, dtype=torch.float32, device=device)
-    g_out = G.unsqueeze(0)
+    g_out, strides = G, (0, *G.stride())
     if split:
-        strides = (N * F * R, F * R, *G.stride()[1:])
-        g_out = torch.empty_strided((pieces, N, F, R), strides, dtype=torch.float32, device=device)
-    parts = triton.cdiv(F * R, FINISH) if split else tiles
+        strides = (N * F * R, F * R, *strides[2:])
+        g_out = torch.empty(pieces * N * F * R, dtype=torch.float32, device=device)
+    parts = cdiv(F * R, FINISH) if split else tiles
     sq = torch.empty(N, dtype=torch.float64, device=device)
-    sq_partial = sq.unsqueeze(1) if parts == 1 else torch.empty(N, parts, dtype=torch.float64, device=device)
-    factor = wide[0, :1] if factor is None else factor
+    sq_partial = sq if parts == 1 else torch.empty(N * parts, dtype=torch.float64, device=device)
+    factor, b = (wide, (0, 0)) if factor is None else (factor, factor.stride())
     sample_grad_kernel[(N, pieces, tiles)](
         wide, thin, factor, z_out, g_out, sq_partial, scale, T, F, R, span,
-        *wide.stride(), *thin.stride(), *factor.stride(), N * T * R, T * R, *g_out.stride(),
-        WANT_G=True, WANT_Z=want_z, ACCUMULATE=accumulate and not split, SPLIT=split, PRECISION=precision(),
+        *wide.stride(), *thin.stride(), *b, N * T * R, T * R, *strides,
+        WANT_G=True, WANT_Z=want_z, ACCUMULATE=accumulate and not split, SPLIT=split, PRECISION=precision(wide.dtype),
         BF=config.features, BT=config.positions, RB=rank_block(R), STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     if split:
@@ -258,23 +280,25 @@ def thin_gradient(
             g_out, sq_partial, G, sq_partial, F * R, pieces, N * F * R, F * R, G.stride(0),
             WEIGHTED=False, ACCUMULATE=accumulate, SQUARE=True, C=FINISH,
         )  # fmt: skip
-    finish(z_partial, dz, dz_wide, sq_partial, None if parts == 1 else sq)
+    finish(z_partial, dz, dz_wide, sq_partial, None if parts == 1 else sq, parts)
     return sq
 
 
 def rows_dz(config: Config, dy: Tensor, B: Tensor, scale: float, dz: Tensor | None, dz_wide: Tensor | None) -> None:
     """dz = scale * dy @ B (N, T, R) into dz, dz_wide or both."""
     (N, T, F), R = dy.shape, B.shape[1]
-    blocks = triton.cdiv(N * T, config.positions)
-    pieces, span = spans(dy.device, blocks, F, config.features)
-    partial, out = None, dz if dz_wide is None else dz_wide
-    if pieces > 1 or (dz is not None and dz_wide is not None):
-        out = partial = torch.empty(pieces, N, T, R, dtype=torch.float32, device=dy.device)
+    blocks = cdiv(N * T, config.positions)
+    pieces, span = spans(chip(dy.device).multiprocessors, blocks, F, config.features, FILL_DZ)
+    partial, out, second = None, dz if dz_wide is None else dz_wide, dz if dz is not None else dz_wide
+    if pieces > 1:
+        out = second = partial = torch.empty(pieces, N, T, R, dtype=torch.float32, device=dy.device)
     dz_kernel[(blocks, pieces)](
-        dy, B, out, scale, N * T, T, F, R, span, *dy.stride(), *B.stride(), N * T * R, PRECISION=precision(),
-        BF=config.features, BT=config.positions, RB=rank_block(R), STAGES=config.stages, num_warps=config.warps,
+        dy, B, out, second, scale, N * T, T, F, R, span, *dy.stride(), *B.stride(), N * T * R, TWICE=out is not second,
+        PRECISION=precision(dy.dtype), BF=config.features, BT=config.positions, RB=rank_block(R), STAGES=config.stages,
+        num_warps=config.warps,
     )  # fmt: skip
-    finish(partial, dz, dz_wide, None, None)
+    if partial is not None:
+        finish(partial, dz, dz_wide, None, None)
 
 
 def _gradient(kind: str, given: Tensor | None, accumulate: bool, wide: Tensor, thin: Tensor, scale: float, *dz):
@@ -283,12 +307,14 @@ def _gradient(kind: str, given: Tensor | None, accumulate: bool, wide: Tensor, t
     out = gradient_out("sample_grad", f"G_{kind}", given, (N, F, r) if kind == "B" else (N, r, F), wide.device)
     G = out if kind == "B" else out.transpose(1, 2)
     if out.numel():
-        two_sums = kind == "A" and wide.dtype == HALF
-        choices = configs(chip(wide.device).arch, wide.element_size(), rank_block(r), two_sums)
-        if kind == "A" and wide.element_size() == 2 and rank_block(r) >= 256:
+        rb, itemsize = rank_block(r), wide.element_size()
+        choices = configs(chip(wide.device).arch, itemsize, rb, kind == "A" and wide.dtype == HALF)
+        if kind == "A" and itemsize == 2 and rb >= 256:
             choices = Config(32, 32, 8, 2), *choices  # dz in two halves fills the registers
-        key = ("sample_grad", kind, chip(wide.device), wide.dtype, N, T, F, r, *(z is None for z in dz))
-        config = pick(key, choices, lambda c: thin_gradient(c, wide, thin, scale, torch.empty_like(G), False, *dz))
+        config = choices[0]
+        if autotunes():
+            key = ("sample_grad", kind, chip(wide.device), wide.dtype, N, T, F, r, *(z is None for z in dz))
+            config = pick(key, choices, lambda c: thin_gradient(c, wide, thin, scale, torch.empty_like(G), False, *dz))
         sq = thin_gradient(config, wide, thin, scale, G, accumulate and given is not None, *dz)
     else:
         sq = torch.zeros(N, dtype=torch.float64, device=wide.device)
@@ -329,8 +355,10 @@ def sample_grad(
             g_b, sq_b = _gradient("B", G_B, accumulate, dy, h, scaling, *((B, dz, dz_wide) if want_z else ()))
         elif want_z:
             choices = configs(chip(dy.device).arch, dy.element_size(), rank_block(r))
-            key = ("dz", chip(dy.device), dy.dtype, N, T, m, r, dz is None, dz_wide is None)
-            config = pick(key, choices, lambda c: rows_dz(c, dy, B, scaling, dz, dz_wide))
+            config = choices[0]
+            if autotunes():
+                key = ("dz", chip(dy.device), dy.dtype, N, T, m, r, dz is None, dz_wide is None)
+                config = pick(key, choices, lambda c: rows_dz(c, dy, B, scaling, dz, dz_wide))
             rows_dz(config, dy, B, scaling, dz, dz_wide)
         if x is not None:
             g_a, sq_a = _gradient("A", G_A, accumulate, x, dz_wide, 1.0)

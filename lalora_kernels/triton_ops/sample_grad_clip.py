@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lalora_kernels.gpu import layer_inputs, sums
 from lalora_kernels.reference.sample_grad_clip import SMALLEST_FACTOR, clip_factor
-from lalora_kernels.triton_ops.common import chip, dot, precision
+from lalora_kernels.triton_ops.common import cdiv, chip, dot, next_power_of_2, precision
 from lalora_kernels.triton_ops.sample_grad import (
     FINISH,
     add_up_kernel,
@@ -78,30 +78,30 @@ def sample_grad_clip_kernel(
 def _add_up(partial: Tensor, weights: Tensor | None, S: Tensor) -> None:
     """S += sum over k of (weights[k]) partial[k]; both of one layout without gaps."""
     size = S.numel()
-    add_up_kernel[(1, triton.cdiv(size, FINISH))](
+    add_up_kernel[(1, cdiv(size, FINISH))](
         partial, partial if weights is None else weights, S, S, size, partial.shape[0], size, 0, 0,
         WEIGHTED=weights is not None, ACCUMULATE=True, SQUARE=False, C=FINISH,
     )  # fmt: skip
 
 
 def _fits(features: int, r: int, itemsize: int) -> bool:
-    block = max(64, triton.next_power_of_2(features)) * rank_block(r)
+    block = max(64, next_power_of_2(features)) * rank_block(r)
     return 0 < features and block <= (FITS_FLOAT32 if itemsize == 4 else FITS)
 
 
 def _fused(wide, thin, factor, dz, scale: float, max_norm: float, grad_scale: float, valid: int, S: Tensor) -> Tensor:
     """S (F, R), a view without gaps, is added to; squared norms."""
     (N, T, F), R, device = wide.shape, thin.shape[2], wide.device
-    features, rb = max(64, triton.next_power_of_2(F)), rank_block(R)
+    features, rb = max(64, next_power_of_2(F)), rank_block(R)
     half, arch = wide.element_size() == 2, chip(device).arch
     programs = min(N, 2 * chip(device).multiprocessors)
     sq = torch.empty(N, dtype=torch.float64, device=device)
     partial = torch.empty_strided((programs, F, R), (F * R, *S.stride()), dtype=torch.float32, device=device)
-    factor = wide[0, :1] if factor is None else factor
+    factor, b = (wide, (0, 0)) if factor is None else (factor, factor.stride())
     sample_grad_clip_kernel[(programs,)](
         wide, thin, factor, wide if dz is None else dz, partial, sq, scale, max_norm, grad_scale, N, valid, T, F, R,
-        *wide.stride(), *thin.stride(), *factor.stride(), *partial.stride(),
-        WANT_Z=dz is not None, PRECISION=precision(),
+        *wide.stride(), *thin.stride(), *b, *partial.stride(),
+        WANT_Z=dz is not None, PRECISION=precision(wide.dtype),
         BF=features, BT=64 if half and arch >= 90 else 32, RB=rb, STAGES=2,
         num_warps=8 if features * rb > 2048 or not half else 4,
     )  # fmt: skip
