@@ -96,6 +96,18 @@ class RunData:
         return not self.books and "sizes" in self.about
 
     @property
+    def own_models(self) -> bool:
+        """Whether every client ends with a model of its own, so that accuracy and loss are means over these."""
+        from lalora_kernels.federated.methods import FURTHER
+
+        return self.settings["method"] in FURTHER and bool(FURTHER[self.settings["method"]].keeps)
+
+    @property
+    def accuracy(self) -> str:
+        """What metrics.jsonl's accuracy is, in words."""
+        return "mean test accuracy of the clients' models" if self.own_models else "test accuracy"
+
+    @property
     def budget(self) -> float | None:
         return float(self.settings["epsilon"]) if self.private else None
 
