@@ -75,10 +75,6 @@ def _show_homes(folder: Path, homes: dict[str, Path], accountant: str, delta: fl
     """The ledgers of Flower clients: each over all runs and servers, with the rounds that it was charged for."""
     blocks, ledgers = [], []
     for name, home in homes.items():
-        try:
-            refuse_lost(home / "ledgers", home / "runs", KEPT)
-        except LedgerError as error:
-            raise BadInput(str(error)) from error
         paths = sorted((home / "ledgers").glob(f"*/{LEDGERS}"))
         for path in paths:
             book, ledger = read_json(path), Ledger()
@@ -88,6 +84,10 @@ def _show_homes(folder: Path, homes: dict[str, Path], accountant: str, delta: fl
             except (LedgerError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise BadInput(f"{path}: {error}") from error
             ledgers.append(ledger)
+        try:
+            refuse_lost(home / "ledgers", home / "runs", KEPT)
+        except LedgerError as error:
+            raise BadInput(str(error)) from error
         if not paths:
             blocks.append(f"\n{f'client {name}: ' if name else ''}no ledger in {home}, nothing was released from there")
     return "\n".join([_head(folder, ledgers, accountant), *blocks])
