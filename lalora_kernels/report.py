@@ -42,7 +42,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } td.text, th.text { text-align: left; }
 caption { text-align: left; font-weight: 600; padding: .4rem 0; }
-.settings td { white-space: normal; text-align: left; }
+.settings th, .settings td { text-align: left; } .settings td:last-child { white-space: normal; }
 details { margin: .8rem 0; } summary { cursor: pointer; padding: .25rem 0; }
 .private { border-left: 4px solid var(--warn); padding: .1rem 0 .1rem 1rem; margin: 1.5rem 0; }
 .mark { color: var(--warn); font-weight: 600; }

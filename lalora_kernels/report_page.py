@@ -345,9 +345,7 @@ def _comparison(runs: Sequence[RunData]) -> str:
         Line(_with_mean(run), [(r["round"], 100 * r["accuracy"]) for r in run.history], style)
         for run, style in zip(runs, styles)
     ]
-    means = [run.name for run in runs if run.own_models]
-    title = "Test accuracy" if not means else "Test accuracy, or its mean over the clients' models"
-    charts = line_chart(title, accuracy, x_label="round", y_label="in percent", show="{:.1f} %".format)
+    charts = line_chart("Test accuracy", accuracy, x_label="round", y_label="in percent", show="{:.1f} %".format)
     spent = [
         Line(run.name, [(r["round"], r["epsilon"]) for r in run.history], style)
         for run, style in zip(runs, styles)
@@ -373,10 +371,10 @@ def _comparison(runs: Sequence[RunData]) -> str:
     many = "" if len({str(run.about.get("fingerprints", {}).get("data")) for run in runs}) == 1 else (
         "<p>These runs did not train on the same data.</p>"
     )  # fmt: skip
-    if means:
-        many = f"<p>* {html.escape(', '.join(means))}: the mean over the clients' models.</p>{many}"
+    means = html.escape(", ".join(run.name for run in runs if run.own_models))
+    note = f"<p>* {means}: the mean over the clients' models.</p>" if means else ""
     spend = "<p>Runs on the same records add up: together they have spent more than any one of them.</p>"
     return (
         f'<h2>Accuracy and ε over rounds</h2><div class="charts">{charts}</div>'
-        f"<h2>Side by side</h2>{table('Every run', header, rows)}{other}{many}{spend}<h2>Each run</h2>"
+        f"<h2>Side by side</h2>{table('Every run', header, rows)}{note}{other}{many}{spend}<h2>Each run</h2>"
     )
