@@ -53,7 +53,7 @@ kill-test: $(VENV)/.test
 	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) python_tests/test_robustness.py \
 		-k "killed" $(ARGS)
 
-# PEFT's own tests of LoRA's layers, with our forwards and without (a quarter of an hour; it downloads PEFT's sources).
+# PEFT's own tests of LoRA's layers, with our forwards (a quarter of an hour; it downloads PEFT's sources).
 peft-tests: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python python_tests/peft_own.py $(ARGS)
 
