@@ -30,6 +30,7 @@ PATCHED = "LALORA_PATCHED"  # set in the run with the patch
 OUTCOMES: dict[str, str] = {}
 SWAPPED: Counter[str] = Counter()
 FORWARDS: Counter[str] = Counter()
+LEFT: Counter[str] = Counter()  # why patch_peft refuses a layer
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,9 +48,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _patch_all() -> None:
-    from peft.tuners.lora import LoraModel
+    from peft.tuners.lora import LoraLayer, LoraModel
 
-    from lalora_kernels.peft_layers import CLASSES
+    from lalora_kernels.peft_layers import CLASSES, Patched
     from lalora_kernels.peft_patch import _refusal
 
     inject = LoraModel.inject_adapter
@@ -57,7 +58,11 @@ def _patch_all() -> None:
     def injected(self, model, *args, **kwargs):
         done = inject(self, model, *args, **kwargs)
         for module in model.modules():
-            if type(module) in CLASSES and _refusal(module, CLASSES) is None:
+            if not isinstance(module, LoraLayer) or isinstance(module, Patched):
+                continue
+            if why := _refusal(module, CLASSES):
+                LEFT[why] += 1
+            else:
                 SWAPPED[type(module).__name__] += 1
                 module.__class__ = CLASSES[type(module)]
         return done
@@ -79,7 +84,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    found = {"outcomes": OUTCOMES, "swapped": SWAPPED, "forwards": FORWARDS}
+    found = {"outcomes": OUTCOMES, "swapped": SWAPPED, "forwards": FORWARDS, "left": LEFT}
     Path(os.environ["LALORA_RESULT"]).write_text(json.dumps(found))
 
 
@@ -115,6 +120,8 @@ def main() -> int:
     lost = [test for test in failed if alone.get(test) == "passed"]
     print(f"PEFT {release}, {FILE}, -k {chosen!r}, patched: {dict(Counter(ours['outcomes'].values()))}")
     print(f"layers with our class: {ours['swapped']}; calls of our forwards: {ours['forwards']}")
+    for why, count in sorted(ours["left"].items(), key=lambda item: -item[1]):
+        print(f"{count} layers left to PEFT: {why}")
     print(f"what did not pass, by PEFT alone: {dict(Counter(alone.values()))}")
     for test in lost:
         print(f"passes without the patch and not with it: {test}")
