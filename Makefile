@@ -8,7 +8,7 @@ API    := lalora_kernels $(addprefix lalora_kernels., functional nn dispatch sch
           federated.config $(addprefix privacy., make_private optimizer ledger accountant sampling noise checks))
 
 .PHONY: train test table bench gpu-compile lint audit planted sanitize fuzz kill-test docs dist clean
-.PHONY: flower-demo flower-test
+.PHONY: flower-demo flower-test peft-tests
 
 train: $(VENV)/.train
 	$(VENV)/bin/lalora train $(ARGS)
@@ -52,6 +52,10 @@ KILLS ?= 50
 kill-test: $(VENV)/.test
 	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) python_tests/test_robustness.py \
 		-k "killed" $(ARGS)
+
+# PEFT's own tests of LoRA's layers, with our forwards (a quarter of an hour; it downloads PEFT's sources).
+peft-tests: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python python_tests/peft_own.py $(ARGS)
 
 # Flower on loopback: a SuperLink and three SuperNodes with TLS, the embedded default for three rounds.
 flower-demo: $(VENV)/.flower

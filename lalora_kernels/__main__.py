@@ -47,7 +47,7 @@ def main() -> int:
     columns = [(d, t) for d in devices for t in (torch.float32, torch.bfloat16, torch.float64)]
     heads = [f"{d} {str(t).removeprefix('torch.')}" for d, t in columns]
     print("\n" + f"{'backend of':<17}" + "".join(f"{h:<15}" for h in heads) + "available")
-    errors = {}
+    errors: dict[str, None] = {}
     for op, row in dispatch.explain(devices).items():
         cells = []
         for column in columns:

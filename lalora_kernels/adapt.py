@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lalora_kernels.nn import LoRALayer, LoRALinear, lora_layers
 from lalora_kernels.targets import (
@@ -111,7 +111,7 @@ def install(
     _freeze_base(model)
 
 
-def lora_factors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+def lora_factors(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     """(qualified name, factor) of every A and B, a shared layer once."""
     for name, layer in lora_layers(model):
         for factor in layer.names.values():

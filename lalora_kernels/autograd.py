@@ -5,7 +5,8 @@ over what per-sample gradients are made of and returns None for every parameter,
 does accumulate into a private parameter came from a use outside its module, and is refused there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,11 @@ from torch.nn.grad import conv2d_input
 from lalora_kernels import opaque
 
 
-def _rows(t: Tensor) -> Tensor:
+def _rows(t: Any) -> Tensor:  # a tensor; what autograd kept for it may be None elsewhere
     return t.reshape(-1, t.shape[-1])
 
 
-def traced(recorder) -> tuple:
+def traced(recorder: Any) -> tuple:
     """(recorder, None), or while ``torch.compile`` traces what stands for it: (its handle, its token)."""
     if recorder is not None and torch.compiler.is_compiling():
         return recorder.handle, recorder.token
@@ -53,17 +54,17 @@ MAKERS: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {  # node -> 
 }
 
 
-def _maker(x: Tensor):
+def _maker(x: Tensor) -> Any:
     """The autograd node that made x, where it can make x again, bit for bit, from what it keeps anyway; else None.
 
     Its own backward comes after x's use, so that it still has that then. What hooks keep elsewhere (checkpointing,
     offloading) is not asked for twice.
     """
     node = None if torch.compiler.is_compiling() else x.grad_fn
-    kept, _ = MAKERS.get(None if node is None else node.name(), (None, None))
-    if kept is None or any(f is None for f, _ in node.next_functions):  # a factor is kept where the other one trains
+    # A factor is kept where the other one trains.
+    if node is None or (name := node.name()) not in MAKERS or any(f is None for f, _ in node.next_functions):
         return None
-    hooks = [getattr(getattr(node, f"_raw_saved_{name}"), "unpack_hook", "unknown") for name in kept]
+    hooks = [getattr(getattr(node, f"_raw_saved_{kept}"), "unpack_hook", "unknown") for kept in MAKERS[name][0]]
     return node if all(hook is None for hook in hooks) else None
 
 
@@ -77,7 +78,10 @@ class LoRAFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, x_lora, weight, bias, lora_A, lora_B, scaling, dtype, recorder, token=None):
+    def forward(
+        ctx: Any, x: Tensor, x_lora: Tensor | None, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+        scaling: float, dtype: torch.dtype, recorder: Any, token: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         _, _, _, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         xc = x.to(dtype)
         xl = xc if x_lora is None else x_lora.to(dtype)
@@ -103,14 +107,15 @@ class LoRAFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple:
         need_x, need_xl, _, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         h, xl, weight, lora_A, lora_B = ctx.saved_tensors
         if ctx.maker is not None:
             xl = MAKERS[ctx.maker.name()][1](ctx.maker)
         separate = need_x and ctx.dtypes[1] is None and not ctx.merged  # dx takes its low-rank part from dz
         through_A = need_xl or separate
-        dx = dxl = dA = dB = db = dz = None
+        dx = dxl = dA = dB = db = None
+        dz: Any = None  # where nothing asks for it
         if ctx.token is not None:
             B = lora_B.to(dy.dtype)
             dz = opaque.record_lora(ctx.token, dy, B, h, xl, ctx.scaling, need_bias, ctx.recorder)
@@ -139,7 +144,10 @@ class LoRAFunction(torch.autograd.Function):
         return dx, dxl, None, db, dA, dB, None, None, None, None
 
 
-def lora_linear(x, weight, bias, lora_A, lora_B, scaling, *, x_lora=None, recorder=None) -> Tensor:
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, *,
+    x_lora: Tensor | None = None, recorder: Any = None,
+) -> Tensor:  # fmt: skip
     """The adapted linear map, for plain (``recorder=None``) and private training; honours autocast.
 
     x (..., n), weight (m,n), bias (m,) or None, lora_A (r,n), lora_B (m,r) -> (..., m). Factors kept in another dtype
@@ -167,7 +175,10 @@ class LoRAConv2dFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, x_lora, weight, bias, lora_A, lora_B, scaling, stride, padding, dtype, recorder, token=None):
+    def forward(
+        ctx: Any, x: Tensor, x_lora: Tensor | None, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+        scaling: float, stride: Any, padding: Any, dtype: torch.dtype, recorder: Any, token: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         _, _, _, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         xc = x.to(dtype)
         xl = xc if x_lora is None else x_lora.to(dtype)
@@ -183,11 +194,12 @@ class LoRAConv2dFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple:
         need_x, need_xl, _, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         h, xl, weight, lora_A, lora_B = ctx.saved_tensors
         through_A = need_xl or (need_x and ctx.dtypes[1] is None)
-        dx = dxl = dA = dB = db = dz = None
+        dx = dxl = dA = dB = db = None
+        dz: Any = None  # where nothing asks for it
         rows, B = _positions(dy), lora_B.to(dy.dtype).flatten(1)
         h = None if h is None else _positions(h)
         if xl is not None:
@@ -218,7 +230,10 @@ class LoRAConv2dFunction(torch.autograd.Function):
         return dx, dxl, None, db, dA, dB, None, None, None, None, None, None
 
 
-def lora_conv2d(x, weight, bias, lora_A, lora_B, scaling, stride, pad, *, x_lora=None, recorder=None) -> Tensor:
+def lora_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, stride: Any,
+    pad: Sequence[int], *, x_lora: Tensor | None = None, recorder: Any = None,
+) -> Tensor:  # fmt: skip
     """The adapted convolution, as ``lora_linear``; ``pad`` = (left, right, top, bottom). (N,n,H,W) -> (N,m,H',W')."""
     padding = (pad[2], pad[0])
     if pad[0] != pad[1] or pad[2] != pad[3]:
@@ -240,7 +255,10 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, ids, weight, lora_A, lora_B, scaling, padding_idx, recorder, token=None):
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, padding_idx: int | None,
+        recorder: Any, token: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         h = F.embedding(ids, lora_A.t())
         ctx.save_for_backward(ids, h if ctx.needs_input_grad[3] else None, lora_A, lora_B)
         ctx.scaling, ctx.padding_idx, ctx.recorder, ctx.token = scaling, padding_idx, recorder, token
@@ -250,7 +268,7 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple:
         ids, h, lora_A, lora_B = ctx.saved_tensors
         dA = dB = None
         if ctx.token is not None:
@@ -269,20 +287,23 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
         return None, None, dA, dB, None, None, None, None
 
 
-def lora_embedding(ids, weight, lora_A, lora_B, scaling, padding_idx, *, recorder=None) -> Tensor:
+def lora_embedding(
+    ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, padding_idx: int | None, *,
+    recorder: Any = None,
+) -> Tensor:  # fmt: skip
     """The adapted table, as ``lora_linear``; ids any shape of integers -> (..., m). The factors' dtype is kept."""
     with torch.autocast(weight.device.type, enabled=False):
         return LoRAEmbeddingFunction.apply(ids, weight, lora_A, lora_B, scaling, padding_idx, *traced(recorder))
 
 
-def _record(ctx, dy: Tensor, x: Tensor | None) -> None:
+def _record(ctx: Any, dy: Tensor, x: Tensor | None) -> None:
     if ctx.token is not None:
         opaque.record(ctx.token, dy, x, ctx.recorder)
     else:
         ctx.recorder.record(dy, x)
 
 
-def _record_scale(ctx, dy: Tensor, normalized: Tensor | None, axis: int) -> None:
+def _record_scale(ctx: Any, dy: Tensor, normalized: Tensor | None, axis: int) -> None:
     if ctx.token is not None:
         opaque.record_scale(ctx.token, dy, normalized, axis, ctx.recorder)
     else:
@@ -293,14 +314,16 @@ class LinearFunction(torch.autograd.Function):
     """y = x W^T + b with W (m,n) and b (m,), either of them trainable: a head, or a bias alone."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, recorder, token=None):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, recorder: Any, token: Tensor | None = None
+    ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.recorder, ctx.token = recorder, token
         return _linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple:
         x, weight = ctx.saved_tensors
         _record(ctx, dy, x)
         return (dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None), None, None, None, None
@@ -310,7 +333,10 @@ class LayerNormFunction(torch.autograd.Function):
     """y = (x - mean) rstd * weight + bias over the last ``len(shape)`` axes."""
 
     @staticmethod
-    def forward(ctx, x, shape, weight, bias, eps, recorder, token=None):
+    def forward(
+        ctx: Any, x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float, recorder: Any,
+        token: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         ctx.shape, ctx.recorder, ctx.token = shape, recorder, token
@@ -318,7 +344,7 @@ class LayerNormFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple:
         x, mean, rstd, weight, bias = ctx.saved_tensors
         normalized = (x - mean) * rstd if ctx.needs_input_grad[2] else None
         _record_scale(ctx, dy, normalized, -len(ctx.shape))
@@ -334,7 +360,9 @@ class ScaleShiftFunction(torch.autograd.Function):
     """y = x * weight + bias, either of them None; they stand along axis 1 of x, or along its last -axis axes."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, axis, recorder, token=None):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, recorder: Any, token: Any = None
+    ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.axis, ctx.recorder, ctx.token = axis, recorder, token
         along = [-1, *[1] * (x.dim() - 2)] if axis == 1 else None
@@ -344,7 +372,7 @@ class ScaleShiftFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple:
         x, weight = ctx.saved_tensors
         _record_scale(ctx, dy, x, ctx.axis)
         dx = None
@@ -357,13 +385,15 @@ class EmbeddingFunction(torch.autograd.Function):
     """y = weight[ids]; weight (V,d), ids any shape of integers."""
 
     @staticmethod
-    def forward(ctx, weight, ids, padding_idx, recorder, token=None):
+    def forward(
+        ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int | None, recorder: Any, token: Tensor | None = None
+    ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.recorder, ctx.token = recorder, token
         return F.embedding(ids, weight, padding_idx)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple:
         _record(ctx, dy, ctx.saved_tensors[0])
         return None, None, None, None, None

@@ -208,7 +208,7 @@ def train(args: argparse.Namespace) -> int:
     if args.resume and (given or args.config or args.out):
         raise BadInput("--resume continues a run with its own settings; leave the other flags out")
     config = None if args.resume else make_config(given, args.config or "the command line")
-    folder = Path(args.resume or args.out or _new_folder(config))
+    folder = Path(args.resume or args.out or _new_folder(make_config(given)))
     from lalora_kernels.display import Display, JsonDisplay
     from lalora_kernels.federated.run import Run, prepare
     from lalora_kernels.loggers import KINDS, Loggers, Source, both, check
@@ -221,7 +221,7 @@ def train(args: argparse.Namespace) -> int:
         try:
             with _setup():
                 display.note(f"{'resuming' if args.resume else 'run folder'} {folder}")
-                if args.resume:
+                if config is None:
                     run = Run.resume(folder, display.watch())
                 else:
                     run = Run.start(prepare(config, display.watch()), folder)
@@ -252,7 +252,7 @@ class _setup:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (ValueError, FileNotFoundError)) and not isinstance(error, BadInput):
             raise BadInput(str(error)) from error
 
@@ -322,7 +322,7 @@ def audit(args: argparse.Namespace) -> int:
     print(audit_report.table(singles, runs))
     if args.out:
         print("\nwritten:", *audit_report.write(singles, runs, args.out))
-    return FAILED if any(a.broken for a in (*singles, *runs)) else OK
+    return FAILED if any(a.broken for a in singles) or any(a.broken for a in runs) else OK
 
 
 def main(argv: Sequence[str] | None = None) -> int:

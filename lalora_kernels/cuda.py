@@ -5,6 +5,8 @@ for the device. ``sample_grad_clip`` needs thread-block clusters (sm_90) and a r
 """
 
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +18,16 @@ from lalora_kernels.segments import Release
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NONE = (0, 0, 0)
 _TILE = 2048  # elements: two vectors of four a thread
-_module = None
-_plans: dict[tuple, object] = {}
+_module: ModuleType | None = None
+_plans: dict[tuple, Any] = {}
 
 
-def require():
+def require() -> ModuleType:
     """The compiled module, loaded at the first call. Raises ImportError saying how to build it."""
     global _module
     if _module is None:
         try:
-            from lalora_kernels import _cuda
+            from lalora_kernels import _cuda  # type: ignore[attr-defined]  # compiled
         except ImportError as error:
             raise ImportError(
                 f"lalora_kernels._cuda is not built for this Python ({error}); install the CUDA toolkit (nvcc) and run "
@@ -61,7 +63,7 @@ def clip_reduce(G: Sequence[Tensor], weights: Tensor, out: Sequence[Tensor]) -> 
 def privatize(
     G: Sequence[Tensor | None],
     S: Sequence[Tensor | None],
-    weights: Tensor,
+    weights: Tensor | None,
     out: Sequence[Tensor],
     *,
     noise_std: float,
@@ -159,8 +161,9 @@ def sample_grad_clip(
     op, dtype, module = "sample_grad_clip", dy.dtype, require()
     if h is None and x is None:
         raise ValueError(f"{op}: backend 'cuda' needs h or x; sample_grad gives dz alone")
-    dy, B, h, x = map(_dense_rows, layer_inputs(op, dy, B, h, x))
-    B = B.contiguous()
+    checked = [_dense_rows(t) for t in layer_inputs(op, dy, B, h, x)]
+    assert checked[0] is not None and checked[1] is not None
+    dy, B, h, x = checked[0], checked[1].contiguous(), checked[2], checked[3]
     (N, T, m), r, device = dy.shape, B.shape[1], dy.device
     dz = torch.empty(N, T, r, dtype=dy.dtype, device=device) if need_dz else None
     if dz is not None and not m:
@@ -190,4 +193,5 @@ def sample_grad_clip(
         if target.data_ptr() != S.data_ptr():
             S.copy_(target)
         results += [S, sq]
-    return (dz if dz is None else dz.to(dtype)), *results
+    S_B, sq_b, S_A, sq_a = results
+    return (dz if dz is None else dz.to(dtype)), S_B, sq_b, S_A, sq_a

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 LABEL_COLUMNS = ("label", "labels", "target", "class")
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "document")
@@ -37,7 +38,7 @@ class BadInput(ValueError):
 
 
 @dataclass
-class Records:
+class Records(Dataset[tuple[Tensor | Text, int]]):
     """One split: ``inputs``, images (N, C, H, W) as uint8 or float in [0, 1], N strings, or N pairs of strings;
     ``labels`` (N,) int64."""
 

@@ -76,6 +76,8 @@ class Display:
             + (f"noise σ/C {min(sigmas):.2f} to {max(sigmas):.2f}" if config.private else "no noise")
         )
         self.note(f"{config.method}, smoothing {config.filter or 'none'}, clipping {config.clipping}")
+        if run.weights.name == ADAPTERS:
+            self.note("each client ends with a model of its own; accuracy and loss are means over all clients' models")
         self.note(ROW.format("round", "accuracy", "loss", "largest ε", "bytes sent", "time", "clients"))
         for record in run.at.history:
             self._round(record)

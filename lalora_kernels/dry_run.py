@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lalora_kernels.adapt import saved_modules, unadapt
 from lalora_kernels.data import BadInput
@@ -33,7 +33,7 @@ STEPS = 3  # that are timed, after one that warms up
 OPACUS = "opacus"
 
 
-def dry_run(config: Config, num_classes: int, kind: str, contender: str) -> dict[str, Any]:
+def dry_run(config: Config, num_classes: int, kind: str | None, contender: str) -> dict[str, Any]:
     """One contender's steps in a fresh process: a method's name, or "opacus", DP-LoRA on PEFT's layers.
 
     A batch is exactly ``config.batch_size`` placeholders. Returns "factors" (active factor -> median seconds a step),
@@ -55,7 +55,7 @@ def dry_run(config: Config, num_classes: int, kind: str, contender: str) -> dict
     return json.loads(lines[-1])
 
 
-def measure(config: Config, num_classes: int, kind: str, contender: str) -> dict[str, Any]:
+def measure(config: Config, num_classes: int, kind: str | None, contender: str) -> dict[str, Any]:
     """What ``dry_run`` returns, in this process."""
     torch.manual_seed(0)
     classifier = placeholder_model(
@@ -63,7 +63,7 @@ def measure(config: Config, num_classes: int, kind: str, contender: str) -> dict
         max_length=config.max_length,
     )  # fmt: skip
     adapt_classifier(config, classifier)
-    records = placeholder_records(classifier, config.batch_size, num_classes)
+    records: Any = placeholder_records(classifier, config.batch_size, num_classes)  # a list does for a Dataset
     if contender == OPACUS:
         classifier.model = _peft_model(config, classifier)
     classifier.model.to(device_of(config.device)).train()
@@ -82,7 +82,7 @@ def measure(config: Config, num_classes: int, kind: str, contender: str) -> dict
     }
 
 
-def _private(config: Config, classifier: Classifier, records: list) -> Iterator[tuple[str, float]]:
+def _private(config: Config, classifier: Classifier, records: Dataset) -> Iterator[tuple[str, float]]:
     """(active factor, seconds) of each private step, of one round for each order of factors that rounds have."""
     method = get_method(config.method)
     client = Client("dry run", records, 1.0, Ledger(), NoiseSource())
@@ -103,7 +103,7 @@ def _private(config: Config, classifier: Classifier, records: list) -> Iterator[
         optimizer.detach()
 
 
-def _opacus(config: Config, classifier: Classifier, records: list) -> Iterator[tuple[str, float]]:
+def _opacus(config: Config, classifier: Classifier, records: Dataset) -> Iterator[tuple[str, float]]:
     from opacus.grad_sample import GradSampleModule
     from opacus.optimizers import DPOptimizer
 

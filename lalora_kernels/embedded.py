@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ ARCHITECTURE = {
     "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128,
     "image_size": SIZE, "patch_size": 7, "num_channels": 1, "num_labels": 10,
 }  # fmt: skip
-RECIPE = {"steps": 800, "batch": 128, "lr": 2e-3, "weight_decay": 0.05, "seed": 0, "version": 1}
+RECIPE: dict[str, Any] = {"steps": 800, "batch": 128, "lr": 2e-3, "weight_decay": 0.05, "seed": 0, "version": 1}
 
 
 def embedded_model(progress: Callable[[int, int], None] | None = None) -> nn.Module:

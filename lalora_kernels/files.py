@@ -43,5 +43,5 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         flat = tensors[name].detach().cpu().contiguous().flatten()
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy())  # as bytes: NumPy has no bfloat16
+        digest.update(flat.view(torch.uint8).numpy().data)  # as bytes: NumPy has no bfloat16
     return digest.hexdigest()

@@ -30,7 +30,7 @@ from lalora_kernels.federated.policy import policy_for
 from lalora_kernels.flower_display import FlowerDisplay
 
 
-def add_flower(commands, add_settings: Callable[..., None]) -> None:
+def add_flower(commands: Any, add_settings: Callable[..., None]) -> None:
     """The command's arguments."""
     flower = commands.add_parser(
         "flower",

@@ -62,7 +62,7 @@ def layer_inputs(op: str, dy: Tensor, B: Tensor, h: Tensor | None, x: Tensor | N
         )
     N, T, m = dy.shape
     r = B.shape[1]
-    given = [_check(op, "dy", dy, dy, (N, T, m)), _check(op, "B", B, dy, (m, r))]
+    given: list[Tensor | None] = [_check(op, "dy", dy, dy, (N, T, m)), _check(op, "B", B, dy, (m, r))]
     given.append(None if h is None else _check(op, "h", h, dy, (N, T, r)))
     given.append(None if x is None else _check(op, "x", x, dy, (N, T, x.shape[-1])))
     dtypes = {t.dtype for t in given if t is not None}

@@ -81,7 +81,7 @@ class Loggers:
         self.writers: list[TensorBoard | WandB] = []
         for kind in kinds:
             try:
-                self.writers.append({"tensorboard": TensorBoard, "wandb": WandB}[kind](run))
+                self.writers.append(TensorBoard(run) if kind == "tensorboard" else WandB(run))
             except Exception as error:  # each writer raises its own: no account, no network, a folder that is read-only
                 self.close()
                 raise BadInput(f"--{kind}: {first_line(error)}") from error

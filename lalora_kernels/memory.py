@@ -43,4 +43,7 @@ def peak_device_memory(device: torch.device) -> int | None:
 
 
 def _resident(field: str) -> int:
-    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.M).group(1))
+    found = re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.M)
+    if found is None:
+        raise OSError(f"{STATUS} has no {field}")
+    return 1024 * int(found.group(1))

@@ -2,9 +2,10 @@
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +118,7 @@ def _embedded(num_classes: int, image_size: int | None, progress: Callable[[int,
         raise BadInput(f"the embedded model takes images of {SIZE} x {SIZE}; leave the image size out")
     torchvision_beside_cpu_torch()  # transformers imports torchvision where it is installed
     need("transformers"), need("sklearn", "scikit-learn")
-    model = embedded_model(progress)
+    model: Any = embedded_model(progress)  # transformers' ViT
     new = []
     if num_classes != model.config.num_labels:
         model.classifier = nn.Linear(model.classifier.in_features, num_classes)
@@ -219,7 +220,7 @@ def _transformers(name: str, num_classes: int, kind: str, image_size: int | None
     return Classifier(model, kind, collate, head, sorted(untrained))
 
 
-def _image_collate(name: str, config, image_size: int | None) -> "ImageBatch":
+def _image_collate(name: str, config: Any, image_size: int | None) -> "ImageBatch":
     """Size, mean and deviation from the model's preprocessor_config.json, read without importing torchvision."""
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -232,7 +233,7 @@ def _image_collate(name: str, config, image_size: int | None) -> "ImageBatch":
     return ImageBatch(size, channels, tuple(mean), tuple(std))
 
 
-def need(module: str, package: str | None = None):
+def need(module: str, package: str | None = None) -> Any:
     """Import an optional dependency, or say what to install."""
     try:
         return importlib.import_module(module)
@@ -247,7 +248,7 @@ def first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet(transformers):
+def _quiet(transformers: Any) -> Iterator[None]:
     """Without the report of new layers and the bar of weights: what is new is in ``Classifier.new_modules``."""
     log, bar = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.set_verbosity_error()

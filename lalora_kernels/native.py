@@ -8,6 +8,7 @@ threads, bit for bit. ``LALORA_CPU_ISA`` = avx512bf16, avx512, avx2 or baseline 
 import math
 import os
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch  # before _C: both then share torch's OpenMP runtime
 from torch import Tensor
@@ -15,15 +16,15 @@ from torch import Tensor
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NOT_ASKED = (0, 0, 0, 0, 0)
 MAX_ELEMENTS = 4 << 32  # of one noise stream: a 32-bit block counter, 4 elements a block
-_module = None
+_module: ModuleType | None = None
 
 
-def require():
+def require() -> ModuleType:
     """The compiled module, loaded at the first call. Raises ImportError saying how to build it."""
     global _module
     if _module is None:
         try:
-            from lalora_kernels import _C
+            from lalora_kernels import _C  # type: ignore[attr-defined]  # compiled
         except ImportError as error:
             raise ImportError(
                 f"lalora_kernels._C is not built for this Python ({error}); install a C++17 compiler (apt install g++) "
@@ -62,7 +63,7 @@ def _dtype(op: str, name: str, t: Tensor) -> int:
     code = _DTYPES.get(t.dtype)
     if code is None or not t.is_cpu:
         _refuse(op, name, t, None, None)
-    return code
+    return code  # type: ignore[return-value]  # refused where it is None
 
 
 def _batch(op: str, name: str, t: Tensor, N: int, T: int, features: int | None = None) -> tuple:
@@ -72,7 +73,9 @@ def _batch(op: str, name: str, t: Tensor, N: int, T: int, features: int | None =
     return (t.data_ptr(), *t.stride(), _dtype(op, name, t))
 
 
-def _shapes(op: str, dy: Tensor, B: Tensor, h: Tensor | None, x: Tensor | None):
+def _shapes(
+    op: str, dy: Tensor, B: Tensor, h: Tensor | None, x: Tensor | None
+) -> tuple[tuple[int, int, int, int, int], tuple[tuple, ...]]:
     """((N, T, m, n, r), (dy, B, h, x) as the bindings take them)."""
     if dy.dim() != 3 or B.dim() != 2 or B.shape[0] != dy.shape[2] or B.shape[1] < 1:
         raise ValueError(
@@ -148,7 +151,7 @@ def sample_grad(
         torch.get_num_threads(),
     )
     for made, given in ((g_b, out_b), (g_a, out_a)):
-        if made is not given:
+        if made is not given and made is not None and given is not None:
             given.copy_(made)
     return dz, out_b, sq_b, out_a, sq_a
 
@@ -170,7 +173,8 @@ def sample_grad_clip(
     """See ``lalora_kernels.reference.sample_grad_clip``."""
     (N, T, m, n, r), args = shape, args = _shapes("sample_grad_clip", dy, B, h, x)
     dz = _empty_or_zeros((N, T, r), not m, dy.dtype) if need_dz else None
-    sums, squares = [None, None], [None, None]
+    sums: list[Tensor | None] = [None, None]
+    squares: list[Tensor | None] = [None, None]
     for k, (given, source, name, size) in enumerate(((S_B, h, "S_B", (m, r)), (S_A, x, "S_A", (r, n)))):
         if source is None:
             continue
@@ -194,8 +198,9 @@ def sample_grad_clip(
         torch.get_num_threads(),
     )
     for k, given in enumerate((S_B, S_A)):
-        if sums[k] is not None and given is not None and sums[k] is not given:
-            sums[k] = given.copy_(sums[k])
+        made = sums[k]
+        if made is not None and given is not None and made is not given:
+            sums[k] = given.copy_(made)
     return dz, sums[0], squares[0], sums[1], squares[1]
 
 
@@ -220,7 +225,20 @@ def _weights(op: str, weights: Tensor | None, L: int) -> Tensor:
     return weights.to(torch.float32)
 
 
-def _release(op, G, S, weights, out, noise_std, key, release, tensor_index, smooth_dim, divisor, padding) -> None:
+def _release(
+    op: str,
+    G: Sequence[Tensor | None],
+    S: Sequence[Tensor | None],
+    weights: Tensor | None,
+    out: Sequence[Tensor],
+    noise_std: float,
+    key: bytes | None,
+    release: int,
+    tensor_index: Sequence[int],
+    smooth_dim: Sequence[int | None],
+    divisor: float,
+    padding: str,
+) -> None:
     """``privatize`` over one table of tensors; see there."""
     L = len(out)
     for name, given in (("G", G), ("S", S), ("tensor_index", tensor_index), ("smooth_dim", smooth_dim)):

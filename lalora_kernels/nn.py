@@ -340,7 +340,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         )
 
 
-def embedding_refusal(embedding: nn.Embedding) -> str | None:
+def embedding_refusal(embedding: nn.Embedding | nn.EmbeddingBag) -> str | None:
     """Why this table's rows or gradients depend on other records; None where they do not."""
     if embedding.max_norm is not None:
         return "it has max_norm, which rewrites its rows according to what a batch looks up; set it to None"

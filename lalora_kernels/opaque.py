@@ -7,6 +7,7 @@ that the schema says is changed, so that no call is dropped, merged or moved acr
 
 import itertools
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,14 @@ _recorders: "weakref.WeakValueDictionary[int, object]" = weakref.WeakValueDictio
 _handles = itertools.count(1)  # two threads never draw the same number of it
 
 
-def register(recorder) -> int:
+def register(recorder: Any) -> int:
     """A handle by which the operators find ``recorder`` while it lives."""
     handle = next(_handles)
     _recorders[handle] = recorder
     return handle
 
 
-def _find(handle: int):
+def _find(handle: int) -> Any:
     recorder = _recorders.get(handle)
     if recorder is None:
         raise RuntimeError("a compiled model outlived its private optimizer; compile it again after make_private")
@@ -45,7 +46,16 @@ def record_lora(
 
 
 @record_lora.register_fake
-def _(token, dy, B, h, x, scaling, need_bias, handle):
+def _(
+    token: Tensor,
+    dy: Tensor,
+    B: Tensor,
+    h: Tensor | None,
+    x: Tensor | None,
+    scaling: float,
+    need_bias: bool,
+    handle: int,
+) -> Tensor:
     return dy.new_empty((*dy.shape[:-1], B.shape[1]))
 
 
@@ -58,7 +68,7 @@ def record_embedding(
 
 
 @record_embedding.register_fake
-def _(token, dy, B, h, ids, scaling, handle):
+def _(token: Tensor, dy: Tensor, B: Tensor, h: Tensor | None, ids: Tensor, scaling: float, handle: int) -> None:
     return None
 
 
@@ -69,7 +79,7 @@ def record(token: Tensor, dy: Tensor, x: Tensor | None, handle: int) -> None:
 
 
 @record.register_fake
-def _(token, dy, x, handle):
+def _(token: Tensor, dy: Tensor, x: Tensor | None, handle: int) -> None:
     return None
 
 
@@ -80,5 +90,5 @@ def record_scale(token: Tensor, dy: Tensor, normalized: Tensor | None, axis: int
 
 
 @record_scale.register_fake
-def _(token, dy, normalized, axis, handle):
+def _(token: Tensor, dy: Tensor, normalized: Tensor | None, axis: int, handle: int) -> None:
     return None

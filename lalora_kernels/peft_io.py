@@ -62,7 +62,8 @@ def save_adapter(
         raise ValueError("nothing to save: the model has no LoRA layer; call adapt(model, ...) first")
     _refuse_unsayable(model, layers)
     config = _config(model, layers, base_model_name_or_path, task_type)
-    tensors = {name if "lora_embedding" in name else f"{name}.weight": factor for name, factor in lora_factors(model)}
+    tensors: dict[str, Tensor] = {}
+    tensors |= {name if "lora_embedding" in name else f"{name}.weight": factor for name, factor in lora_factors(model)}
     for name in peft_saved(model, config["modules_to_save"] or ()):
         tensors |= {f"{name}.{key}": t for key, t in model.get_submodule(name).state_dict().items()}
     tensors = {PREFIX + key: tensors[key].detach().cpu().clone().contiguous() for key in sorted(tensors)}

@@ -6,6 +6,7 @@ Nothing is downloaded, except the config.json of a model that is named by the Hu
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def placeholder_model(
     torchvision_beside_cpu_torch()  # transformers and timm import torchvision where it is installed
     local = Path(name).is_dir() and any(file for pattern in WEIGHTS for file in Path(name).glob(pattern))
     if weights is not None or local:
-        options = {"weights": weights, "image_size": image_size, "max_length": max_length}
+        options: dict[str, Any] = {"weights": weights, "image_size": image_size, "max_length": max_length}
         loaded = load_model(name, num_classes, kind=kind or (_hf_kind(name) if local else "image"), **options)
     elif name == "embedded":
         loaded = _embedded(num_classes, image_size)
@@ -72,6 +73,7 @@ def placeholder_records(classifier: Classifier, count: int, num_classes: int) ->
     generator = torch.Generator().manual_seed(0)
     if classifier.kind == "text":
         return [(None, i % num_classes) for i in range(count)]
+    assert isinstance(classifier.collate, ImageBatch)
     shape = (classifier.collate.channels, classifier.collate.size, classifier.collate.size)
     return [(torch.rand(shape, generator=generator), i % num_classes) for i in range(count)]
 
@@ -80,7 +82,7 @@ def _embedded(num_classes: int, image_size: int | None) -> Classifier:
     if image_size not in (None, SIZE):
         raise BadInput(f"the embedded model takes images of {SIZE} x {SIZE}; leave the image size out")
     need("transformers")
-    model = architecture()
+    model: Any = architecture()  # transformers' ViT
     new = [] if num_classes == model.config.num_labels else ["classifier"]
     if new:
         model.classifier = nn.Linear(model.classifier.in_features, num_classes)
@@ -135,7 +137,7 @@ def _transformers(name: str, num_classes: int, kind: str | None, image_size: int
     return Classifier(model, kind, collate, list(outside), new)
 
 
-def _hf_config(name: str):
+def _hf_config(name: str) -> Any:
     try:
         return need("transformers").AutoConfig.from_pretrained(name)
     except BadInput:
@@ -156,6 +158,6 @@ def _hf_kind(name: str) -> str:
     raise BadInput(f"{name} is a {config.model_type} model, which classifies neither images nor text")
 
 
-def _tokens(config, max_length: int) -> TokenBatch:
+def _tokens(config: Any, max_length: int) -> TokenBatch:
     longest = getattr(config, "max_position_embeddings", None) or max_length
     return TokenBatch(getattr(config, "vocab_size", 2), min(max_length, longest))

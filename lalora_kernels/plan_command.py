@@ -27,7 +27,7 @@ POINTS = 12  # of the ε curve, where there are more rounds
 OWN = ("rank", "method")  # settings that this command asks for in the plural
 
 
-def add_plan(commands, add_settings: Callable[..., None]) -> None:
+def add_plan(commands: Any, add_settings: Callable[..., None]) -> None:
     """The command's arguments."""
     plan = commands.add_parser(
         "plan",
@@ -162,7 +162,9 @@ def _method(config: Config, method: Method, costs: Plan, state: Mapping[str, Ten
     }
 
 
-def _measure(configs: Sequence[Config], ranks: list[dict], classes: int, kind: str, progress) -> None:
+def _measure(
+    configs: Sequence[Config], ranks: list[dict], classes: int, kind: str | None, progress: Callable[[str], None]
+) -> None:
     from lalora_kernels.dry_run import OPACUS, dry_run
 
     missing = [name for name in ("opacus", "peft") if importlib.util.find_spec(name) is None]

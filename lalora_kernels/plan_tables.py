@@ -41,9 +41,9 @@ def show(plan: dict[str, Any], console: Console | None = None) -> None:
     for rank in plan["ranks"]:
         print_("")
         columns = [*rank["methods"], rank["opacus"]]
-        rows = [(name, *(value(row) for row in columns)) for name, value in QUANTITIES]
-        rows = [row for row in rows if set(row[1:]) != {NOT_KNOWN}]
-        _table(console, (f"r = {rank['rank']}", *(row["method"] for row in columns)), rows)
+        cells = [(name, *(value(row) for row in columns)) for name, value in QUANTITIES]
+        cells = [row for row in cells if set(row[1:]) != {NOT_KNOWN}]
+        _table(console, (f"r = {rank['rank']}", *(row["method"] for row in columns)), cells)
     _notes(plan, print_)
 
 
@@ -68,10 +68,10 @@ def _bytes(count: float | None) -> str:
     """Decimal units, three digits."""
     if count is None:
         return NOT_KNOWN
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
-        count /= 1000
+    units = ["B", "kB", "MB", "GB"]
+    while count >= 999.5 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.0f} {units[0]}" if units[0] == "B" or count >= 99.95 else f"{count:.1f} {units[0]}"
 
 
 def _time(seconds: float | None) -> str:

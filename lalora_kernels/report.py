@@ -42,7 +42,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } td.text, th.text { text-align: left; }
 caption { text-align: left; font-weight: 600; padding: .4rem 0; }
-.settings td { white-space: normal; text-align: left; }
+.settings th, .settings td { text-align: left; } .settings td:last-child { white-space: normal; }
 details { margin: .8rem 0; } summary { cursor: pointer; padding: .25rem 0; }
 .private { border-left: 4px solid var(--warn); padding: .1rem 0 .1rem 1rem; margin: 1.5rem 0; }
 .mark { color: var(--warn); font-weight: 600; }
@@ -94,6 +94,18 @@ class RunData:
     def over_flower(self) -> bool:
         """Whether this is the folder of a Flower server, which was told the clients' sizes and holds no ledger."""
         return not self.books and "sizes" in self.about
+
+    @property
+    def own_models(self) -> bool:
+        """Whether every client ends with a model of its own, so that accuracy and loss are means over these."""
+        from lalora_kernels.federated.methods import FURTHER
+
+        return self.settings["method"] in FURTHER and bool(FURTHER[self.settings["method"]].keeps)
+
+    @property
+    def accuracy(self) -> str:
+        """What metrics.jsonl's accuracy is, in words."""
+        return "mean test accuracy of the clients' models" if self.own_models else "test accuracy"
 
     @property
     def budget(self) -> float | None:

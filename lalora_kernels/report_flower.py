@@ -50,6 +50,7 @@ def epsilon_chart(run: RunData) -> str:
     each = [Line(None, list(zip(rounds, values)), "thin") for values in spent.values()]
     largest = Line("largest of them", list(zip(rounds, map(max, zip(*spent.values())))), "c1")
     few = len(run.about["sizes"]) > len(spent)
+    assert run.budget is not None  # a private run's
     label = f"thin: the {len(spent)} clients with the fewest records" if few else "thin: each client"
     return line_chart("ε spent at most, by the settings", [*each, largest], x_label="round", y_label=label,
                       show=at_most, levels=[("budget of the run", run.budget)])  # fmt: skip

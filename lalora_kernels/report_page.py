@@ -21,6 +21,10 @@ from lalora_kernels.report import (
 from lalora_kernels.report_flower import IMPLIED, at_most, clients_table, epsilon_chart
 
 DASH = "–"
+OWN_MODELS = (
+    "There is no one model: each client ends with a factor of its own. Accuracy and loss are means over the models of "
+    "all clients, each on all test records; a client that has not trained yet has the common start."
+)
 PARTS = (
     '<p><span class="mark">Parts of this page are not private</span> and marked so; '
     "<code>lalora report --public</code> writes it without them.</p>"
@@ -78,10 +82,10 @@ def _percent(share: float) -> str:
 def _run(run: RunData, public: bool) -> str:
     first, last, settings = run.history[0], run.history[-1], run.settings
     spent = ("most exposed client", _spent(run, last["epsilon"]))
-    if run.private and run.over_flower:
+    if run.budget is not None and run.over_flower:
         spent = ("each client in this run", at_most(run.budget))
     numbers = [
-        ("test accuracy", _percent(last["accuracy"])),
+        (run.accuracy, _percent(last["accuracy"])),
         ("before", _percent(first["accuracy"])),
         spent,
         (f"{last['round']} of {settings['rounds']} rounds", f"{last['seconds']:.0f} s"),
@@ -127,14 +131,15 @@ def _guarantee(run: RunData) -> str:
 def _accuracy(run: RunData) -> str:
     points = [(r["round"], 100 * r["accuracy"]) for r in run.history]
     before = [("before", points[0][1])]
-    return line_chart("Test accuracy", [Line("after the round", points)], x_label="round", y_label="in percent",
+    lines = [Line("after the round", points)]
+    return line_chart(run.accuracy.capitalize(), lines, x_label="round", y_label="in percent",
                       show="{:.1f} %".format, levels=before)  # fmt: skip
 
 
 def _epsilon(run: RunData) -> str:
     if run.private and run.over_flower:
         return epsilon_chart(run)
-    if not run.private or run.history[-1]["epsilon"] is None:
+    if run.budget is None or run.history[-1]["epsilon"] is None:
         return ""
     largest = Line("most exposed client", [(r["round"], r["epsilon"]) for r in run.history], "c1")
     each = [
@@ -155,8 +160,11 @@ def _rounds(run: RunData) -> str:
         )
         for r in run.history
     ]  # fmt: skip
-    header = ("round", "accuracy, %", "test loss", "largest ε", "clients", "left out", "bytes sent up", "seconds")
-    return f"<details><summary>Every round</summary>{table('Every round', header, rows)}</details>"
+    mean = "mean " if run.own_models else ""
+    header = ("round", f"{mean}accuracy, %", f"{mean}test loss", "largest ε", "clients", "left out", "bytes sent up",
+              "seconds")  # fmt: skip
+    numbers = f"<details><summary>Every round</summary>{table('Every round', header, rows)}</details>"
+    return (f"<p>{OWN_MODELS}</p>" if run.own_models else "") + numbers
 
 
 # ---------------------------------------------------------------- clients
@@ -327,10 +335,14 @@ def _settings(run: RunData) -> str:
 # ---------------------------------------------------------------- several runs
 
 
+def _with_mean(run: RunData) -> str:
+    return f"{run.name} (mean over clients)" if run.own_models else run.name
+
+
 def _comparison(runs: Sequence[RunData]) -> str:
     styles = [f"c{i % COLORS}" for i in range(len(runs))]
     accuracy = [
-        Line(run.name, [(r["round"], 100 * r["accuracy"]) for r in run.history], style)
+        Line(_with_mean(run), [(r["round"], 100 * r["accuracy"]) for r in run.history], style)
         for run, style in zip(runs, styles)
     ]
     charts = line_chart("Test accuracy", accuracy, x_label="round", y_label="in percent", show="{:.1f} %".format)
@@ -344,7 +356,8 @@ def _comparison(runs: Sequence[RunData]) -> str:
                              show=lambda e: show_epsilon(e))  # fmt: skip
     rows = [
         (
-            run.name, f"{100 * run.history[-1]['accuracy']:.1f}", f"{100 * run.history[0]['accuracy']:.1f}",
+            run.name, f"{100 * run.history[-1]['accuracy']:.1f}{'*' * run.own_models}",
+            f"{100 * run.history[0]['accuracy']:.1f}",
             _spent(run, run.history[-1]["epsilon"]), f"{run.settings['delta']:g}", run.history[-1]["round"],
             f"{sum(r['bytes_sent'] for r in run.history):,}", f"{run.history[-1]['seconds']:.1f}",
         )
@@ -358,8 +371,10 @@ def _comparison(runs: Sequence[RunData]) -> str:
     many = "" if len({str(run.about.get("fingerprints", {}).get("data")) for run in runs}) == 1 else (
         "<p>These runs did not train on the same data.</p>"
     )  # fmt: skip
+    means = html.escape(", ".join(run.name for run in runs if run.own_models))
+    note = f"<p>* {means}: the mean over the clients' models.</p>" if means else ""
     spend = "<p>Runs on the same records add up: together they have spent more than any one of them.</p>"
     return (
         f'<h2>Accuracy and ε over rounds</h2><div class="charts">{charts}</div>'
-        f"<h2>Side by side</h2>{table('Every run', header, rows)}{other}{many}{spend}<h2>Each run</h2>"
+        f"<h2>Side by side</h2>{table('Every run', header, rows)}{note}{other}{many}{spend}<h2>Each run</h2>"
     )

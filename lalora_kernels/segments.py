@@ -49,19 +49,20 @@ def _build(op: str, rows: Sequence[tuple], smallest_tile: int, device: torch.dev
         tile *= 2
     if tile < 4 * max(halos):
         raise ValueError(f"{op}: a filtered tensor of rank {max(r[6] for r in rows)}; the kernels take {MAX_TILE // 8}")
-    table, owner, aligned = [], [], True
+    owner: list[int] = []
+    table, aligned = [], True
     for l, ((g, g_stride, s, out, numel, length, inner, index, smooth), halo) in enumerate(zip(rows, halos)):
         if numel >= 1 << 31:
             raise ValueError(f"{op}: out[{l}] has {numel} elements; a tensor of one release has fewer than 2^31")
         table.append([g, g_stride, s, out, numel, length, inner, halo, len(owner), index, int(smooth), 0])
         owner += [l] * -(-numel // (tile - 2 * halo))
         aligned &= not any(address % 16 for address in (g, s, out)) and not (g_stride % 4 or numel % 4)
-    fixed = torch.tensor(table, dtype=torch.int64).view(-1, FIELDS), torch.tensor(owner, dtype=torch.int32)
+    places, tiles = torch.tensor(table, dtype=torch.int64).view(-1, FIELDS), torch.tensor(owner, dtype=torch.int32)
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():  # a graph would copy the table again, from memory long freed
             raise RuntimeError(f"{op}: tensors not seen before while a CUDA graph is captured; run the step once first")
-        fixed = [t.pin_memory().to(device, non_blocking=True) for t in fixed]
-    return Table(*fixed, tile=tile, aligned=aligned, smooth=any(halos))
+        places, tiles = (t.pin_memory().to(device, non_blocking=True) for t in (places, tiles))
+    return Table(places, tiles, tile=tile, aligned=aligned, smooth=any(halos))
 
 
 def table(op: str, rows: Sequence[tuple], smallest_tile: int, device: torch.device) -> Table:
@@ -80,7 +81,16 @@ def table(op: str, rows: Sequence[tuple], smallest_tile: int, device: torch.devi
 class Release:
     """Checked tensors of one ``privatize`` or ``clip_reduce`` on one device, contiguous where they have to be."""
 
-    def __init__(self, op: str, G, S, weights: Tensor | None, out, tensor_index, smooth_dim):
+    def __init__(
+        self,
+        op: str,
+        G: Sequence[Tensor | None],
+        S: Sequence[Tensor | None],
+        weights: Tensor | None,
+        out: Sequence[Tensor],
+        tensor_index: Sequence[int],
+        smooth_dim: Sequence[int | None],
+    ):
         L = len(out)
         for name, given in (("G", G), ("S", S), ("tensor_index", tensor_index), ("smooth_dim", smooth_dim)):
             if len(given) != L:
@@ -94,8 +104,10 @@ class Release:
             if weights.device != self.device:
                 raise ValueError(f"{op}: weights are on {weights.device}, expected {self.device}")
             self.weights, self.N = weights.to(torch.float32), weights.shape[1]
-            self.strides = self.weights.stride()
-        self.rows, self._keep, self._copies = [], [], []
+            self.strides = self.weights.stride(0), self.weights.stride(1)
+        self.rows: list[tuple] = []
+        self._keep: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
         for l in range(L):
             self._add(l, G[l], S[l], out[l], tensor_index[l], smooth_dim[l])
 

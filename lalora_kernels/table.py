@@ -13,6 +13,7 @@ from typing import Any
 
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import Config, make_config
+from lalora_kernels.federated.methods import get_method
 from lalora_kernels.files import write_atomic
 
 Accuracy = tuple[float, float]  # before and after, in [0, 1]
@@ -119,7 +120,9 @@ def _markdown(grid: dict[str, Sequence], results: dict[str, Accuracy]) -> str:
         lines.append("| " + " | ".join(row) + " |")
     before = [accuracy for accuracy, _ in results.values()]
     seeds = ", ".join(map(str, grid["seed"]))
-    return "\n".join(lines) + f"\n\nBefore fine-tuning: {_spread(before)}. Seeds {seeds}.\n"
+    text = "\n".join(lines) + f"\n\nBefore fine-tuning: {_spread(before)}. Seeds {seeds}."
+    own = [method for method in grid["method"] if get_method(method).keeps]
+    return text + (f" {', '.join(own)}: the mean over the clients' models." if own else "") + "\n"
 
 
 def _spread(accuracies: Sequence[float]) -> str:

@@ -74,15 +74,16 @@ def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     parent = model.get_submodule(above)
     if isinstance(module, LoRALayer):
         return "it is adapted already; call unadapt(model) or merge_and_unload(model) first"
-    if isinstance(parent, nn.MultiheadAttention) or _bypasses(type(parent), child):
+    if isinstance(parent, nn.MultiheadAttention) or _bypasses(type(parent), child):  # type: ignore[arg-type]  # a class is hashable
         return f"{type(parent).__name__} uses its weight without calling it, so an adapter would do nothing"
     if lora_class(module) is None:
         return (
             f"its type is {kind.__name__}; nn.Linear, nn.Conv2d, nn.Embedding and transformers' Conv1D can be adapted. "
             "Longer names in target_modules (attn.proj for proj) leave it out"
         )
-    if is_lazy(module.weight) or module.weight.dtype not in FLOATS:
-        return f"its weight is {'not initialized yet' if is_lazy(module.weight) else module.weight.dtype}"
+    weight = module.get_parameter("weight")
+    if is_lazy(weight) or weight.dtype not in FLOATS:
+        return f"its weight is {'not initialized yet' if is_lazy(weight) else weight.dtype}"
     if hasattr(module, "parametrizations"):
         return "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:

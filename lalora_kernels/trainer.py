@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -18,12 +19,14 @@ from transformers.utils import logging
 
 from lalora_kernels.nn import set_active
 from lalora_kernels.privacy.accountant import get_noise_multiplier
+from lalora_kernels.privacy.distributed import quiet_ddp
 from lalora_kernels.privacy.ledger import Ledger, LedgerError
 from lalora_kernels.privacy.make_private import make_private
 from lalora_kernels.privacy.optimizer import PrivateOptimizer
 from lalora_kernels.privacy.sampling import PrivateLoader, _count
 from lalora_kernels.trainer_batches import LogicalBatch, PrivateBatches
 from lalora_kernels.trainer_loss import logits_of, record_losses
+from lalora_kernels.trainer_refusals import refuse_arguments, refuse_settings
 
 if TYPE_CHECKING:  # what it stands before
     from transformers import Trainer as _Mixed
@@ -33,11 +36,6 @@ if not hasattr(Trainer, "_prepare_for_training"):
     raise ImportError("lalora_kernels.trainer needs transformers 5 or later")
 logger = logging.get_logger(__name__)
 LEDGER = "ledger.json"
-# What ``privacy`` may say to make_private; the rest follows from TrainingArguments.
-SETTINGS = set(
-    "method smoothing clipping noise_multiplier target_epsilon target_delta expected_batch_size noise backend check "
-    "target_unclipped_quantile clipbound_learning_rate min_clipbound max_clipbound unclipped_num_std".split()
-)
 LOSS_RTOL, TRIES = 1e-3, 8  # two ways to one number in float32; records to tell them apart by
 
 
@@ -48,15 +46,16 @@ class PrivateTrainerMixin(_Mixed):
         privacy: settings of ``make_private``: target_epsilon and target_delta (or noise_multiplier and target_delta),
             method, smoothing, clipping, ... ``args.max_grad_norm`` is C; the number of steps is the Trainer's;
             b = ``per_device_train_batch_size * gradient_accumulation_steps`` records are expected in a logical batch,
-            of which ``per_device_train_batch_size`` are computed at a time.
+            times the number of processes, each of which computes ``per_device_train_batch_size`` at a time.
 
     A record's loss is the cross-entropy of its own positions (trainer_loss.py), the model's own for regression and
     multi-label targets, or ``compute_loss_func(outputs, labels, num_items_in_batch=None)``, a mean over records.
     Every log holds ``epsilon``, spent so far at target_delta. Losses of the training records are logged as
     ``loss_not_private``: the guarantee does not cover them. ``output_dir/ledger.json`` is written before every release,
-    and a copy with every checkpoint; a resumed run continues it under a fresh key.
+    and a copy with every checkpoint; a resumed run continues it under a fresh key. Several processes of
+    torch.distributed make the step of one: each takes a part of the batch, the first adds the noise, has the ledger.
 
-    Raises ValueError for what would make ε false or go unseen: fp16, several processes or devices, samplers of your
+    Raises ValueError for what would make ε false or go unseen: fp16, several devices a process, samplers of your
     own or by length, DeepSpeed, FSDP, Liger kernels, auto_find_batch_size, optimizers that step in backward,
     hyper-parameter search, a ledger of another run in ``output_dir``.
     """
@@ -65,16 +64,16 @@ class PrivateTrainerMixin(_Mixed):
     optimizer: Any
 
     def __init__(self, *args: Any, privacy: Mapping[str, Any], **kwargs: Any) -> None:
-        _refuse_settings(privacy)
+        refuse_settings(privacy)
         self._private: PrivateOptimizer | None = None
         self._batches: PrivateBatches | None = None
         self._resuming = self._said = self._loss_checked = self._shift = False
         self._epsilon: tuple[int, float | None] | None = None
         super().__init__(*args, **kwargs)
-        _refuse_arguments(self)
+        refuse_arguments(self)
         self.privacy = dict(privacy)
         self.max_grad_norm = float(self.args.max_grad_norm)
-        b = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        b = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self.expected_batch_size = self.privacy.pop("expected_batch_size", b)
         # The loop sees one batch a step and clips nothing; Poisson draws have no order in which to skip.
         self.args = copy.copy(self.args)
@@ -116,7 +115,9 @@ class PrivateTrainerMixin(_Mixed):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         self._resuming = resume_from_checkpoint is not None
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        quiet_ddp(model)  # accelerate's wrapper: the engine adds the ranks' sums up itself
+        return model, loader
 
     @property
     def ledger(self) -> Ledger:
@@ -155,13 +156,31 @@ class PrivateTrainerMixin(_Mixed):
 
         def charge_and_write() -> None:
             charge()
-            ledger.save(Path(self.args.output_dir, LEDGER))
+            if self.is_world_process_zero():  # which adds the noise
+                ledger.save(Path(self.args.output_dir, LEDGER))
 
         self._private.engine.charge = charge_and_write
         self.optimizer = self._private
         return self.optimizer
 
     def _open_ledger(self) -> Ledger:
+        """The first process's, in every process: they are one data holder and make one release a step."""
+        if self.args.world_size == 1:
+            return self._own_ledger()
+        found: list[Any] = [None]
+        if self.is_world_process_zero():
+            try:
+                found = [self._own_ledger().state_dict()]
+            except (ValueError, OSError) as error:
+                found = [error]
+        dist.broadcast_object_list(found, 0)
+        if isinstance(found[0], Exception):
+            raise found[0]
+        ledger = Ledger()
+        ledger.load_state_dict(found[0])
+        return ledger
+
+    def _own_ledger(self) -> Ledger:
         path, budget = Path(self.args.output_dir, LEDGER), self.privacy.get("target_epsilon")
         if not self._resuming:
             if path.exists():
@@ -337,7 +356,7 @@ class PrivateTrainerMixin(_Mixed):
         super().save_model(output_dir, _internal_call)
 
     def _write_ledger(self, folder: str) -> None:
-        if self._private is not None:
+        if self._private is not None and self.args.should_save:
             os.makedirs(folder, exist_ok=True)
             self.ledger.save(Path(folder, LEDGER))
 
@@ -358,42 +377,3 @@ class PrivateTrainerMixin(_Mixed):
 
 class PrivateTrainer(PrivateTrainerMixin, Trainer):
     """``transformers.Trainer`` that trains privately; see ``PrivateTrainerMixin``."""
-
-
-def _refuse_settings(privacy: Mapping[str, Any]) -> None:
-    if unknown := sorted(set(privacy) - SETTINGS):
-        raise ValueError(
-            f"privacy holds {', '.join(unknown)}, which it does not know or which follow from TrainingArguments; "
-            f"known: {', '.join(sorted(SETTINGS))}"
-        )
-    if privacy.get("target_delta") is None:
-        raise ValueError("privacy needs target_delta, at which ε is logged")
-    if (privacy.get("target_epsilon") is None) == (privacy.get("noise_multiplier") is None):
-        raise ValueError("privacy holds either target_epsilon or noise_multiplier")
-
-
-def _refuse_arguments(trainer: Trainer) -> None:
-    a = trainer.args
-    optim = str(getattr(a.optim, "value", a.optim))
-    reasons = {
-        "fp16 scales the loss by what overflowed before; use bf16=True": a.fp16,
-        "nn.DataParallel splits batches over devices; make one device visible": a.n_gpu > 1,
-        "several processes are for a loop of your own with DistributedDataParallel": a.world_size > 1,
-        "deepspeed shards what per-sample gradients need whole": a.deepspeed or trainer.is_deepspeed_enabled,
-        "fsdp shards what per-sample gradients need whole": a.fsdp or trainer.is_fsdp_enabled,
-        "parallelism_config shards what per-sample gradients need whole": a.parallelism_config is not None,
-        f"train_sampling_strategy={a.train_sampling_strategy!r} picks records by another rule than Poisson sampling; "
-        f"leave it at 'random'": a.train_sampling_strategy != "random",
-        "use_liger_kernel replaces forwards and takes a mean over a batch's tokens": a.use_liger_kernel,
-        "auto_find_batch_size starts over after a step was charged; set per_device_train_batch_size lower, and "
-        "gradient_accumulation_steps higher": a.auto_find_batch_size,
-        "include_num_input_tokens_seen counts the tokens of private batches": a.include_num_input_tokens_seen != "no",
-        f"optim={optim!r} steps within backward, before anything is clipped": any(
-            word in optim for word in ("lomo", "layerwise")
-        ),
-        "model_init starts over while the ledger goes on; pass model": trainer.model_init is not None,
-        "the optimizer is private already; pass the plain one": isinstance(trainer.optimizer, PrivateOptimizer),
-        "max_grad_norm is C, and above 0": not a.max_grad_norm > 0,
-    }
-    if found := [reason for reason, applies in reasons.items() if applies]:
-        raise ValueError("PrivateTrainer: " + "; ".join(found))

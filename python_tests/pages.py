@@ -82,6 +82,7 @@ def interfaces(monkeypatch) -> dict:
     return {
         "model": _tiny_bert(), "fresh_model": lambda: _adapted_bert(), "loader": DataLoader(records, batch_size=16),
         "records": records, "images": DataLoader(images, batch_size=16),
+        "image_records": [{"pixel_values": x, "labels": y} for x, y in images],
     }  # fmt: skip
 
 

@@ -158,3 +158,36 @@ def test_a_run_without_noise_has_no_epsilon_on_its_page(world, tmp_path, command
     assert simulated(world, tmp_path / "run", epsilon=float("inf")) == 0
     found = page(tmp_path / "run/report.html")
     assert "guarantees nothing" in found.words and "≤" not in found.words
+
+
+def test_the_ledgers_of_a_run_are_its_clients_own(world, tmp_path, capsys, commanded):
+    """All simulated here: each is printed with what it was charged for. Elsewhere: the message says where they are."""
+    run = tmp_path / "run"
+    commanded.faults = {2: lambda node, blob: "silence"}
+    assert simulated(world, run, "--quiet") == 0
+    capsys.readouterr()
+    assert main(["ledger", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{run}: 3 ledgers, {3 * ROUNDS * K} releases; every hash chain holds")
+    assert out.count(f"for run {json.loads((run / 'config.json').read_text())['run']}, rounds 1, 2") == 3
+    for client in (0, 1, 3):
+        spent = ledger_of(run / "clients" / str(client)).epsilon(1e-4)
+        block = out[out.index(f"client {client}, run") :].split("client", 2)[1]
+        assert f"epsilon {spent:.4f} of 8 at delta 0.0001, add or remove one record" in block
+    assert f"client 2: no ledger in {run}/clients/2" in out
+
+    home = run / "clients" / "0"
+    assert main(["ledger", str(home)]) == 0
+    assert capsys.readouterr().out.startswith(f"{home}: 1 ledger, {ROUNDS * K} releases")
+    (path,) = home.glob("ledgers/*/ledger.json")
+    whole = path.read_text()
+    path.write_text(whole.replace('"count": ', '"count": 1', 1))
+    for folder in (run, home):
+        assert main(["ledger", str(folder)]) == 2
+        assert str(path) in capsys.readouterr().err
+    path.unlink()
+    assert main(["ledger", str(run)]) == 2
+    assert "put the ledger back from a copy" in capsys.readouterr().err
+    (run / "clients").rename(tmp_path / "elsewhere")
+    assert main(["ledger", str(run)]) == 2
+    assert "every client keeps its own, in its HOME folder" in capsys.readouterr().err

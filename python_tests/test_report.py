@@ -1,5 +1,6 @@
 """The page that a run leaves: it needs no network, says what metrics.jsonl says, marks what is not private."""
 
+import io
 import json
 import math
 import re
@@ -8,10 +9,12 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from rich.console import Console
 from small import digits_npz, vit_folder
 
 from lalora_kernels import charts
 from lalora_kernels.cli import main
+from lalora_kernels.display import Display
 from lalora_kernels.federated.client import Client
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.diagnostics import noise_variance
@@ -173,6 +176,24 @@ def test_several_runs_beside_each_other(world, folder, tmp_path, capsys, monkeyp
     differ = {row[0]: row[1:] for row in found.tables["Settings that differ"][1:]}
     assert differ["method"] == ["la-lora", "ffa-lora"] and "rank" not in differ
     assert found.text["h2"].count("What is guaranteed") == 2 and "guarantees nothing" in found.words
+
+
+def test_where_clients_have_models_of_their_own_accuracy_is_called_a_mean(world, folder, tmp_path):
+    settings = SMALL | {"model": world[0], "dataset": world[1], "epsilon": math.inf, "rounds": 1}
+    own = Run.start(prepare(make_config(settings | {"method": "fedsa-lora"})), tmp_path / "own")
+    out = io.StringIO()
+    Display(console=Console(file=out, width=200)).begin(own)
+    own.train()
+    mean, one = page(tmp_path / "own"), page(folder)
+    assert "mean test accuracy of the clients' models" in mean.text["dt"] and "test accuracy" in one.text["dt"]
+    assert "Mean test accuracy of the clients' models " in mean.text["figcaption"]
+    assert mean.tables["Every round"][0][1:3] == ["mean accuracy, %", "mean test loss"]
+    said = ("no one model", "mean", "means over")
+    assert all(word in mean.words for word in said) and not any(word in one.words for word in said[::2])
+    assert "means over all clients' models" in out.getvalue()
+    both = page(folder, tmp_path / "own", out=tmp_path / "both.html")
+    assert [row[1].endswith("*") for row in both.tables["Every run"][1:]] == [False, True]
+    assert "own (mean over clients)" in both.text["li"] and "* own: the mean over the clients' models." in both.words
 
 
 def test_hostile_names_are_text(folder, tmp_path):

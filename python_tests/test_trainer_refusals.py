@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from trainer_models import adapted, trainer_of
 from transformers import TrainingArguments
 
@@ -24,25 +25,40 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name, value", [("fp16", True), ("_n_gpu", 2), ("use_liger_kernel", True), ("fsdp", "x")])
     def test_what_this_machine_cannot_ask_for(self, name, value, tmp_path):
-        from lalora_kernels.trainer import _refuse_arguments
+        from lalora_kernels.trainer_refusals import refuse_arguments
 
         _, patched, data = adapted("bert")
         trainer = trainer_of(patched, data, tmp_path)
         trainer.args.max_grad_norm = 1.0
-        _refuse_arguments(trainer)
+        refuse_arguments(trainer)
         setattr(trainer.args, name, value)
         with pytest.raises(ValueError, match="nn.DataParallel" if name == "_n_gpu" else name):
-            _refuse_arguments(trainer)
+            refuse_arguments(trainer)
 
     def test_several_processes(self, tmp_path, monkeypatch):
-        from lalora_kernels.trainer import _refuse_arguments
+        from lalora_kernels.trainer_refusals import refuse_arguments
 
         _, patched, data = adapted("bert")
         trainer = trainer_of(patched, data, tmp_path)
         trainer.args.max_grad_norm = 1.0
         monkeypatch.setattr(TrainingArguments, "world_size", 2)
-        with pytest.raises(ValueError, match="several processes are for a loop of your own"):
-            _refuse_arguments(trainer)
+        with pytest.raises(ValueError, match="several processes are those of torch.distributed"):
+            refuse_arguments(trainer)
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+        refuse_arguments(trainer)
+        trainer.args.torch_compile = True
+        with pytest.raises(ValueError, match="torch_compile is not tested in several processes"):
+            refuse_arguments(trainer)
+
+    def test_a_model_sharded_at_load_time(self, tmp_path):
+        from lalora_kernels.trainer_refusals import refuse_arguments
+
+        _, patched, data = adapted("bert")
+        trainer = trainer_of(patched, data, tmp_path)
+        trainer.args.max_grad_norm, trainer.is_distributed_loading_by_transformers = 1.0, True
+        with pytest.raises(ValueError, match="sharded at load time has no per-sample gradients"):
+            refuse_arguments(trainer)
 
     @pytest.mark.parametrize(
         "privacy, message",

@@ -2,9 +2,12 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from lalora_kernels.data import BadInput
-from lalora_kernels.federated.run import LEDGERS, read_json, read_ledgers
+from lalora_kernels.federated.lifetime import refuse_lost
+from lalora_kernels.federated.node import KEPT
+from lalora_kernels.federated.run import CONFIG, LEDGERS, read_json, read_ledgers
 from lalora_kernels.privacy.accountant import NEIGHBORING_RELATIONS, check_delta
 from lalora_kernels.privacy.ledger import Ledger, LedgerError
 
@@ -13,13 +16,16 @@ WORDS = {"add_or_remove_one": "add or remove one record", "replace_one": "replac
 
 
 def show_ledger(run: str | Path, *, accountant: str = "pld", delta: float | None = None) -> str:
-    """The report on a run folder, its ledger.json, or a file that ``Ledger.save`` wrote: each client's entries, and ε.
+    """The report on a run folder, its ledger.json, a Flower client's folder, or a file that ``Ledger.save`` wrote: each
+    client's entries, and ε. A run over Flower has the ledgers of the clients that this machine simulated, or none.
 
     ε comes from the entries alone, by ``accountant`` ("pld" or "rdp"), for both neighbouring relations (RDP: add or
     remove only), at ``delta`` (default: the ledger's own). Raises BadInput for what is missing, edited or unreadable,
     and where the ε that the run wrote beside a ledger is not the ledger's.
     """
     path = Path(run)
+    if path.is_dir() and not (path / LEDGERS).exists() and (homes := _homes(path)):
+        return _show_homes(path, homes, accountant, delta)
     path = path / LEDGERS if path.is_dir() else path
     books = read_json(path)
     try:
@@ -38,9 +44,57 @@ def show_ledger(run: str | Path, *, accountant: str = "pld", delta: float | None
         if isinstance(error, BadInput):
             raise
         raise BadInput(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-    steps = sum(ledger.steps for ledger in ledgers.values())
-    many = f"{len(ledgers)} ledger{'s' * (len(ledgers) != 1)}, {steps} releases"
-    return "\n".join([f"{path}: {many}; every hash chain holds; epsilon by {accountant.upper()}", *blocks])
+    return "\n".join([_head(path, list(ledgers.values()), accountant), *blocks])
+
+
+def _head(path: Path, ledgers: list[Ledger], accountant: str) -> str:
+    many = f"{len(ledgers)} ledger{'s' * (len(ledgers) != 1)}, {sum(ledger.steps for ledger in ledgers)} releases"
+    return f"{path}: {many}; every hash chain holds; epsilon by {accountant.upper()}"
+
+
+def _homes(folder: Path) -> dict[str, Path]:
+    """Client -> its own folder, of the Flower clients whose folders are here.
+
+    Raises BadInput for a server's folder without any: what its clients spent is not there.
+    """
+    if (folder / "ledgers").is_dir():
+        return {"": folder}
+    about = read_json(folder / CONFIG) if (folder / CONFIG).exists() else None
+    if not isinstance(about, dict) or "sizes" not in about:
+        return {}
+    homes = [home for home in (folder / "clients").glob("*") if home.is_dir()]
+    if not homes:
+        raise BadInput(
+            f"{folder} is a run over Flower, whose server is sent no ledger: every client keeps its own, in its HOME "
+            f"folder. lalora ledger HOME shows it there"
+        )
+    return {home.name: home for home in sorted(homes, key=lambda home: (len(home.name), home.name))}
+
+
+def _show_homes(folder: Path, homes: dict[str, Path], accountant: str, delta: float | None) -> str:
+    """The ledgers of Flower clients: each over all runs and servers, with the rounds that it was charged for."""
+    blocks, ledgers = [], []
+    for name, home in homes.items():
+        paths = sorted((home / "ledgers").glob(f"*/{LEDGERS}"))
+        for path in paths:
+            book, ledger = read_json(path), Ledger()
+            try:
+                ledger.load_state_dict(book["ledger"])
+                blocks += [_client(name, ledger, None, accountant, delta, None), *_rounds(book), f"  {path}"]
+            except (LedgerError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise BadInput(f"{path}: {error}") from error
+            ledgers.append(ledger)
+        try:
+            refuse_lost(home / "ledgers", home / "runs", KEPT)
+        except LedgerError as error:
+            raise BadInput(str(error)) from error
+        if not paths:
+            blocks.append(f"\n{f'client {name}: ' if name else ''}no ledger in {home}, nothing was released from there")
+    return "\n".join([_head(folder, ledgers, accountant), *blocks])
+
+
+def _rounds(book: dict[str, Any]) -> list[str]:
+    return [f"  for run {run}, rounds {', '.join(map(str, rounds))}" for run, rounds in book["rounds"].items()]
 
 
 def _client(

@@ -24,7 +24,7 @@ from lalora_kernels.privacy.sampling import PrivateLoader
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """What a federation moves, by name: every lora_A and lora_B, active or not, and what is trained in full."""
-    found = dict(lora_factors(model))
+    found: dict[str, nn.Parameter] = dict(lora_factors(model))
     for name in saved_modules(model):
         found |= {f"{name}.{key}": p for key, p in model.get_submodule(name).named_parameters()}
     return dict(sorted(found.items()))
@@ -67,7 +67,7 @@ def make_optimizer(model: nn.Module, config: Config, lr: float) -> torch.optim.O
     tensors = trainable_tensors(model)
     b = [p for key, p in tensors.items() if factor_of(key) == "B"]
     rest = [p for key, p in tensors.items() if factor_of(key) != "B"]
-    groups = [{"params": rest}, {"params": b, "lr": lr * config.lr_b_ratio}]
+    groups: list[dict[str, Any]] = [{"params": rest}, {"params": b, "lr": lr * config.lr_b_ratio}]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
@@ -147,7 +147,7 @@ class Client:
         """``make_private`` over this client's records, σ, ledger and noise; raises as it does."""
         model, adaptive = classifier.model, config.clipping == "adaptive"
         model.train()
-        return make_private(
+        optimizer, loader = make_private(
             model,
             make_optimizer(model, config, learning_rate(config, round)),
             DataLoader(self.records, batch_size=config.batch_size, collate_fn=classifier.collate),
@@ -163,3 +163,5 @@ class Client:
             noise=self.noise,
             check=False,  # the run checks the model once, before its first round
         )
+        assert isinstance(loader, PrivateLoader)
+        return optimizer, loader

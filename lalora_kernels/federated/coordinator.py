@@ -29,7 +29,7 @@ from lalora_kernels.federated.client import get_state, set_state
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.guard import Outcome, QuorumLost, Rules, refuse_lost_rounds, schema_hash, why_refused
 from lalora_kernels.federated.lock import RunLock
-from lalora_kernels.federated.methods import get_method
+from lalora_kernels.federated.methods import Method, get_method
 from lalora_kernels.federated.plan import participation
 from lalora_kernels.federated.run import ADAPTER, CONFIG, METRICS, read_json
 from lalora_kernels.federated.server import Server
@@ -260,7 +260,7 @@ class Coordinator:
             return "failed", "its status is unknown", {}
         return status, None, update
 
-    def _remember(self, method, number: int, record: Mapping[str, Any]) -> None:
+    def _remember(self, method: Method, number: int, record: Mapping[str, Any]) -> None:
         """What ``record`` of a round says about who has seen what."""
         for client, status in record["statuses"].items():
             if status == "ok":

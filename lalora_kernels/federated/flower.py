@@ -140,10 +140,10 @@ def make_certificates(folder: Path, hosts: Sequence[str], clients: int, days: in
         write_atomic(folder / name, data)
         (folder / name).chmod(0o600 if secret else 0o644)
 
-    def pem(key: ec.EllipticCurvePrivateKey, form=serialization.PrivateFormat.PKCS8) -> bytes:
+    def pem(key: Any, form: Any = serialization.PrivateFormat.PKCS8) -> bytes:
         return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
 
-    def certificate(name: str, key, issuer: x509.Name | None, signer) -> x509.CertificateBuilder:
+    def certificate(name: str, key: Any, issuer: x509.Name | None, signer: Any) -> Any:
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer or subject)
         builder = builder.public_key(key.public_key()).serial_number(x509.random_serial_number())
@@ -263,7 +263,13 @@ class Control:
         self._flwr("supernode", "register", str(public_key), "lalora", "--name", public_key.stem)
 
     def submit(
-        self, folder: Path, config: Config | None, *, sizes="", timeout=600.0, simulate: dict | None = None
+        self,
+        folder: Path,
+        config: Config | None,
+        *,
+        sizes: str = "",
+        timeout: float = 600.0,
+        simulate: dict[str, Any] | None = None,
     ) -> str:
         """Start the app on ``folder``: a new run with ``config``, without it the continuation; returns Flower's id."""
         (folder / "result.json").unlink(missing_ok=True)

@@ -61,8 +61,8 @@ class Node:
         """
         about: dict[str, Any] = {}
         try:
-            tensors, about = unpack(blob)
-            tensors, wire = self._train(tensors, about, on_step)
+            sent, about = unpack(blob)
+            tensors, wire = self._train(sent, about, on_step)
         except Refused as refusal:
             self._log(logging.WARNING, f"round {about.get('round')!r:.20}: {refusal.status}: {refusal}")
             return self._reply(about, refusal.status, {})
@@ -74,7 +74,9 @@ class Node:
             return self._reply(about, "failed", {})
         return self._reply(about, "ok", tensors, wire)
 
-    def _reply(self, about: Mapping[str, Any], status: str, tensors: Mapping[str, Tensor], wire="float32") -> bytes:
+    def _reply(
+        self, about: Mapping[str, Any], status: str, tensors: Mapping[str, Tensor], wire: str = "float32"
+    ) -> bytes:
         run, number = about.get("run"), about.get("round")
         return pack(tensors, {"run": run, "round": number, "client": self.client, "status": status}, wire)
 
@@ -144,6 +146,7 @@ class Node:
         local = read_toml(path) if path.exists() else {}
         if strange := sorted(set(local) - set(LOCAL)):
             raise BadInput(f"{path}: {strange[0]!r} is not one of {', '.join(LOCAL)}")
+        alone: dict[str, Any] = {}
         if "dataset" in local:  # all of its training records are this client's
             alone = {"clients": 1, "fraction": 1.0, "partition": "iid", "min_records": config.batch_size}
             return _prepare(dataclasses.replace(config, **local, **alone), 0)

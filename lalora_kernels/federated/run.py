@@ -64,7 +64,9 @@ class Run:
             return cls._start(task, folder, noise, watch, lock)
 
     @classmethod
-    def _start(cls, task: Task, folder: Path, noise, watch: Watch, lock: RunLock) -> "Run":
+    def _start(
+        cls, task: Task, folder: Path, noise: Callable[[int], NoiseSource] | None, watch: Watch, lock: RunLock
+    ) -> "Run":
         if (folder / CONFIG).exists():
             raise BadInput(f"{folder} holds a run already; --resume {folder} continues it, another --out starts anew")
         if (folder / LEDGERS).exists() and any(ledger.steps for ledger in read_ledgers(folder).values()):
@@ -72,7 +74,7 @@ class Run:
                 f"{folder} holds the ledger of a run that lost its {CONFIG}; restore that file, or choose another --out"
             )
         plan = make_plan(task.config, [len(part) for part in task.parts])
-        clients = [_client(task, one, Ledger(**_budget(task.config)), noise) for one in plan.clients]
+        clients = [_client(task, one, _ledger(task.config), noise) for one in plan.clients]
         refuse_unfit(task, clients[0])
         method = get_method(task.config.method)
         state, rules = get_state(task.classifier.model, method.folds), Rules.of(task.config)
@@ -254,7 +256,7 @@ class Run:
         epsilons = self.epsilons()
         known = [e for e in epsilons if e is not None]
         notes, self.at.notes = self.at.notes, {}
-        record = {
+        record: dict[str, Any] = {
             "round": number,
             "accuracy": accuracy,
             "loss": loss if math.isfinite(loss) else None,
@@ -300,8 +302,8 @@ class Run:
         write_atomic(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.at.history))
 
 
-def _budget(config: Config) -> dict[str, float]:
-    return {"target_epsilon": config.epsilon, "target_delta": config.delta} if config.private else {}
+def _ledger(config: Config) -> Ledger:
+    return Ledger(target_epsilon=config.epsilon, target_delta=config.delta) if config.private else Ledger()
 
 
 def _client(task: Task, plan: ClientPlan, ledger: Ledger, noise: Callable[[int], NoiseSource] | None) -> Client:
@@ -316,7 +318,7 @@ def _with_ledgers(task: Task, plan: Plan, folder: Path, books: Mapping[str, Any]
         ledgers, clients = read_ledgers(folder, books), []
         for one in plan.clients:
             name = str(one.client)
-            ledger = Ledger(**_budget(task.config))
+            ledger = _ledger(task.config)
             ledger.load_state_dict(ledgers[name].state_dict())
             client = _client(task, one, ledger, None)
             client.noise.load_state_dict(books["clients"][name]["noise"])

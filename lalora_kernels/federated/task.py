@@ -86,9 +86,9 @@ def adapt_classifier(config: Config, classifier: Classifier) -> None:
             f"weights; it cannot stay frozen (--train-head auto or yes)"
         )
     heads = classifier.new_modules + (classifier.head if config.train_head == "yes" else [])
-    targets = config.targets
+    targets: str | list[str] = config.targets
     if targets not in ("qv", "all-linear") and not set(targets) & set("*+?\\|()[]^$"):
-        targets = [name.strip() for name in targets.split(",")]
+        targets = [name.strip() for name in config.targets.split(",")]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # the shared start of every A is public
         adapt(

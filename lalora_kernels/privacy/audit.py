@@ -158,7 +158,8 @@ def audit_privatize(
         return _flat(out).numpy()
 
     std = noise_multiplier * max_grad_norm
-    scores, plain = [], []
+    scores: list[np.ndarray] = []
+    plain = []
     for G in (others, [torch.cat([o, g]) for o, g in zip(others, record)]):
         weights = _weights(G, max_grad_norm)
         plain.append(float(release(G, weights, 0.0) @ direction))

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import lalora_kernels
 from lalora_kernels.data import BadInput, Records
@@ -38,7 +40,7 @@ def audit_all(
     singles = [
         audit_privatize(
             smoothing=smoothing, statistic=statistic, draws=draws,
-            progress=lambda done, all, n=i: progress(f"one release, {n} of {len(STEPS)}", done, all),
+            progress=partial(progress, f"one release, {i} of {len(STEPS)}"),
         )
         for i, (smoothing, statistic) in enumerate(STEPS, 1)
     ]  # fmt: skip
@@ -49,14 +51,16 @@ def audit_all(
             task = prepare(config)
             chosen = np.random.default_rng(config.seed).permutation(len(task.data.train))[:RECORDS]
             index = torch.from_numpy(chosen)
-            records = Records(task.data.train.inputs[index], task.data.train.labels[index])
+            images = task.data.train.inputs
+            assert isinstance(images, Tensor)  # MNIST's
+            records = Records(images[index], task.data.train.labels[index])
             try:
                 runs.append(
                     audit_run(
                         task.classifier, records, kind=kind, steps=steps, target_epsilon=epsilon, lr=base_rate(config),
                         canaries=canaries if kind == "dirac" else min(canaries, len(records)),
                         sample_rate=config.batch_size / RECORDS, max_grad_norm=config.max_grad_norm,
-                        progress=lambda done, all, k=kind: progress(f"one run, {k} canaries", done, all),
+                        progress=partial(progress, f"one run, {kind} canaries"),
                     )
                 )  # fmt: skip
             except ValueError as error:
@@ -90,7 +94,7 @@ def table(singles: list[StepAudit], runs: list[RunAudit]) -> str:
         f"{a.correct} of {a.guesses} | {a.epsilon:.2f} | {a.epsilon_theory:.2f} | {a.delta:g} |"
         for a in runs
     ]
-    broken = sum(a.broken for a in (*singles, *runs))
+    broken = sum(a.broken for a in singles) + sum(a.broken for a in runs)
     verdict = f"**{broken} claims are refuted.**" if broken else "No claim is refuted."
     return "\n".join([*lines, "", verdict])
 

@@ -100,7 +100,7 @@ class _WithCanaries(Dataset):
     def __len__(self) -> int:
         return len(self.records) + len(self.numbers)
 
-    def __getitem__(self, i: int):
+    def __getitem__(self, i: int) -> tuple[tuple[Any, int], int]:
         if i < len(self.records):
             return self.records[i], -1
         return (self.blank, 0), self.numbers[i - len(self.records)]
@@ -143,6 +143,8 @@ def audit_run(
     if not 2 <= guesses <= canaries:
         raise ValueError(f"guesses lies between 2 and the number of canaries, got {guesses} of {canaries}")
     if noise_multiplier is None:
+        if target_epsilon is None:
+            raise ValueError("give target_epsilon or noise_multiplier")
         noise_multiplier = get_noise_multiplier(
             target_epsilon=target_epsilon, target_delta=delta, sample_rate=sample_rate, steps=steps
         )
@@ -185,9 +187,17 @@ class _Dirac:
 
     options: dict[str, Any] = {"loss_reduction": "sum"}
 
-    def __init__(self, classifier, records, inside, rng, max_grad_norm, smoothing):
+    def __init__(
+        self,
+        classifier: Classifier,
+        records: Records,
+        inside: np.ndarray,
+        rng: np.random.Generator,
+        max_grad_norm: float,
+        smoothing: str | None,
+    ):
         self.classifier, self.size = classifier, 10.0 * max_grad_norm
-        self.layers: list[LoRALinear] = [layer for _, layer in lora_layers(classifier.model)]
+        self.layers = [layer for _, layer in lora_layers(classifier.model) if isinstance(layer, LoRALinear)]
         free = [(i, k) for i, l in enumerate(self.layers) for k in range(l.r * min(l.in_features, l.out_features))]
         if len(inside) > len(free):
             raise ValueError(f"{len(inside)} canaries need as many coordinates; the adapters have {len(free)}")
@@ -196,16 +206,18 @@ class _Dirac:
             layer, k = free[j]
             feature, rank = divmod(k, self.layers[layer].r)
             self.places.append(Place(layer, rank, feature, feature))
-        self.data = _WithCanaries(records, np.flatnonzero(inside).tolist(), torch.zeros_like(records[0][0]))
+        image, _ = records[0]
+        assert isinstance(image, Tensor)
+        self.data = _WithCanaries(records, np.flatnonzero(inside).tolist(), torch.zeros_like(image))
         self.totals = np.zeros(len(inside))
         self.inverses: dict[int, Tensor] = {}
         self.smoothing = smoothing
 
-    def collate(self, items):
+    def collate(self, items: list) -> tuple[Tensor, Tensor, Tensor]:
         inputs, labels = self.classifier.collate([record for record, _ in items])
         return inputs, labels, torch.tensor([number for _, number in items])
 
-    def loss(self, batch) -> Tensor:
+    def loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         inputs, labels, numbers = batch
         real = (numbers < 0).to(torch.float32)
         loss = (F.cross_entropy(self.classifier.logits(inputs), labels, reduction="none") * real).sum()
@@ -249,7 +261,15 @@ class _Mislabelled:
 
     options: dict[str, Any] = {}
 
-    def __init__(self, classifier, records, inside, rng, max_grad_norm, smoothing):
+    def __init__(
+        self,
+        classifier: Classifier,
+        records: Records,
+        inside: np.ndarray,
+        rng: np.random.Generator,
+        max_grad_norm: float,
+        smoothing: str | None,
+    ):
         if len(inside) > len(records):
             raise ValueError(f"{len(inside)} mislabelled canaries need as many records; there are {len(records)}")
         self.classifier, self.collate, self.loss = classifier, classifier.collate, classifier.loss
@@ -261,8 +281,10 @@ class _Mislabelled:
         labels %= classes
         kept = np.concatenate([np.flatnonzero(inside), np.arange(len(inside), len(records))])
         index = torch.from_numpy(kept)
-        self.data = Records(records.inputs[index], labels[index])
-        self.canaries = [(records.inputs[i], int(labels[i])) for i in range(len(inside))]
+        images = records.inputs
+        assert isinstance(images, Tensor)
+        self.data = Records(images[index], labels[index])
+        self.canaries = [(images[i], int(labels[i])) for i in range(len(inside))]
         self.before = self._losses(copy.deepcopy(classifier.model))
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lalora_kernels.nn import factor_parameters, set_active
 from lalora_kernels.privacy.engine import Engine
+from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.sampling import BatchInfo
 
 # Two evaluations of one gradient in different orders: float64, but for models that compute norms in float32 whatever
@@ -75,11 +76,11 @@ def per_sample_gradients(
         clipping="flat",
         max_grad_norm=1.0,
         noise_std=0.0,
-        noise=None,
+        noise=NoiseSource(),
         divisor=1.0,
         smoothing=None,
         loss_reduction=loss_reduction,
-        charge=None,
+        charge=_never,
     )
     try:
         engine.begin(BatchInfo(rows=rows, valid=rows, first=True, last=True))
@@ -87,6 +88,10 @@ def per_sample_gradients(
         return {s.name: engine.grad_scale * _materialize(s, rows) for s in engine.active}
     finally:
         engine.detach()
+
+
+def _never() -> None:
+    raise AssertionError("these gradients are not released")
 
 
 def _materialize(site: Any, rows: int) -> Tensor:

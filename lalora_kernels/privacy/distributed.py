@@ -61,6 +61,12 @@ def find_group(distributed: bool | None) -> Group | None:
     return Group() if distributed or several else None
 
 
+def loud_ddp(model: nn.Module) -> None:
+    """Undo ``quiet_ddp``."""
+    assert isinstance(model, nn.parallel.DistributedDataParallel)
+    model.require_backward_grad_sync = True
+
+
 def quiet_ddp(model: nn.Module) -> bool:
     """Stop a DistributedDataParallel model from reducing gradients of its own; True where it is one that did."""
     if isinstance(model, nn.parallel.DistributedDataParallel) and model.require_backward_grad_sync:

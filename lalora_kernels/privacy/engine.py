@@ -5,6 +5,7 @@
 the noisy, smoothed gradient into ``p.grad``.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from lalora_kernels import functional
 from lalora_kernels.nn import Adapted, submodules
 from lalora_kernels.privacy.clipping import clip_weights, tensor_bound
-from lalora_kernels.privacy.distributed import Group, quiet_ddp
+from lalora_kernels.privacy.distributed import Group, loud_ddp, quiet_ddp
+from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.nonfinite import NonfiniteCount
 from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder, Site, Undo
 from lalora_kernels.privacy.reduction import ReductionCheck
@@ -35,11 +37,11 @@ class Engine:
         clipping: str,
         max_grad_norm: float,
         noise_std: float,
-        noise,
+        noise: NoiseSource,
         divisor: float,
         smoothing: str | None,
         loss_reduction: str,
-        charge,
+        charge: Callable[[], None],
         backend: str | None = None,
         check: bool = False,
         grad_scaler: torch.amp.GradScaler | None = None,
@@ -61,7 +63,7 @@ class Engine:
         self.before_logical_batch = lambda: None  # the optimizer's schedule
         self._buffers: dict[str, Tensor] = {}
         self._most_rows = 1
-        self._handles: list = []
+        self._handles: list[Any] = []
         self._waiting = False  # sentinels stand in p.grad until the step
         self._open = False  # a logical batch has begun and is not released
         self._partial = False  # ... and some of its physical batches are summed already
@@ -110,11 +112,10 @@ class Engine:
         p.requires_grad_(site.trained)
         return site
 
-    def _record(self, name: str, module: nn.Module, sites: dict) -> None:
-        lora = isinstance(module, Adapted)
-        if getattr(module, "recorder" if lora else "_recorder", None) is not None:
+    def _record(self, name: str, module: nn.Module, sites: dict[str, Site]) -> None:
+        if getattr(module, "recorder" if isinstance(module, Adapted) else "_recorder", None) is not None:
             raise RuntimeError(f"{name} already belongs to a private optimizer; call its detach() first")
-        if lora:
+        if isinstance(module, Adapted):
             self.recorders.append(LoRARecorder(self, name, module, sites))
             self._handles.append(Undo(module))
         else:
@@ -126,7 +127,7 @@ class Engine:
         for site in self.sites:
             site.param.requires_grad_(site.trained)
         if self._ddp:
-            self.model.require_backward_grad_sync = True
+            loud_ddp(self.model)
         for handle in self._handles:
             handle.remove()
         for recorder in self.recorders:
@@ -137,8 +138,8 @@ class Engine:
     # ---------------------------------------------------------------- refusals
 
     def _refuse_changes(self) -> None:
-        for s in (*self.sites, *self.recorders):
-            s.verify()
+        for verify in [*(s.verify for s in self.sites), *(r.verify for r in self.recorders)]:
+            verify()
         known = {s.param for s in self.sites}
         parameters = (p for m in submodules(self.model) for p in m._parameters.values())
         if all(p is None or not p.requires_grad or p in known for p in parameters):
@@ -211,17 +212,18 @@ class Engine:
     def gradient_of(self, site: Site) -> Tensor:
         """(N, *shape), uninitialized until the site is marked."""
         if site.G is None:
+            assert self.batch is not None  # or fold has refused
             materialized = [s for s in self.active if s.deferred is None]
             for s, G in zip(materialized, self._carve("G", materialized, self.batch.rows)):
                 s.G = G
-        return site.G
+        return site.made()
 
     def sum_of(self, site: Site) -> Tensor:
         """The running sum, zero at the start of a logical batch."""
         if site.S is None:
             for s, S in zip(self.active, self._carve("S", self.active, None)):
                 s.S = S.zero_()
-        return site.S
+        return site.summed()
 
     def refuse_idle(self, site: Site) -> None:
         if site.row < 0:
@@ -280,11 +282,12 @@ class Engine:
         self.clear_batch()
 
     def _set_rows(self, rows: int) -> None:
-        self.grad_scale = float(rows) if self.loss_reduction == "mean" else 1.0
+        self.grad_scale: Any = float(rows) if self.loss_reduction == "mean" else 1.0
         self.sq = torch.zeros(len(self.active), rows, dtype=torch.float64, device=self.sites[0].param.device)
 
     def pad(self, rows: int) -> None:
         """From now on this physical batch has ``rows`` rows; those behind the loader's are placeholders."""
+        assert self.batch is not None
         self.batch = replace(self.batch, rows=rows)
         self._set_rows(rows)
 
@@ -346,7 +349,8 @@ class Engine:
             full = [s for s in sites if s.materialized]
             if full:
                 rows = torch.stack([weights[s.row] for s in full])  # a list as index would be copied from the host
-                functional.clip_reduce([s.G for s in full], rows, [self.sum_of(s) for s in full], backend=self.backend)
+                G, S = [s.made() for s in full], [self.sum_of(s) for s in full]
+                functional.clip_reduce(G, rows, S, backend=self.backend)
                 for s in full:
                     s.fused = True
         if batch.last:
@@ -390,5 +394,6 @@ class Engine:
             self.adaptive.release(self, release)
 
     def _loss_scale(self) -> Tensor:
-        scale = self.grad_scaler._get_scale_async() if self.grad_scaler.is_enabled() else None
+        scaler = self.grad_scaler
+        scale = scaler._get_scale_async() if scaler is not None and scaler.is_enabled() else None
         return torch.ones((), dtype=torch.float64) if scale is None else scale.double()

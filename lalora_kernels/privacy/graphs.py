@@ -5,7 +5,7 @@ and the optimizer with its learning rate. ``optimizer.step()`` is called as ever
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Graph(NamedTuple):
     pairs: list[tuple[Recorder, list]]
 
 
-def record(backward: Callable[[], None], pool) -> tuple[Callable[[], None], object]:
+def record(backward: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any]:
     """``backward`` captured on the current device; (replay, memory pool)."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
@@ -62,7 +62,7 @@ class GraphedBackward:
         self.engine, self.backward, self.rows = engine, backward, rows
         self._checks = engine.check_pending
         self._graphs: dict[tuple, Graph] = {}
-        self._pool = None
+        self._pool: Any = None
 
     def __call__(self, *batch: Tensor) -> None:
         e = self.engine
@@ -79,13 +79,13 @@ class GraphedBackward:
             self.backward(*batch)
             return
         e.pad(self.rows)
-        batch = [torch.cat((t, t.new_zeros(self.rows - len(t), *t.shape[1:]))) for t in batch]
+        filled = [torch.cat((t, t.new_zeros(self.rows - len(t), *t.shape[1:]))) for t in batch]
         places = tuple(s.param.data_ptr() for s in e.sites)
-        key = (tuple(s.index for s in e.active), places, *((t.shape, t.dtype, t.device) for t in batch))
+        key = (tuple(s.index for s in e.active), places, *((t.shape, t.dtype, t.device) for t in filled))
         graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[key] = self._capture(batch)
-        for place, t in zip(graph.batch, batch, strict=True):
+            graph = self._graphs[key] = self._capture(filled)
+        for place, t in zip(graph.batch, filled, strict=True):
             place.copy_(t)
         graph.replay()
         e.sq = graph.sq

@@ -62,7 +62,9 @@ class AutoBatch:
                     size = min(size, 1 + int((budget - one) / (two - one)))
         self.sampler.physical_batch_size, engine.auto_batch = size, None
 
-    def _peaks(self, engine, model, args, kwargs, factors, device) -> tuple[int, int]:
+    def _peaks(
+        self, engine: Engine, model: nn.Module, args: tuple, kwargs: dict, factors: str, device: torch.device
+    ) -> tuple[int, int]:
         memo = {id(p): p for p in model.parameters()}
         twin = copy.deepcopy(model, memo)
         other = Engine(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lalora_kernels import dispatch, functional, opaque
-from lalora_kernels.privacy.ties import TABLE, defer
+from lalora_kernels.privacy.ties import TABLE, Deferring, TiedWeight, defer
 
 if TYPE_CHECKING:
     from lalora_kernels.nn import Adapted
@@ -33,7 +33,7 @@ class Site:
     index: int  # nonce word 0 of its noise
     smooth_dim: int | None
     trained: bool  # whether it was trainable when the model was attached
-    deferred: Recorder | None = None  # holds a full weight's factors; no per-sample gradient is materialized
+    deferred: Deferring | TiedWeight | None = None  # holds a full weight's factors, from which no G is made
     row: int = -1  # row of the squared norms while active
     G: Tensor | None = None  # (N, *shape) of this physical batch
     S: Tensor | None = None  # running clipped sum over physical batches
@@ -73,18 +73,30 @@ class Site:
         """Whether G holds this physical batch's per-sample gradients."""
         return self.marked and not self.fused and self.deferred is None
 
+    def made(self) -> Tensor:
+        """G, where it has a place in the workspace."""
+        assert self.G is not None
+        return self.G
+
+    def summed(self) -> Tensor:
+        """S, of an active site."""
+        assert self.S is not None
+        return self.S
+
 
 class Recorder:
     """Stands between one module's backward and the engine; never copied or pickled with the module."""
+
+    pairs: list[tuple[Tensor, Tensor]]  # what a deferred weight's gradient is made of, where there is one
 
     def __init__(self, engine: Engine, name: str, sites: dict[str, Site]):
         self.engine, self.name, self.sites = engine, name, sites
         self.handle, self.token = opaque.register(self), torch.zeros(1, device=next(iter(sites.values())).param.device)
 
-    def __deepcopy__(self, memo) -> None:
+    def __deepcopy__(self, memo: dict) -> None:
         return None
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return type(None), ()
 
     def active(self, parameter: str) -> Site | None:
@@ -141,13 +153,17 @@ class LoRARecorder(Recorder):
         self.asked = dispatch.asked()  # here: on a GPU the backward runs in a thread of autograd's
 
     def reset(self) -> None:
-        self.calls, self.summed, self.pairs, self._sums = 0, False, [], None
+        self.calls, self.summed, self.pairs = 0, False, []
+        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def record_lora(self, dy, B, scaling, h, x, need_dz, need_bias) -> Tensor | None:
+    def record_lora(
+        self, dy: Tensor, B: Tensor, scaling: float, h: Tensor | None, x: Tensor | None, need_dz: bool, need_bias: bool
+    ) -> Tensor | None:
         """Per-sample gradients of the active factors from dy (..., m), h (..., r), x (..., n); returns dz (..., r)."""
         e = self.engine
         lead = dy.shape[:-1]
         dy3 = e.fold(dy, self.name)
+        assert e.batch is not None  # or fold has refused
         rows = self.layer.trained_rows
         dyB = dy3 if rows is None else dy3 * rows.t().to(dy3.dtype)  # B's other rows are zero, so dz is the same
         h3 = None if h is None else e.fold(h, self.name)
@@ -204,6 +220,7 @@ class LoRARecorder(Recorder):
             )
         for site, sq in ((a, sq_a), (b, sq_b)):
             if site is not None:
+                assert sq is not None  # what was asked for
                 e.mark(site)
                 e.sq[site.row].copy_(sq)
         return None if dz is None else dz.view(*lead, -1)
@@ -211,18 +228,21 @@ class LoRARecorder(Recorder):
     def record_embedding(self, dy: Tensor, B: Tensor, scaling: float, h: Tensor | None, ids: Tensor) -> None:
         """An adapted table's: dy (..., m), h (..., r), ids (...). A (r,V) is deferred: few of V tokens are named."""
         e, a = self.engine, self.active("lora_A")
+        dz: Tensor | None
         if h is None:
             dz = scaling * (dy @ B)
         else:
             dz = self.record_lora(dy, B, scaling, h, None, a is not None, False)
         if a is not None:
+            assert dz is not None  # asked for
             e.mark(a)
             self.pairs.append((e.fold(dz, self.name).to(e.dtype), e.fold(ids, self.name, 0)))
 
     def _token_sums(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._sums is None:
             dz, ids = (torch.cat(part, 1) for part in zip(*self.pairs))
-            self._sums = token_sums(dz, ids, self.layer.num_embeddings, self.layer.padding_idx)
+            table: Any = self.layer  # an embedding, of our own or PEFT's
+            self._sums = token_sums(dz, ids, table.num_embeddings, table.padding_idx)
         return self._sums
 
     def squared_norms(self) -> Tensor:
@@ -244,7 +264,7 @@ class LoRARecorder(Recorder):
 
     def slack(self) -> Tensor:
         """What rounding may add to a sample's share of a sum that is added up in several parts, (N,) float64."""
-        return SLACK * sum(dz.double().norm(dim=2).sum(1) for dz, _ in self.pairs)
+        return SLACK * torch.stack([dz.double().norm(dim=2).sum(1) for dz, _ in self.pairs]).sum(0)
 
 
 def token_sums(dy: Tensor, ids: Tensor, vocabulary: int, padding_idx: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -276,7 +296,7 @@ def weighted(weights: Tensor, sample: Tensor, sums: Tensor) -> Tensor:
 class Undo:
     """Clears a LoRA layer's recorder, in the shape of torch's removable handles."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: Adapted):
         self.layer = layer
 
     def remove(self) -> None:
@@ -289,12 +309,12 @@ class InputCheck:
     def __init__(self, engine: Engine | None):
         self.engine = engine
 
-    def __call__(self, model, args, kwargs) -> None:
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.engine is not None and not torch.compiler.is_compiling():
             self.engine.check_input(model, args, kwargs)
 
-    def __deepcopy__(self, memo) -> InputCheck:
+    def __deepcopy__(self, memo: dict) -> InputCheck:
         return InputCheck(None)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return InputCheck, (None,)

@@ -8,9 +8,13 @@ changes then. Of other losses nothing is known here; ``check_per_sample`` takes 
 """
 
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lalora_kernels.privacy.engine import Engine
 
 TRIES = 4  # forwards that are looked at; lengths that happen to be equal hide a mean over tokens
 RTOL = {torch.float64: 1e-3, torch.float32: 1e-3}
@@ -23,11 +27,11 @@ class ReductionCheck:
     Raises ValueError, within backward, where the loss is not reduced as claimed.
     """
 
-    def __init__(self, engine=None):
+    def __init__(self, engine: "Engine | None" = None):
         self.engine, self.left = engine, TRIES
         self.seen: str | None = None
 
-    def __call__(self, model, args, output) -> None:
+    def __call__(self, model: nn.Module, args: tuple, output: Any) -> None:
         if torch.compiler.is_compiling() or self.engine is None or not self.left:
             return
         batch = self.engine.batch
@@ -64,10 +68,10 @@ class ReductionCheck:
             )
         self.seen = found
 
-    def __deepcopy__(self, memo) -> "ReductionCheck":
+    def __deepcopy__(self, memo: dict) -> "ReductionCheck":
         return ReductionCheck()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return ReductionCheck, ()
 
 
@@ -104,7 +108,7 @@ def _weights(z: Tensor, dz: Tensor, rtol: float) -> tuple[Tensor | None, bool]:
                 _, u = max(_smoothing(a.double(), d.double()) for a, d in rows)
                 found = [_smoothed_weights(a.double(), d.double(), u, rtol) for a, d in rows]
             if all(k is not None for k in found):
-                return torch.stack(found), classes > 2
+                return torch.stack([k for k in found if k is not None]), classes > 2
     z, dz = z.reshape(len(z), -1).double(), dz.reshape(len(z), -1).double()
     k = torch.where(dz < 0, -dz / torch.sigmoid(-z), dz / torch.sigmoid(z))
     live = k[dz != 0]

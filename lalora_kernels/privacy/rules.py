@@ -8,6 +8,7 @@ norm comes from its inputs, its clipped sum from one product.
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,46 +19,51 @@ from lalora_kernels.nn import embedding_refusal
 from lalora_kernels.privacy.recorders import SLACK, Recorder, token_sums, weighted
 from lalora_kernels.privacy.ties import WEIGHT, defer
 
+if TYPE_CHECKING:
+    from lalora_kernels.privacy.engine import Engine
+    from lalora_kernels.privacy.recorders import Site
 
-def _linear(m: nn.Linear, x: Tensor) -> Tensor:
+
+# A module with its _recorder, an attribute that its class does not declare.
+def _linear(m: Any, x: Tensor) -> Tensor:
     return LinearFunction.apply(m._recorder.expand(x), m.weight, m.bias, *traced(m._recorder))
 
 
-def _conv1d(m: nn.Module, x: Tensor) -> Tensor:  # Hugging Face's: a linear layer whose weight is stored (n,m)
+def _conv1d(m: Any, x: Tensor) -> Tensor:  # Hugging Face's: a linear layer whose weight is stored (n,m)
     return LinearFunction.apply(m._recorder.expand(x), m.weight.t(), m.bias, *traced(m._recorder))
 
 
-def _layer_norm(m: nn.LayerNorm, x: Tensor) -> Tensor:
+def _layer_norm(m: Any, x: Tensor) -> Tensor:
     return LayerNormFunction.apply(x, list(m.normalized_shape), m.weight, m.bias, m.eps, *traced(m._recorder))
 
 
-def _layer_norm_2d(m: nn.LayerNorm, x: Tensor) -> Tensor:  # timm's, over the channels of (N, C, H, W)
+def _layer_norm_2d(m: Any, x: Tensor) -> Tensor:  # timm's, over the channels of (N, C, H, W)
     return _layer_norm(m, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def _group_norm(m: nn.GroupNorm, x: Tensor) -> Tensor:
+def _group_norm(m: Any, x: Tensor) -> Tensor:
     return ScaleShiftFunction.apply(
         F.group_norm(x, m.num_groups, None, None, m.eps), m.weight, m.bias, 1, *traced(m._recorder)
     )
 
 
-def _rms_norm(m: nn.RMSNorm, x: Tensor) -> Tensor:
+def _rms_norm(m: Any, x: Tensor) -> Tensor:
     normalized = F.rms_norm(x, m.normalized_shape, None, m.eps)
     return ScaleShiftFunction.apply(normalized, m.weight, None, -m.weight.dim(), *traced(m._recorder))
 
 
-def _hf_rms_norm(m: nn.Module, x: Tensor) -> Tensor:
+def _hf_rms_norm(m: Any, x: Tensor) -> Tensor:
     wide = x.float()  # whatever x is, as transformers computes it
     normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + m.variance_epsilon)
     return ScaleShiftFunction.apply(normalized.to(x.dtype), m.weight, None, -1, *traced(m._recorder))
 
 
-def _convolution(m: nn.Conv2d, x: Tensor) -> Tensor:
+def _convolution(m: Any, x: Tensor) -> Tensor:
     y = m._conv_forward(m._recorder.expand(x), m.weight, None)
     return ScaleShiftFunction.apply(y, None, m.bias, 1, *traced(m._recorder))
 
 
-def _embedding(m: nn.Embedding, ids: Tensor) -> Tensor:
+def _embedding(m: Any, ids: Tensor) -> Tensor:
     return EmbeddingFunction.apply(m.weight, m._recorder.expand(ids), m.padding_idx, *traced(m._recorder))
 
 
@@ -134,7 +140,7 @@ def refuse_tables(model: nn.Module) -> None:
                 raise ValueError(f"{name} ({type(m).__name__}) cannot be part of a private step: {why}")
 
 
-def _recording_forward(module: nn.Module, x: Tensor) -> Tensor:
+def _recording_forward(module: Any, x: Tensor) -> Tensor:
     if module._recorder is None:  # a copy of a private model is an ordinary model
         return type(module).forward(module, x)
     return module._recorder.rule.forward(module, x)
@@ -143,9 +149,11 @@ def _recording_forward(module: nn.Module, x: Tensor) -> Tensor:
 class ExtraRecorder(Recorder):
     """Recorder of a module that is not a LoRA layer; keeps a full weight's (dy, x) until its norm is known."""
 
-    def __init__(self, engine, name: str, module: nn.Module, sites: dict):
+    def __init__(self, engine: "Engine", name: str, module: Any, sites: "dict[str, Site]"):
         super().__init__(engine, name, sites)
-        self.module, self.rule, self.pairs = module, rule_of(module), []
+        rule = rule_of(module)
+        assert rule is not None  # or trained_tensors has refused it
+        self.module, self.rule, self.pairs = module, rule, []
         self.ids = isinstance(module, nn.Embedding)
         self.transposed = self.rule.forward is _conv1d
         if "weight" in sites and sites["weight"].kind == WEIGHT:
@@ -157,7 +165,8 @@ class ExtraRecorder(Recorder):
         del self.module.forward, self.module._recorder
 
     def reset(self) -> None:
-        self.pairs, self._sums = [], None
+        self.pairs = []
+        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
 
     def record(self, dy: Tensor, x: Tensor | None) -> None:
         """A full weight and its bias: dy (rows, ..., m), x (rows, ..., n) or ids (rows, ...)."""
@@ -167,6 +176,7 @@ class ExtraRecorder(Recorder):
             self.engine.add(bias, dy.sum(1, dtype=dtype))
         if (weight := self.active("weight")) is not None:
             self.engine.mark(weight)
+            assert x is not None  # kept where the weight trains
             x = self.engine.fold(x, self.name, 0 if self.ids else 1)
             self.pairs.append((dy.to(dtype), x if self.ids else x.to(dtype)))
 
@@ -176,7 +186,9 @@ class ExtraRecorder(Recorder):
         for key, of in (("weight", normalized), ("bias", dy)):
             if (site := self.active(key)) is not None:
                 G = dy.to(self.engine.dtype)
-                G = G * of if key == "weight" else G
+                if key == "weight":
+                    assert of is not None  # kept where the scale trains
+                    G = G * of
                 G = G.sum(reduce) if reduce else G
                 self.engine.add(site, self.engine.fold(G, self.name, site.param.dim()).sum(1))
 

@@ -5,7 +5,7 @@ With None there, ``clip_grad_norm_`` would pass over it without a word and its c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,14 +21,16 @@ GETTERS = {"dtype", "device", "layout", "shape", "is_sparse", "requires_grad"}
 class NotYet(torch.Tensor):
     """A tensor of a parameter's shape, dtype and device without memory, of which any use raises RuntimeError."""
 
+    name_of_parameter: str
+
     @staticmethod
     def __new__(cls, name: str, like: Tensor) -> NotYet:
-        self = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        self: NotYet = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
         self.name_of_parameter = name
         return self
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in HARMLESS:
             return None
         if func.__name__ == "__get__" and func.__self__.__name__ in GETTERS:
@@ -41,11 +43,11 @@ class NotYet(torch.Tensor):
         )
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # torch's is of no class
         # Reached by autograd alone: it adds a gradient that did not come through the engine.
         raise RuntimeError(foreign(next(a for a in args if isinstance(a, cls)).name_of_parameter))
 
-    def __repr__(self, **_) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # torch's own argument changes its name
         return "<no gradient before optimizer.step()>"
 
 

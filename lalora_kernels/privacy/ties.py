@@ -6,14 +6,30 @@ one record move the tensor by C for each of them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lalora_kernels.privacy.recorders import Recorder, Site
+    from lalora_kernels.privacy.engine import Engine
+    from lalora_kernels.privacy.recorders import Site
     from lalora_kernels.privacy.trained import Use
+
+class Deferring(Protocol):
+    """A recorder that keeps (dy, input) of a tensor instead of per-sample gradients; see recorders.py, rules.py."""
+
+    engine: Engine
+    pairs: list[tuple[Tensor, Tensor]]
+
+    def squared_norms(self) -> Tensor: ...
+
+    def add_weighted_sum(self, weights: Tensor, out: Tensor) -> None: ...
+
+    def add_sample(self, i: int, out: Tensor) -> None: ...
+
+    def slack(self) -> Tensor: ...
+
 
 TABLE = "factor A of an adapted embedding"
 WEIGHT = "full weight"
@@ -41,7 +57,7 @@ def tie(site: Site, use: Use) -> Site:
     return site
 
 
-def defer(site: Site, recorder: Recorder) -> None:
+def defer(site: Site, recorder: Deferring) -> None:
     """Have ``recorder`` keep what the site's gradient is made of, beside the recorders of its other uses."""
     if site.deferred is None:
         site.deferred = recorder
@@ -54,10 +70,10 @@ def defer(site: Site, recorder: Recorder) -> None:
 class TiedWeight:
     """The recorders of one deferred tensor. For its norm each sample's gradient is made in full, one at a time."""
 
-    def __init__(self, site: Site, recorders: list[Recorder]):
+    def __init__(self, site: Site, recorders: list[Deferring]):
         self.site, self.recorders = site, recorders
 
-    def _used(self) -> list[Recorder]:
+    def _used(self) -> list[Deferring]:
         return [r for r in self.recorders if r.pairs]
 
     def squared_norms(self) -> Tensor:

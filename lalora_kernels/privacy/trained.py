@@ -24,7 +24,7 @@ class Use:
     @property
     def param(self) -> nn.Parameter:
         """The tensor."""
-        return self.owner._parameters[self.key]
+        return self.owner.get_parameter(self.key)
 
 
 def trained_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Use]]]:
