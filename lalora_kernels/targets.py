@@ -5,6 +5,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,7 +82,7 @@ def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
             f"its type is {kind.__name__}; nn.Linear, nn.Conv2d, nn.Embedding and transformers' Conv1D can be adapted. "
             "Longer names in target_modules (attn.proj for proj) leave it out"
         )
-    weight = module.get_parameter("weight")
+    weight: Any = module.weight  # a parametrized one is no parameter, and is refused below
     if is_lazy(weight) or weight.dtype not in FLOATS:
         return f"its weight is {'not initialized yet' if is_lazy(weight) else weight.dtype}"
     if hasattr(module, "parametrizations"):

@@ -179,8 +179,9 @@ def test_private_steps_equal_the_formula(method, phases, clipping, physical):
     data = TensorDataset(torch.randint(0, 11, (12, 12)), torch.randint(0, 3, (12,)))
     twin = copy.deepcopy(model)
     opt, loader = private(
-        model, data, method=method, clipping=clipping, max_grad_norm=0.3, sample_rate=1.0, physical_batch_size=physical
-    )
+        model, data, method=method, smoothing="binomial5", clipping=clipping, max_grad_norm=0.3, sample_rate=1.0,
+        physical_batch_size=physical,
+    )  # fmt: skip
     for batch in loader.steps(len(phases)):
         loss(model, batch).backward()
         opt.step()

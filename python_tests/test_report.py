@@ -174,7 +174,7 @@ def test_several_runs_beside_each_other(world, folder, tmp_path, capsys, monkeyp
         assert row[6] == f"{sum(record['bytes_sent'] for record in metrics(one)):,}"
     assert [row[0] for row in rows] == ["first", "first (2)"] and [row[3] for row in rows][1] == "ε = ∞"
     differ = {row[0]: row[1:] for row in found.tables["Settings that differ"][1:]}
-    assert differ["method"] == ["la-lora", "ffa-lora"] and "rank" not in differ
+    assert differ["method"] == ["la-lora-unfiltered", "ffa-lora"] and "rank" not in differ
     assert found.text["h2"].count("What is guaranteed") == 2 and "guarantees nothing" in found.words
 
 

@@ -128,7 +128,7 @@ class TestQueryAndValueOnly:
         """The filter still runs over all outputs; what it carries into the keys' rows is dropped."""
         ours = self.make()
         twin, data = copy.deepcopy(ours), records("vit")
-        opt, loader = private(ours, data, max_grad_norm=0.3)
+        opt, loader = private(ours, data, max_grad_norm=0.3, smoothing="binomial5")
         train(ours, loss_of, opt, loader, 2)
         rows = {f"{name}.lora_B": layer.trained_rows for name, layer in lk.lora_layers(twin)}
         check_steps(ours, twin, data, smoothing=True, rows=rows)
