@@ -47,7 +47,10 @@ def add_reproduce(commands: Any) -> None:
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms of the question (default: all)")
     parser.add_argument("--further", action="store_true", help="question 1: also FedSVD, FedEx-LoRA, FLoRA")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="(default: runs/reproduce/PRESET-TASK-SCALE)")
-    parser.add_argument("--publish", type=Path, metavar="FOLDER", help="copy table, figure, results and tuning there")
+    parser.add_argument(
+        "--publish", type=Path, metavar="FOLDER",
+        help="keep table, figure, results and tuning there; runs and tuning that it holds count as done",
+    )  # fmt: skip
     parser.add_argument("--into", type=Path, metavar="PAGE.md", help="and the table between this page's evidence marks")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
