@@ -114,6 +114,11 @@ def test_what_was_published_is_not_run_again_anywhere(base, tmp_path, monkeypatc
     assert "seeds 0, 1;" in text and "Incomplete: 4 of 16 runs." in text
     assert main([*command, str(tmp_path / "results"), "--out", str(tmp_path / "three"), "--seeds", "0", "1"]) == 0
     assert trained == [1, 1] and not (tmp_path / "three" / "runs").exists()
+    other = json.dumps(json.loads(both[0]) | {"seed": 9, "settings": {"method": "flora", "seed": 9}})
+    published = tmp_path / "results" / "tiny-question-2.jsonl"
+    published.write_text("\n".join([*both, other]) + "\n")  # of an arm or a seed that nobody asks for now
+    assert main([*command, str(tmp_path / "results"), "--out", str(tmp_path / "three"), "--seeds", "0", "1"]) == 0
+    assert published.read_text().splitlines() == [*both, other]
 
 
 def test_a_run_with_measures_serves_a_question_without_and_not_the_other_way_round(base, tmp_path):

@@ -93,15 +93,18 @@ def _name(question: int, by: str) -> str:
 
 
 def _publish(out: Path, question: str, name: str, folder: Path | None, page: Path | None) -> None:
-    """Copy what ``answer`` wrote to ``folder``; put its table, without the heading, into ``page``."""
-    from lalora_kernels.reproduce.runs import TUNED
+    """Copy what ``answer`` wrote to ``folder``, whose results of other arms and seeds stay; put its table, without the
+    heading, into ``page``."""
+    from lalora_kernels.reproduce.runs import TUNED, merged_lines
     from lalora_kernels.table import put_into
 
     made = {f"{name}-{question}{end}": out / f"{question}{end}" for end in (".md", ".svg", ".jsonl")}
     if folder is not None:
         for target, path in (made | {f"{name}-{TUNED}": out / TUNED}).items():
             if path.exists():
-                write_atomic(folder / target, path.read_bytes())
+                lines = target.endswith(".jsonl") and (folder / target).exists()
+                made_here = merged_lines(path, folder / target).encode() if lines else path.read_bytes()
+                write_atomic(folder / target, made_here)
     table = out / f"{question}.md"
     if page is not None and table.exists():
         put_into(page, table.read_text().partition("\n")[2], f"evidence-{name}-{question.removeprefix('question-')}")

@@ -75,7 +75,7 @@ def tuning_jobs(arm: Settings, base: Settings, grid: Mapping[str, tuple], seed: 
     ]
 
 
-def same(settings: Mapping[str, Any]) -> str:
+def same(settings: Mapping[str, Any] | None) -> str:
     """Text that is equal for equal settings."""
     return json.dumps(settings, sort_keys=True)
 
@@ -204,6 +204,14 @@ def results_of(jobs: Iterable[Job], out: Path, known: Known = NOTHING) -> list[d
 def save_lines(results: Iterable[Mapping[str, Any]], path: Path) -> None:
     """One JSON line a run."""
     write_atomic(path, "".join(json.dumps(result) + "\n" for result in results))
+
+
+def merged_lines(new: Path, old: Path) -> str:
+    """The lines of ``new``, then those of ``old`` whose settings are in none of them."""
+    lines = new.read_text().splitlines()
+    there = {same(json.loads(line).get("settings")) for line in lines}
+    kept = [line for line in old.read_text().splitlines() if same(json.loads(line).get("settings")) not in there]
+    return "".join(line + "\n" for line in [*lines, *kept])
 
 
 def read_tuned(*paths: Path) -> dict[str, dict[str, Any]]:
