@@ -1,5 +1,6 @@
 """The command as a user meets it: flags, TOML, exit codes, Ctrl-C in a real process, the table over seeds."""
 
+import functools
 import json
 import math
 import os
@@ -88,7 +89,10 @@ def test_ctrl_c_in_a_real_process_exits_130_and_resume_finishes(world, tmp_path)
     command = [sys.executable, "-m", "lalora_kernels.cli"]
     run = tmp_path / "run"
     long = flags(world, "--out", str(run), "--rounds", "2000")
-    process = subprocess.Popen([*command, *long], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # what a shell starts in the background ignores Ctrl-C, and so would its children
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": listen}
+    process = subprocess.Popen([*command, *long], **pipes)
     deadline = time.monotonic() + 120
     metrics = run / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
@@ -100,7 +104,7 @@ def test_ctrl_c_in_a_real_process_exits_130_and_resume_finishes(world, tmp_path)
     assert "Traceback" not in err and f"lalora train --resume {run}" in out
     before = len(metrics.read_text().splitlines())
     # the rest would take minutes: a second Ctrl-C shows that it goes on from there
-    again = subprocess.Popen([*command, "train", "--resume", str(run)], stdout=subprocess.PIPE, text=True)
+    again = subprocess.Popen([*command, "train", "--resume", str(run)], **pipes)
     while len(metrics.read_text().splitlines()) < before + 2:
         assert again.poll() is None and time.monotonic() < deadline + 60
         time.sleep(0.05)
