@@ -167,7 +167,8 @@ def test_a_method_that_folds_the_exact_mean_refuses_other_rules(method, rules):
 
 @pytest.mark.parametrize("method, order", [
     ("la-lora-2-1", "BBABBA"), ("la-lora-4-1", "BBBBAB"), ("la-lora-1-2", "BAABAA"), ("la-lora-a-first", "ABABAB"),
-    ("la-lora-10-10", "BBBBBBBBBBAAAAAAAAAAB"), ("la-lora-25-25", "B" * 25 + "A" * 25 + "B"),
+    ("la-lora-5-5", "BBBBBAAAAAB"), ("la-lora-10-10", "BBBBBBBBBBAAAAAAAAAAB"),
+    ("la-lora-25-25", "B" * 25 + "A" * 25 + "B"),
 ])  # fmt: skip
 def test_periods_of_la_lora(method, order):
     schedule = get_method(method).schedule

@@ -275,6 +275,18 @@ def test_equal_noise_scales_the_tuned_rate_and_equal_runs_are_one():
     assert {j.name for j in one if j.arm == "la-lora"} == {j.name for j in two if j.arm == "both"}
 
 
+def test_local_steps_at_the_same_noise_or_as_many_steps():
+    arms, base = QUESTIONS[4].arms, {"lr": 9.0, "local_steps": 10, "rounds": 3}
+    got = {k: arm_settings(base, arms[f"K = {k}"], {"lr": 2.0}) for k in (5, 20, 50)}
+    assert {k: (s["local_steps"], s["rounds"], s["lr"]) for k, s in got.items()} == {
+        5: (5, 3, 4.0), 20: (20, 3, 1.0), 50: (50, 3, 0.4),
+    }  # fmt: skip
+    more, fewer = (arm_settings(base, arms[a], {}) for a in ("K / 2, twice the rounds", "3 K, a third of the rounds"))
+    assert (more["local_steps"], more["rounds"], more["lr"]) == (5, 6, 9.0)
+    assert (fewer["local_steps"], fewer["rounds"], fewer["lr"]) == (30, 1, 9.0)
+    assert base == {"lr": 9.0, "local_steps": 10, "rounds": 3}
+
+
 def test_bytes_of_a_round(base):
     # 2 layers of 16 -> 16, 24 and back: q, k, v, out, 16 -> 24, 24 -> 16; r = 2, two clients; a head of 16 x 10 + 10
     sizes = 2 * [(16, 16)] * 4 + 2 * [(24, 16), (16, 24)]

@@ -72,7 +72,9 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-# (arm, settings). "@lr" multiplies the tuned learning rate; what an arm leaves open is that of its method.
+# (arm, settings); what an arm leaves open is its method's. "@lr" multiplies the tuned learning rate. "@K" sets the
+# local steps and divides the rate by as much as they grow: at one ε that leaves both the noise and the way of a round
+# as they were. "@rounds" multiplies the rounds and divides K, so that the steps stay as many.
 FOUR = {
     "dp-lora": {"method": "dp-lora", "smoothing": "none"},
     "ffa-lora": {"method": "ffa-lora", "smoothing": "none"},
@@ -111,16 +113,17 @@ QUESTIONS = {
     ),
     4: Question(
         "Schedules, local steps, ranks, heterogeneity, clipping, projection",
-        {"la-lora": LA}
-        | {f"B:A {b}:{a}": LA | {"method": f"la-lora-{b}-{a}"} for b, a in ((2, 1), (4, 1), (1, 2))}
-        | {"K = 20, B:A 10:10": LA | {"local_steps": 20, "method": "la-lora-10-10"}}
-        | {"A first": LA | {"method": "la-lora-a-first"}, "by round": LA | {"method": "rolora"}}
-        | {f"K = {k}": LA | {"local_steps": k} for k in (5, 20, 50)}
-        | {f"r = {r}": LA | {"rank": r} for r in (4, 8, 16, 32, 64)}
-        | {f"Dirichlet {a:g}": LA | {"dirichlet_alpha": a} for a in (0.1, 1.0, 10.0)}
-        | {"iid": LA | {"partition": "iid"}}
-        | {f"clipping {c}": LA | {"clipping": c} for c in ("per_layer", "automatic")}
-        | {"projected": LA | {"smoothing": "projected"}}, "la-lora",
+        {"la-lora-unfiltered": PLAIN}
+        | {f"B:A {b}:{a}": PLAIN | {"method": f"la-lora-{b}-{a}"} for b, a in ((2, 1), (4, 1), (1, 2), (5, 5))}
+        | {"A first": PLAIN | {"method": "la-lora-a-first"}, "by round": PLAIN | {"method": "rolora"}}
+        | {f"K = {k}": PLAIN | {"@K": k} for k in (5, 20, 50)}
+        | {"K / 2, twice the rounds": PLAIN | {"@rounds": 2}, "3 K, a third of the rounds": PLAIN | {"@rounds": 1 / 3}}
+        | {f"r = {r}": PLAIN | {"rank": r} for r in (4, 8, 16, 32, 64)}
+        | {f"Dirichlet {a:g}": PLAIN | {"dirichlet_alpha": a} for a in (0.1, 1.0, 10.0)}
+        | {"iid": PLAIN | {"partition": "iid"}}
+        | {f"clipping {c}": PLAIN | {"clipping": c} for c in ("per_layer", "automatic")}
+        | {f"projected, lr / {d}": PLAIN | {"smoothing": "projected", "@lr": 1 / d} for d in (3, 10)},
+        "la-lora-unfiltered",
     ),
     5: Question(
         "Noise amplification and coupling", FOUR | {"la-lora-unfiltered": PLAIN}, "la-lora", measure=True,
@@ -164,13 +167,22 @@ def _file(path: Path) -> Path:
 
 
 def arm_settings(base: Settings, arm: Settings, tuned: Mapping[str, Any]) -> Settings:
-    """Settings of an arm: the preset's, then what was tuned for it, then its own; "@lr" scales the learning rate."""
+    """Settings of an arm: the preset's, then what was tuned for it, then its own, those with "@" last."""
     own = {key: value for key, value in arm.items() if not key.startswith("@")}
     settings = base | dict(tuned) | own
-    return settings | ({"lr": settings["lr"] * arm["@lr"]} if "@lr" in arm else {})
+    if "@K" in arm:
+        settings["lr"] *= settings["local_steps"] / arm["@K"]
+        settings["local_steps"] = arm["@K"]
+    if "@rounds" in arm:
+        settings["rounds"] = max(1, round(settings["rounds"] * arm["@rounds"]))
+        settings["local_steps"] = max(1, round(settings["local_steps"] / arm["@rounds"]))
+    if "@lr" in arm:
+        settings["lr"] *= arm["@lr"]
+    return settings
 
 
-KINDS = {"none": "plain", "temporal": "temporal"}  # filters along the features want the same larger learning rate
+# filters along the features want the same larger learning rate; the projection's arms say theirs
+KINDS = {"none": "plain", "projected": "plain", "temporal": "temporal"}
 
 
 def tuning_key(arm: Settings, epsilon: float) -> str:
@@ -181,7 +193,7 @@ def tuning_key(arm: Settings, epsilon: float) -> str:
 
 def tuned_arms(question: Question, epsilons: Iterable[float]) -> Iterator[tuple[str, Settings]]:
     """(key, an arm to tune, with its ε) of a question, each key once."""
-    smoothing = {kind: name for name, kind in KINDS.items()} | {"filtered": "binomial5"}
+    smoothing = {"plain": "none", "temporal": "temporal", "filtered": "binomial5"}
     seen = set()
     for epsilon in epsilons:
         for arm in question.arms.values():
