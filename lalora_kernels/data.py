@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 LABEL_COLUMNS = ("label", "labels", "target", "class")
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "document")
@@ -50,6 +50,16 @@ class Records(Dataset[tuple[Tensor | Text, int]]):
 
     def __getitem__(self, i: int) -> tuple[Tensor | Text, int]:
         return self.inputs[i], int(self.labels[i])
+
+
+def text_lengths(records: Dataset) -> list[int] | None:
+    """Characters of each record's texts, of ``Records`` or a ``Subset`` of them; None of images and other data sets."""
+    part = records.indices if isinstance(records, Subset) else None
+    whole = records.dataset if isinstance(records, Subset) else records
+    if not isinstance(whole, Records) or isinstance(whole.inputs, Tensor):
+        return None
+    texts = whole.inputs if part is None else [whole.inputs[i] for i in part]
+    return [len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts]
 
 
 @dataclass

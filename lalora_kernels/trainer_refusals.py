@@ -10,8 +10,8 @@ from lalora_kernels.privacy.optimizer import PrivateOptimizer
 
 # What ``privacy`` may say to make_private; the rest follows from TrainingArguments.
 SETTINGS = set(
-    "method smoothing clipping noise_multiplier target_epsilon target_delta expected_batch_size noise backend check "
-    "target_unclipped_quantile clipbound_learning_rate min_clipbound max_clipbound unclipped_num_std".split()
+    "method smoothing clipping noise_multiplier target_epsilon target_delta expected_batch_size lengths noise backend "
+    "check target_unclipped_quantile clipbound_learning_rate min_clipbound max_clipbound unclipped_num_std".split()
 )
 
 
@@ -43,7 +43,8 @@ def refuse_arguments(trainer: Trainer) -> None:
         "a model sharded at load time has no per-sample gradients": trainer.is_distributed_loading_by_transformers,
         "parallelism_config shards what per-sample gradients need whole": a.parallelism_config is not None,
         f"train_sampling_strategy={a.train_sampling_strategy!r} picks records by another rule than Poisson sampling; "
-        f"leave it at 'random'": a.train_sampling_strategy != "random",
+        f"leave it at 'random' (within a batch privacy['lengths'] puts records of like length "
+        f"together)": a.train_sampling_strategy != "random",
         "use_liger_kernel replaces forwards and takes a mean over a batch's tokens": a.use_liger_kernel,
         "auto_find_batch_size starts over after a step was charged; set per_device_train_batch_size lower, and "
         "gradient_accumulation_steps higher": a.auto_find_batch_size,

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import SENTENCES, bert_folder, digits_npz, text_tsv
 from tolerances import BATCH_F32, RESIZED_MEAN
+from torch.utils.data import Subset, TensorDataset
 
-from lalora_kernels.data import Data, Records, load_data
+from lalora_kernels.data import Data, Records, load_data, text_lengths
 from lalora_kernels.federated.lifetime import record_hashes
 from lalora_kernels.models import ImageBatch, TextBatch, load_model
 from lalora_kernels.partition import partition_dirichlet, partition_iid
@@ -62,6 +63,15 @@ def test_tsv_keeps_bare_quotes_and_gz_reads_the_same(tmp_path):
     plain, packed = (load_data(str(tmp_path / name)) for name in ("a.tsv", "b.tsv.gz"))
     assert '"half a quote' in plain.train.inputs + plain.test.inputs
     assert plain.fingerprint() == packed.fingerprint() and plain.classes == ["0", "1"]
+
+
+def test_lengths_of_texts_of_pairs_and_of_no_text():
+    y = torch.zeros(3, dtype=torch.int64)
+    texts, pairs = Records(["abc", "", "a"], y), Records([("abc", "de"), ("", ""), ("a", "")], y)
+    assert text_lengths(texts) == [3, 0, 1] and text_lengths(Subset(texts, [2, 0])) == [1, 3]
+    assert text_lengths(pairs) == [5, 0, 1] and text_lengths(Subset(pairs, [0])) == [5]
+    assert text_lengths(Records(torch.zeros(3, 1, 4, 4), y)) is None
+    assert text_lengths(TensorDataset(y)) is None
 
 
 def test_csv_quotes_and_names_of_classes_and_a_test_file(tmp_path):

@@ -1,5 +1,6 @@
 """The in-process federation: the plan, what a run leaves on disk, interruptions at every kind of moment, noise."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ from tolerances import EPSILON_PRV
 from lalora_kernels.federated import run as run_module
 from lalora_kernels.federated.client import get_state, learning_rate, set_state
 from lalora_kernels.federated.config import make_config
+from lalora_kernels.federated.methods import get_method
 from lalora_kernels.federated.plan import make_plan, participation
 from lalora_kernels.federated.run import Run, Watch, prepare
 from lalora_kernels.federated.server import evaluate
@@ -158,6 +160,12 @@ def test_text_models_train_too(tmp_path, pairs):
     })  # fmt: skip
     run = Run.start(prepare(config), tmp_path / "run", noise=fixed)
     assert (run.task.data.test.inputs[0][0] == "the end") is pairs
+    optimizer, loader = run.clients[0].private_step(
+        run.task.classifier, get_method(config.method), dataclasses.replace(config, physical_batch_size=4), 1
+    )
+    widths = [inputs["input_ids"].shape[1] for inputs, _ in loader.steps(1)]
+    assert widths == sorted(widths, reverse=True) and widths[0] > widths[-1]  # padded with others of its length
+    optimizer.detach()
     run.train()
     assert run.at.history[-1]["accuracy"] > 0.95 > run.at.history[0]["accuracy"]
 

@@ -129,11 +129,12 @@ def test_loss_reduction_sum_releases_the_same_gradient():
 def test_physical_batches_equal_the_unsplit_batch(clipping):
     """Same key, so the same draws and the same noise; only the order of summation differs."""
     results = []
-    for physical in (None, 3, 1):
+    for physical, by_length in ((None, False), (3, False), (1, False), (3, True)):
         model, data, loss = toy(dtype=torch.float32)
         opt, loader = private(
-            model, data, noise_multiplier=0.7, sample_rate=0.6, clipping=clipping, physical_batch_size=physical
-        )
+            model, data, noise_multiplier=0.7, sample_rate=0.6, clipping=clipping, physical_batch_size=physical,
+            lengths=list(range(len(data))) if by_length else None,
+        )  # fmt: skip
         train(model, loss, opt, loader, 4)
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert not torch.equal(results[0], torch.zeros_like(results[0]))

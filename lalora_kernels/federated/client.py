@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lalora_kernels.adapt import lora_factors, saved_modules
+from lalora_kernels.data import text_lengths
 from lalora_kernels.federated.config import Config
 from lalora_kernels.federated.diagnostics import Diagnostics
 from lalora_kernels.federated.methods import Method, base_name
@@ -159,6 +160,7 @@ class Client:
             noise_multiplier=self.noise_multiplier,
             expected_batch_size=config.batch_size,
             physical_batch_size=config.physical_batch_size,
+            lengths=None if config.physical_batch_size is None else text_lengths(self.records),
             ledger=self.ledger,
             noise=self.noise,
             check=False,  # the run checks the model once, before its first round

@@ -1,6 +1,7 @@
 """One call that makes an ordinary training loop private."""
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -44,6 +45,7 @@ def make_private(
     expected_batch_size: int | None = None,
     physical_batch_size: int | str | None = None,
     memory_budget: float | None = None,
+    lengths: Sequence[float] | None = None,
     loss_reduction: str = "mean",
     ledger: Ledger | None = None,
     noise: NoiseSource | None = None,
@@ -79,6 +81,8 @@ def make_private(
         physical_batch_size: a logical batch larger than this is split; the noise is added once. "auto": as many records
             as fit ``memory_budget``, measured at the first forward (privacy/microbatch.py).
         memory_budget: bytes that a step may take above model and optimizer; None: half of what is free then.
+        lengths: one number a record, its tokens or characters: a batch that is split is split by length, longest first,
+            so that less is padded. The draw and the sum of the gradients stay what they are.
         loss_reduction: how the user's loss treats a batch, "mean" or "sum". ``p.grad`` is the noisy sum divided by
             ``expected_batch_size`` in both.
         ledger, noise: continue with these (a resumed run, a federated client) instead of new ones.
@@ -137,13 +141,14 @@ def make_private(
             sample_rate=sample_rate,
             expected_batch_size=expected_batch_size,
             physical_batch_size=largest,
+            lengths=lengths,
             noise=noise,
             **ranks,
         )
     else:
         if target_epsilon is not None:
             raise ValueError("target_epsilon needs Poisson sampling; give noise_multiplier, and no epsilon is claimed")
-        if not sample_rate is expected_batch_size is physical_batch_size is None:
+        if not sample_rate is expected_batch_size is physical_batch_size is lengths is None:
             raise ValueError("without Poisson sampling the loader's batches stay as they are; set them in the loader")
         loader = ShuffledLoader(data_loader)
     q, b = loader.sample_rate, loader.expected_batch_size

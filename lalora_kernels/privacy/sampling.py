@@ -7,7 +7,7 @@ import copy
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -61,6 +61,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     A record joins where a fresh 64-bit uniform u < floor(q 2^64), so with probability at most q and at least q - 2^-64.
     The uniforms come from ``source`` (default: a new secret key), each used once, whatever becomes of the batch.
+    ``lengths``, one a record: a logical batch that is split is split in their order, longest first, so that records of
+    like length are padded together. Which records are drawn does not change, nor the sum of their gradients.
     """
 
     def __init__(
@@ -72,8 +74,12 @@ class PoissonBatchSampler(Sampler[list[int]]):
         source: UniformSource | None = None,
         rank: int = 0,
         world: int = 1,
+        lengths: Sequence[float] | None = None,
     ) -> None:
         self.rank, self.world = rank, world
+        if lengths is not None and len(lengths) != records:
+            raise ValueError(f"lengths has one number a record; got {len(lengths)} for {records} records")
+        self.lengths = lengths
         self.records, self.sample_rate = records, check_sample_rate(sample_rate)
         if records < 1:
             raise ValueError("the data set has no records; a client without data cannot train")
@@ -105,6 +111,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
         if not indices:
             yield [0], BatchInfo(rows=1, valid=0, first=True, last=True)
             return
+        if self.lengths is not None and self.physical_batch_size is not None:
+            indices = sorted(indices, key=self.lengths.__getitem__, reverse=True)
         start = 0
         while start < len(indices):
             size = self.physical_batch_size or len(indices)  # it may have been set meanwhile
@@ -138,12 +146,14 @@ class PrivateLoader:
         physical_batch_size: largest number of records in a yielded batch; None: a logical batch is never split.
         noise: the run's NoiseSource; where its key is fixed (tests) the draws are reproducible as well.
         on_batch: called with the BatchInfo of every batch.
+        lengths: one number a record (tokens, characters): what is split is split in this order, which pads less.
         source, rank, world: draw from this stream, and take every ``world``-th drawn record from the ``rank``-th on;
             with one stream the ranks' batches are one Poisson batch.
 
     Raises ValueError for a data set that is iterable-only, of unknown length, empty or smaller than b, for rates out of
-    range, and for a sampler that picks its records by another rule. While iterating: ValueError for a tensor whose
-    first dimension is not the number of records, RuntimeError where a second iteration overtook this one.
+    range, lengths that are not one a record, and for a sampler that picks its records by another rule. While iterating:
+    ValueError for a tensor whose first dimension is not the number of records, RuntimeError where a second iteration
+    overtook this one.
     """
 
     def __init__(
@@ -155,6 +165,7 @@ class PrivateLoader:
         physical_batch_size: int | None = None,
         noise: NoiseSource | None = None,
         on_batch: Callable[[BatchInfo], None] | None = None,
+        lengths: Sequence[float] | None = None,
         source: UniformSource | None = None,
         rank: int = 0,
         world: int = 1,
@@ -175,6 +186,7 @@ class PrivateLoader:
             source=noise.uniform_source() if source is None else source,
             rank=rank,
             world=world,
+            lengths=lengths,
         )
         inherited = {} if given is None else {name: getattr(given, name) for name in INHERITED}
         self._loader = DataLoader(self.dataset, batch_sampler=self.batch_sampler, **inherited)

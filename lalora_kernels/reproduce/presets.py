@@ -81,7 +81,7 @@ FOUR = {
     "rolora": {"method": "rolora", "smoothing": "none"},
     "la-lora": {"method": "la-lora", "smoothing": "binomial5"},
 }
-PLAIN = {"method": "la-lora-unfiltered", "smoothing": "none"}
+PLAIN: Settings = {"method": "la-lora-unfiltered", "smoothing": "none"}
 LA: Settings = FOUR["la-lora"]
 
 
