@@ -215,10 +215,12 @@ def test_differences_are_scipys_paired_intervals():
 
 
 def test_a_table_of_given_results():
-    text = tables.markdown("T", results(VALUES), ["dp", "la", "never"], "la", "Note.")
+    twin = {("twin", epsilon): values for (arm, epsilon), values in VALUES.items() if arm == "la"}
+    text = tables.markdown("T", results(VALUES | twin), ["dp", "la", "twin", "never"], "la", "Note.")
     assert "| arm | ε = 1 | ε = ∞ | − la, ε = 1 | − la, ε = ∞ |" in text
     assert "| la | 61.0 ± 1.0 | 80.0 ± 1.0 |  |  |" in text
     assert "| dp | 52.2 ± 2.6 | 80.0 ± 1.4 | -8.8 [-12.8, -4.8] * | +0.5 [-5.9, +6.9] |" in text
+    assert "| twin | 61.0 ± 1.0 | 80.0 ± 1.0 | the same | the same |" in text
     assert "| never | — | — | — | — |" in text
     assert "No run is complete" in tables.markdown("T", [], ["dp"], "dp", "")
 

@@ -36,6 +36,8 @@ class Difference:
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
+        if self.mean == self.low == self.high == 0:
+            return "the same"  # an arm that is what it is compared with by another name
         if len(self.seeds) < 2:
             return f"{self.mean:+.1f} (one seed)"
         return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]" + (" *" if self.clear else "")
