@@ -120,6 +120,7 @@ QUESTIONS = {
         | {"K / 2, twice the rounds": PLAIN | {"@rounds": 2}, "3 K, a third of the rounds": PLAIN | {"@rounds": 1 / 3}}
         | {f"r = {r}": PLAIN | {"rank": r} for r in (4, 8, 16, 32, 64)}
         | {f"Dirichlet {a:g}": PLAIN | {"dirichlet_alpha": a} for a in (0.1, 1.0, 10.0)}
+        | {"Dirichlet 0.1, mean by size": PLAIN | {"dirichlet_alpha": 0.1, "average": "size"}}
         | {"iid": PLAIN | {"partition": "iid"}}
         | {f"clipping {c}": PLAIN | {"clipping": c} for c in ("per_layer", "automatic")}
         | {f"projected, lr / {d}": PLAIN | {"smoothing": "projected", "@lr": 1 / d} for d in (3, 10)},
