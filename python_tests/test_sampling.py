@@ -145,26 +145,16 @@ def test_a_logical_batch_is_split_in_order(size):
 
 def test_records_of_like_length_are_split_together_and_the_draw_stays():
     lengths = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3] * 4
-    plain, sorted_, whole = (
-        fixed(tensors(), sample_rate=0.5, physical_batch_size=size, lengths=by)
+    plain, ordered, whole = (
+        PoissonBatchSampler(40, 0.5, physical_batch_size=size, lengths=by, source=UniformSource.fixed(KEY))
         for size, by in ((4, None), (4, lengths), (None, lengths))
     )
-    for batches in zip(*(_logical(loader, 5) for loader in (plain, sorted_, whole))):
-        drawn, by_length, unsplit = batches
+    for _ in range(5):
+        drawn, by_length, unsplit = ([p for p, _ in s.split(s.draw())] for s in (plain, ordered, whole))
         assert sum(drawn, []) == sorted(sum(by_length, [])) == sum(unsplit, []) and len(drawn) > 2
         assert [lengths[i] for i in sum(by_length, [])] == sorted((lengths[i] for i in sum(drawn, [])), reverse=True)
         padded = [sum(len(part) * max(lengths[i] for i in part) for part in parts) for parts in (drawn, by_length)]
         assert padded[1] < padded[0]
-
-
-def _logical(loader, count):
-    """Records of the physical batches of each logical batch."""
-    infos, found = [], []
-    loader.on_batch = infos.append
-    for index, _ in loader.steps(count):
-        found += [[]] if infos[-1].first else []
-        found[-1].append(index.tolist())
-    return found
 
 
 @pytest.mark.parametrize("size", [None, 2])
