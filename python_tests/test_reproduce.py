@@ -330,3 +330,6 @@ def test_costs_are_medians_of_passes_and_ratios_within_a_pass(base, tmp_path, mo
     assert "| la-lora | 100 (0.25 [0.25, 0.25]) |" in memory
     up = cost.round_bytes(replace(config, rank=4, method="ffa-lora"), 10, "image")
     assert f"| ffa-lora | {up['up'] / 1e6:.2f} / {up['down'] / 1e6:.2f} |" in sent
+    cost.figure(lines, config, tmp_path / "c.svg")
+    drawn = (tmp_path / "c.svg").read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in cost.TIMED if name != cost.OPACUS)

@@ -211,5 +211,6 @@ def _cost(base: dict[str, Any], out: Path, deadline: float | None, say: Callable
     lines = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
     if lines:
         write_atomic(out / f"question-{COST}.md", text := cost.markdown(lines, config, len(data.classes), data.kind))
+        cost.figure(lines, config, out / f"question-{COST}.svg")
         say(text)
     return cost.complete(lines)

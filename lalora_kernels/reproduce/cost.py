@@ -127,6 +127,40 @@ def markdown(lines: Sequence[dict[str, Any]], config: Config, num_classes: int, 
     return "## Cost of a round\n\n" + "\n\n".join(tables) + f"\n\n{about}\n"
 
 
+def figure(lines: Sequence[dict[str, Any]], config: Config, path: Path) -> None:
+    """Time of a round and memory of a step over DP-LoRA's in Opacus, by rank: medians with least and most."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    fig, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    shown = [
+        ("a client's round, seconds", lambda line: round_seconds(line, config.local_steps)),
+        ("a step, bytes above the model", step_memory),
+    ]
+    for axes, (title, value) in zip(panels, shown):
+        for k, contender in enumerate(name for name in TIMED if name != OPACUS):
+            found = {i: _against_opacus(lines, contender, rank, value) for i, rank in enumerate(RANKS)}
+            ratios = {i: one[1] for i, one in found.items() if not isinstance(one, str) and one[1]}
+            middle = [statistics.median(r) for r in ratios.values()]
+            spread = (
+                [m - min(r) for m, r in zip(middle, ratios.values())],
+                [max(r) - m for m, r in zip(middle, ratios.values())],
+            )
+            where = [i + 0.1 * (k - (len(TIMED) - 2) / 2) for i in ratios]
+            axes.errorbar(where, middle, spread, fmt="o", capsize=3, label=contender)
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set_xticks(range(len(RANKS)), [f"r = {rank}" for rank in RANKS])
+        axes.set_title(title, fontsize=10)
+    panels[0].set_ylabel("ratio to DP-LoRA in Opacus")
+    panels[0].set_ylim(bottom=0)
+    panels[1].legend(fontsize=8, loc="lower right")
+    fig.tight_layout()
+    fig.savefig(path, metadata={"Date": None})
+    pyplot.close(fig)
+
+
 def _name(contender: str) -> str:
     return "dp-lora in Opacus" if contender == OPACUS else contender
 
