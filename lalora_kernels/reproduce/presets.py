@@ -44,11 +44,12 @@ PRESETS = {
         tuning={"lr": (5.0, 15.0, 45.0, 135.0), "max_grad_norm": (0.1,)}, public_head=True,
     ),
     "small-language": Preset(
-        "MiniLM-L6 on SST-2's phrases, cut at 24 tokens, 4 clients",
-        SMALL | {"max_length": 24, "optimizer": "adamw", "lr": 2e-4, "max_grad_norm": 0.3},
+        "MiniLM-L6 on SST-2's phrases, cut at 24 tokens, 2 clients",
+        SMALL | {"max_length": 24, "optimizer": "adamw", "lr": 3e-3, "max_grad_norm": 0.1, "clients": 2,
+                 "physical_batch_size": 32},
         {"sst2": {}},
         large={"max_length": 128, "rounds": 50, "batch_size": 256, "physical_batch_size": 128},
-        tuning={"lr": (1e-4, 4e-4), "max_grad_norm": (0.1, 0.3)}, public_head=True,
+        tuning={"lr": (1e-3, 3e-3, 1e-2, 3e-2), "max_grad_norm": (0.1,)}, public_head=True,
     ),
     "paper-vision": Preset(
         "Swin-T and Swin-B on CIFAR-100 and Tiny-ImageNet, as in arXiv 2602.19926: r = 16, 8 clients, 100 rounds",
