@@ -49,6 +49,24 @@ def test_text(text, tmp_path):
     assert written == {p: p.stat().st_mtime_ns for p in (tmp_path / "start").rglob("*") if p.is_file()}
 
 
+def test_a_feature_that_hardly_varies_gets_no_weight(text, tmp_path):
+    """Standardized it would count as much as any other, at a weight of 1e30 on the real MiniLM."""
+    from transformers import BertForSequenceClassification
+
+    model = BertForSequenceClassification.from_pretrained(text["model"])
+    last = model.bert.encoder.layer[-1].output.LayerNorm
+    with torch.no_grad():
+        last.weight[3] = 1e-20
+    model.save_pretrained(text["model"])
+    made = prepare_start(text, tmp_path / "start")
+    weight = load_model(made["model"], 2, kind="text").model.classifier.weight
+    assert weight[:, 3].tolist() == [0.0, 0.0]
+    assert (weight != 0).sum() == 2 * 15
+    data = load_data(made["dataset"], test=made["test_dataset"])
+    told = json.loads((tmp_path / "start" / "start.json").read_text())
+    assert accuracy(made, data) == told["test_accuracy_of_the_fitted_head"]
+
+
 def test_images(tmp_path, monkeypatch):
     torchvision_beside_cpu_torch()
     import timm

@@ -20,6 +20,7 @@ from lalora_kernels.files import write_atomic
 from lalora_kernels.models import Classifier, load_model
 
 PUBLIC, SEED, BATCH = 2000, 0, 100
+DEAD = 1e-6  # of the median deviation: below it a feature gets no weight. MiniLM's last LayerNorm scales three by 1e-9
 START = "start.json"
 # the 20 superclasses of CIFAR-100 (Krizhevsky 2009), with the five classes of each
 SUPERCLASSES = {
@@ -104,16 +105,20 @@ def fit_head(classifier: Classifier, public: Sequence, test: Sequence) -> float:
     head = classifier.model.get_submodule(classifier.head[-1])
     assert isinstance(head, nn.Linear)
     x, y = _features(classifier, head, public)
-    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000)).fit(x, y)
+    spread = x.std(axis=0)
+    alive = spread > DEAD * np.median(spread)
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000)).fit(x[:, alive], y)
     scaler, regression = fitted[0], fitted[1]
-    weight = regression.coef_ / scaler.scale_
-    bias = regression.intercept_ - weight @ scaler.mean_
+    weight = np.zeros((len(regression.coef_), len(alive)))
+    weight[:, alive] = regression.coef_ / scaler.scale_
+    bias = regression.intercept_ - weight[:, alive] @ scaler.mean_
     if len(weight) == 1:  # scikit-learn's one row for two classes is the difference of two logits
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(weight))
         head.bias.copy_(torch.from_numpy(bias))
-    return float(fitted.score(*_features(classifier, head, test)))
+    seen, truth = _features(classifier, head, test)
+    return float(fitted.score(seen[:, alive], truth))
 
 
 def _features(classifier: Classifier, head: nn.Module, records: Sequence) -> tuple[np.ndarray, np.ndarray]:
