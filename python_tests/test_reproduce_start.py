@@ -49,6 +49,16 @@ def test_text(text, tmp_path):
     assert written == {p: p.stat().st_mtime_ns for p in (tmp_path / "start").rglob("*") if p.is_file()}
 
 
+def test_training_sees_what_the_head_was_fitted_on(text, tmp_path):
+    """In training mode too: the head stays as it is, so dropout would only teach the adapters to mend its noise."""
+    made = prepare_start(text, tmp_path / "start")
+    first, loaded = (load_model(name, 2, kind="text") for name in (text["model"], made["model"]))
+    inputs, _ = loaded.collate([(s, 0) for s in SENTENCES])
+    with torch.no_grad():
+        assert not torch.equal(first.logits(inputs, first.model.train()), first.logits(inputs, first.model.eval()))
+        assert torch.equal(loaded.logits(inputs, loaded.model.train()), loaded.logits(inputs, loaded.model.eval()))
+
+
 def test_a_feature_that_hardly_varies_gets_no_weight(text, tmp_path):
     """Standardized it would count as much as any other, at a weight of 1e30 on the real MiniLM."""
     from transformers import BertForSequenceClassification
