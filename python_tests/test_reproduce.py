@@ -136,6 +136,17 @@ def test_a_run_with_measures_serves_a_question_without_and_not_the_other_way_rou
     assert list(runs.train([plain, measured], tmp_path)) == []
 
 
+def test_measuring_a_published_run_again_does_not_change_what_was_published(base, tmp_path):
+    config = make_config(base | ARMS["la"])
+    told = {"settings": runs._told(config), "arm": "la"}
+    first, again = told | {"accuracy": 0.5}, told | {"accuracy": 0.6, "measures": {"eigenvalue": 1.0}}
+    runs.save_lines([first], tmp_path / "tiny-question-1.jsonl")
+    runs.save_lines([again], tmp_path / "tiny-question-5.jsonl")
+    known = runs.read_known(tmp_path, "tiny")
+    assert runs.result_of(runs.Job("la", config), tmp_path, known) == first
+    assert runs.result_of(runs.Job("la", config, measure=True), tmp_path, known) == again
+
+
 def test_pieces_end_between_rounds_and_reach_the_end(base, tmp_path, monkeypatch):
     question, preset = replace(QUESTION, arms={"la": ARMS["la"]}), replace(TINY, seeds=(0,))
     base = base | {"rounds": 3}

@@ -85,7 +85,8 @@ def result_of(job: Job, out: Path, known: Known = NOTHING) -> dict[str, Any] | N
     for folder in job.folders(out):
         if (found := _read_result(job, folder)) is not None:
             return found
-    line = known.get(same(_told(job.config)))
+    key = same(_told(job.config))
+    line = known.get(MEASURES + key, known.get(key)) if job.measure else known.get(key)
     if line is None or (job.measure and "measures" not in line):
         return None
     return {**line, "arm": job.arm}
@@ -110,12 +111,18 @@ def _read_result(job: Job, folder: Path) -> dict[str, Any] | None:
 
 
 def read_known(folder: Path, preset: str) -> Known:
-    """What ``--publish`` left of a preset in ``folder``: result lines of all its questions, by their settings."""
+    """What ``--publish`` left of a preset in ``folder``: result lines of all its questions, by their settings.
+
+    The first of equal settings counts, so a table does not change when a later question trains them again to measure
+    something; the first that was measured is also found by its settings behind ``MEASURES``.
+    """
     known: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob(f"{preset}-question-*.jsonl")):
         for line in map(json.loads, path.read_text().splitlines()):
-            if "settings" in line and "measures" not in known.get(same(line["settings"]), {}):
-                known[same(line["settings"])] = line
+            if "settings" in line:
+                known.setdefault(key := same(line["settings"]), line)
+                if "measures" in line:
+                    known.setdefault(MEASURES + key, line)
     return known
 
 
