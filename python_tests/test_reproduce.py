@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,6 +147,26 @@ def test_measuring_a_published_run_again_does_not_change_what_was_published(base
     known = runs.read_known(tmp_path, "tiny")
     assert runs.result_of(runs.Job("la", config), tmp_path, known) == first
     assert runs.result_of(runs.Job("la", config, measure=True), tmp_path, known) == again
+
+
+POOL = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from lalora_kernels.reproduce.runs import _follow_parent
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _follow_parent) as pool:
+        pool.submit(os.getpid).result()
+        print("started", flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    (tmp_path / "pool.py").write_text(POOL)
+    with subprocess.Popen([sys.executable, tmp_path / "pool.py"], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "started\n"
+        parent.kill()
+        assert not parent.stdout.read()  # that ends with the worker, which holds the pipe as well
 
 
 def test_pieces_end_between_rounds_and_reach_the_end(base, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -151,7 +152,7 @@ def train(
         return
     threads = max(1, (os.cpu_count() or 1) // parallel)
     # spawned, not forked: a forked process inherits torch's threads in an unusable state
-    with ProcessPoolExecutor(parallel, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(parallel, multiprocessing.get_context("spawn"), _follow_parent) as pool:
         started = {pool.submit(_one, job, out, threads, deadline): job for job in todo}
         try:
             for ended in as_completed(started):
@@ -160,6 +161,14 @@ def train(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _follow_parent() -> None:
+    """End this worker when the process that started it has ended, killed or not; its run resumes from its last round.
+    The pool's own workers would train on, or wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 class TimeUp(Exception):
