@@ -214,7 +214,6 @@ def test_measured_runs_have_a_second_table(base, tmp_path):
     assert all(v["sigma"] > 0.5 and v["eigenvalue"] and -1 <= v["cosine"] <= 1 for v in found.values())
 
 
-
 # ---------------------------------------------------------------- numbers
 
 
