@@ -11,6 +11,7 @@ from lalora_kernels.privacy.ledger import BudgetExceeded, Ledger, LedgerError
 from lalora_kernels.privacy.make_private import make_private
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.schedule import Schedule, get_schedule
+from lalora_kernels.trainer_loss import record_losses
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "merge",
     "merge_and_unload",
     "patch_peft",
+    "record_losses",
     "save_adapter",
     "set_active",
     "trainable_summary",

@@ -187,14 +187,19 @@ def unmerge(model: nn.Module) -> nn.Module:
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Give back the plain layers, in place, with s B A folded into their weights. The weights stay frozen.
 
-    Raises ValueError as ``merge`` does.
+    Raises ValueError as ``merge`` does, RuntimeError where the model belongs to a private optimizer.
     """
+    _refuse_private(model)
     _merge_rest(model)
     return _unload(model)
 
 
 def unadapt(model: nn.Module) -> nn.Module:
-    """Give back the plain layers, in place, with the base weights as they were; the factors are dropped."""
+    """Give back the plain layers, in place, with the base weights as they were; the factors are dropped.
+
+    Raises RuntimeError where the model belongs to a private optimizer.
+    """
+    _refuse_private(model)
     for _, layer in lora_layers(model):
         if layer.merged:
             layer.unmerge()
@@ -214,6 +219,12 @@ def _merge_rest(model: nn.Module) -> None:
                 other.unmerge()
             raise ValueError(f"{name}: {error}") from None
         done.append(layer)
+
+
+def _refuse_private(model: nn.Module) -> None:
+    for name, layer in lora_layers(model):
+        if layer.recorder is not None:
+            raise RuntimeError(f"{name} belongs to a private optimizer; call its detach() first")
 
 
 def _unload(model: nn.Module) -> nn.Module:

@@ -350,8 +350,9 @@ class LayerNormFunction(torch.autograd.Function):
         _record_scale(ctx, dy, normalized, -len(ctx.shape))
         dx = None
         if ctx.needs_input_grad[0]:
+            # CUDA's autocast normalizes in float32 what is kept here in half precision
             dx = torch.ops.aten.native_layer_norm_backward(
-                dy.contiguous(), x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
+                dy.contiguous(), x.to(dy.dtype), ctx.shape, mean, rstd, weight, bias, [True, False, False]
             )[0]
         return dx, None, None, None, None, None, None
 

@@ -165,13 +165,12 @@ class LoRALinear(LoRALayer, nn.Linear):
     def tensors(self) -> dict[str, tuple[nn.Module, str]]:
         return {key: (self, key) for key, p in self._parameters.items() if p is not None}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., n) -> (..., m)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., n) -> (..., m)."""
         if self.merged:
             self._refuse_training_merged()
-            return nn.functional.linear(x, self._weight_mn(), self.bias)
-        if self.recorder is not None:
-            x = self.recorder.expand(x)
+            return nn.functional.linear(input, self._weight_mn(), self.bias)
+        x = input if self.recorder is None else self.recorder.expand(input)
         return lora_linear(
             x,
             self._weight_mn(),
@@ -244,15 +243,15 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
             setattr(self, name, getattr(conv, name))
         self.weight, self.bias = conv.weight, conv.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (N,n,H,W) -> (N,m,H',W')."""
-        if x.dim() != 4:
-            raise ValueError(f"LoRAConv2d takes (N, channels, height, width), got {tuple(x.shape)}; add the batch axis")
+    def forward(self, input: Tensor) -> Tensor:
+        """(N,n,H,W) -> (N,m,H',W')."""
+        if input.dim() != 4:
+            shape = tuple(input.shape)
+            raise ValueError(f"LoRAConv2d takes (N, channels, height, width), got {shape}; add the batch axis")
         if self.merged:
             self._refuse_training_merged()
-            return self._conv_forward(x, self.weight, self.bias)
-        if self.recorder is not None:
-            x = self.recorder.expand(x)
+            return self._conv_forward(input, self.weight, self.bias)
+        x = input if self.recorder is None else self.recorder.expand(input)
         return lora_conv2d(
             x,
             self.weight,
@@ -328,13 +327,12 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
             setattr(self, name, getattr(embedding, name))
         self.weight = embedding.weight
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids, any shape of integers -> (..., m)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Token numbers, any shape of integers -> (..., m)."""
         if self.merged:
             self._refuse_training_merged()
-            return super().forward(ids)
-        if self.recorder is not None:
-            ids = self.recorder.expand(ids)
+            return super().forward(input)
+        ids = input if self.recorder is None else self.recorder.expand(input)
         return lora_embedding(
             ids, self.weight, self.lora_A, self.lora_B, self.scaling, self.padding_idx, recorder=self.recorder
         )

@@ -92,3 +92,14 @@ def record_scale(token: Tensor, dy: Tensor, normalized: Tensor | None, axis: int
 @record_scale.register_fake
 def _(token: Tensor, dy: Tensor, normalized: Tensor | None, axis: int, handle: int) -> None:
     return None
+
+
+@torch.library.custom_op("lalora::saw", mutates_args=("token",))
+def saw(token: Tensor, x: Tensor, handle: int) -> None:
+    """``InputCheck.saw``: a forward began, on x (rows, ...)."""
+    _find(handle).saw(x)
+
+
+@saw.register_fake
+def _(token: Tensor, x: Tensor, handle: int) -> None:
+    return None

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lalora_kernels.nn import LoRALinear
+from lalora_kernels.privacy import reduction as checking
 from lalora_kernels.privacy.make_private import make_private
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.reduction import reduction_of
@@ -166,6 +167,25 @@ class TestTheLoop:
         with pytest.raises(ValueError, match="count over the whole batch"):
             loop(late, steps=4)
         assert len(calls) == 4
+
+    @pytest.mark.parametrize("late", [30, None])
+    def test_lengths_that_are_equal_for_long_do_not_either(self, late):
+        """And while they are, there is nothing to see: no more than the lengths are looked at."""
+        calls, looks = [], []
+
+        def after(z, y):
+            calls.append(1)
+            return token_mean(z, y if len(calls) == late else torch.zeros_like(y))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checking, "reduction_of", lambda *a: looks.append(1) or reduction_of(*a))
+            if late is None:
+                assert loop(after, steps=30).loss_reduction_checked
+            else:
+                with pytest.raises(ValueError, match="count over the whole batch"):
+                    loop(after, steps=40)
+        assert len(calls) == 30
+        assert len(looks) == 2 * checking.TRIES + (late is not None)  # hidden and logits
 
     def test_a_scaled_loss_is_seen_unscaled(self):
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

@@ -51,7 +51,13 @@ def _leaves(tree: Any) -> list[Tensor]:
 
 def _double(model: nn.Module) -> nn.Module:
     """A float64 copy in eval mode whose factors are not zero, so that no factor's gradient is."""
-    twin = copy.deepcopy(model).double().eval()
+    try:
+        twin = copy.deepcopy(model).double().eval()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the check of the first batch works on a copy of the model, which cannot be copied ({error}). A module "
+            f"that keeps an activation (self.last = h) should keep h.detach(); or pass make_private check=False"
+        ) from error
     for (_, m), (_, t) in zip(model.named_modules(), twin.named_modules()):
         if isinstance(m, nn.modules.batchnorm._NormBase):
             t.train(m.training)
@@ -70,6 +76,12 @@ def per_sample_gradients(
     ``loss(model, batch)`` is a scalar; ``batch`` nested tensors with N records along the first axis. The model is left
     as it was found, its ``grad`` untouched. Raises as ``make_private`` does for what no rule covers.
     """
+    return _per_sample_gradients(model, batch, loss, loss_reduction, None)
+
+
+def _per_sample_gradients(
+    model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], loss_reduction: str, backend: str | None
+) -> dict[str, Tensor]:
     rows = _leaves(batch)[0].shape[0]
     engine = Engine(
         model,
@@ -81,6 +93,7 @@ def per_sample_gradients(
         smoothing=None,
         loss_reduction=loss_reduction,
         charge=_never,
+        backend=backend,
     )
     try:
         engine.begin(BatchInfo(rows=rows, valid=rows, first=True, last=True))
@@ -143,27 +156,35 @@ def check_per_sample(
         raise ValueError("check_per_sample needs two records or more; one cannot show mixing")
     twin = _double(model)
     set_active(twin, factors)
+    try:
+        expected = single_sample_gradients(twin, batch, loss)
+        found = _per_sample_gradients(twin, batch, loss, loss_reduction, "reference")  # whatever backend is forced
+    except (ValueError, RuntimeError):
+        _refuse_mixing(twin, batch, loss, rows)  # what fails is told by its cause, if that is it
+        raise
+    wrong = [
+        n for n in expected if (found[n] - expected[n]).norm() > RTOL * max(expected[n].norm(), found[n].norm()) + 1e-30
+    ]
+    if wrong:
+        _refuse_mixing(twin, batch, loss, rows)
+        names = ", ".join(wrong[:5]) + (" ..." if len(wrong) > 5 else "")
+        raise ValueError(
+            f"per-sample gradients of {names} differ from those of single records: the loss couples records, or "
+            f"loss_reduction={loss_reduction!r} is not what the loss does"
+        )
+    idle = [n for n in expected if not found[n].any() and not expected[n].any()]
+    if idle:
+        names = ", ".join(idle[:5]) + (" ..." if len(idle) > 5 else "")
+        warnings.warn(f"no gradient reaches {names}; what nothing reaches is trained by noise alone", stacklevel=2)
+
+
+def _refuse_mixing(twin: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], rows: int) -> None:
     culprit = _first_mixing_module(twin, batch, loss, rows)
     if culprit is not None:
         raise ValueError(
             f"{culprit}: the output for one record depends on the other records of the batch, or its first axis is "
             f"not the batch; per-sample clipping cannot bound such a layer. Replace it, freeze what lies before it, or "
             f"make it batch-major"
-        )
-    expected = single_sample_gradients(twin, batch, loss)
-    found = per_sample_gradients(twin, batch, loss, loss_reduction=loss_reduction)
-    idle = [n for n in expected if not found[n].any() and not expected[n].any()]
-    if idle:
-        names = ", ".join(idle[:5]) + (" ..." if len(idle) > 5 else "")
-        warnings.warn(f"no gradient reaches {names}; what nothing reaches is trained by noise alone", stacklevel=2)
-    wrong = [
-        n for n in expected if (found[n] - expected[n]).norm() > RTOL * max(expected[n].norm(), found[n].norm()) + 1e-30
-    ]
-    if wrong:
-        names = ", ".join(wrong[:5]) + (" ..." if len(wrong) > 5 else "")
-        raise ValueError(
-            f"per-sample gradients of {names} differ from those of single records: the loss couples records, or "
-            f"loss_reduction={loss_reduction!r} is not what the loss does"
         )
 
 
@@ -172,12 +193,7 @@ def _first_mixing_module(
 ) -> str | None:
     """The first module, in order of execution, whose outputs in the batch differ from those of single records."""
     calls: list[tuple[str, list[Tensor]]] = []
-    handles = [
-        m.register_forward_hook(
-            lambda _m, _a, out, n=n: calls.append((n, [t.detach() for t in _leaves(out) if t.is_floating_point()]))
-        )
-        for n, m in twin.named_modules()
-    ]
+    handles = _watch(twin, calls)
     try:
         with torch.no_grad():
             loss(twin, batch)
@@ -202,6 +218,30 @@ def _first_mixing_module(
                 if not _is_share(whole, alone, i, rows):
                     return name or type(twin).__name__
     return None
+
+
+def _watch(twin: nn.Module, calls: list[tuple[str, list[Tensor]]]) -> list[Any]:
+    """Hooks that append (module, its floating-point outputs) to ``calls`` in order of execution."""
+    return [
+        m.register_forward_hook(
+            lambda _m, _a, out, n=n: calls.append((n, [t.detach() for t in _leaves(out) if t.is_floating_point()]))
+        )
+        for n, m in twin.named_modules()
+    ]
+
+
+def _same(whole: list[Tensor], other: list[Tensor], i: int) -> bool:
+    """Whether the outputs agree in record i of two, where they have a row for each."""
+    for a, b in zip(whole, other):
+        if a.dim() and a.shape == b.shape and a.shape[0] % 2 == 0:
+            x, y = a.chunk(2)[i], b.chunk(2)[i]
+            if not torch.allclose(x, y, rtol=RTOL, atol=1e-10, equal_nan=True):
+                return False
+    return True
+
+
+def _cards(model: nn.Module) -> list[torch.device]:
+    return list({p.device for p in model.parameters() if p.is_cuda})
 
 
 def _is_share(whole: Tensor, alone: Tensor, i: int, rows: int) -> bool:
@@ -240,4 +280,54 @@ def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> bool
         return torch.stack(terms).sum()
 
     check_per_sample(model, two, project, loss_reduction="sum")
+    if any(m.training for m in model.modules()):
+        check_training(model, two)
     return True
+
+
+def check_training(model: nn.Module, two: tuple) -> None:
+    """Raise ValueError where, in train mode, a record's output or a buffer depends on another record, in float64.
+
+    ``two``: (args, kwargs) with two records along the first axis. What (a, b) gives for a must be what (a, a) does, and
+    for b what (b, b) does, dropout drawn alike. A buffer that follows activations (running statistics,
+    a centre) would leave the training without noise.
+    """
+    twin = _double(model)
+    for (_, m), (_, t) in zip(model.named_modules(), twin.named_modules()):
+        t.training = m.training
+    two = tree_map(lambda t: t.double() if t.is_floating_point() else t, two)
+    before = {n: b.clone() for n, b in twin.named_buffers()}
+    after: list[dict[str, Tensor]] = []
+    calls: list[tuple[str, list[Tensor]]] = []
+
+    def run(*order: int) -> list[tuple[str, list[Tensor]]]:
+        calls.clear()
+        with torch.no_grad(), torch.random.fork_rng(devices=_cards(twin)):
+            inputs = tree_map(lambda t: t[list(order)] if t.dim() and t.shape[0] == 2 else t, two)
+            twin(*inputs[0], **inputs[1])
+            after.append({n: b.clone() for n, b in twin.named_buffers()})
+            for n, b in twin.named_buffers():
+                if n in before:
+                    b.copy_(before[n])
+        return list(calls)
+
+    handles = _watch(twin, calls)
+    try:
+        together, alone = run(0, 1), [run(0, 0), run(1, 1)]
+    finally:
+        for h in handles:
+            h.remove()
+    for name, value in after[0].items():
+        if any(not torch.equal(value, other.get(name, value)) for other in after[1:]):
+            raise ValueError(
+                f"the buffer {name} follows the records of a batch in train mode, which nothing clips or noises; keep "
+                f"its module in eval mode, or replace it"
+            )
+    if all(_same(together[-1][1], one[-1][1], i) for i, one in enumerate(alone)):
+        return
+    for k, (name, outputs) in enumerate(together):
+        if any(k < len(one) and not _same(outputs, one[k][1], i) for i, one in enumerate(alone)):
+            raise ValueError(
+                f"{name or type(twin).__name__}: in train mode the output for one record depends on the other records "
+                f"of the batch; per-sample clipping cannot bound such a layer. Replace it, or keep it in eval mode"
+            )

@@ -18,7 +18,7 @@ from lalora_kernels.privacy.clipping import clip_weights, tensor_bound
 from lalora_kernels.privacy.distributed import Group, loud_ddp, quiet_ddp
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.nonfinite import NonfiniteCount
-from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder, Site, Undo
+from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder, Site, Undo, first_tensor
 from lalora_kernels.privacy.reduction import ReductionCheck
 from lalora_kernels.privacy.rules import ExtraRecorder, has_statistics, refuse_batch_statistics, refuse_tables
 from lalora_kernels.privacy.sampling import BatchInfo
@@ -52,7 +52,8 @@ class Engine:
         self.smoothing, self.loss_reduction, self.charge, self.backend = smoothing, loss_reduction, charge, backend
         self.grad_scaler, self.group = grad_scaler, group
         self._ddp = quiet_ddp(model)
-        self.check_pending = check  # compare per-sample gradients on two records of the first batch that has them
+        self.strict = self.check_pending = check  # pending: no batch had two records to compare yet
+        self.forwarded = False  # the model itself has seen this physical batch
         self.sites: list[Site] = []
         self.recorders: list[Recorder] = []
         self.active: list[Site] = []
@@ -95,7 +96,7 @@ class Engine:
         if len(dtypes) > 1:
             raise ValueError("some trainable parameters are float64 and some are not; use one precision")
         self.dtype = torch.float64 if dtypes.pop() else torch.float32
-        self._handles.append(self.model.register_forward_pre_hook(InputCheck(self), with_kwargs=True))
+        self._handles.append(self.model.register_forward_pre_hook(InputCheck(self, self.sites[0]), with_kwargs=True))
         self.reduction = ReductionCheck(self)
         if self.check_pending:
             self._handles.append(self.model.register_forward_hook(self.reduction))
@@ -140,8 +141,15 @@ class Engine:
     def _refuse_changes(self) -> None:
         for verify in [*(s.verify for s in self.sites), *(r.verify for r in self.recorders)]:
             verify()
+        modules = set(submodules(self.model))
+        for r in self.recorders:
+            if r.module not in modules:
+                raise RuntimeError(
+                    f"{r.name} was taken out of the model after make_private (merged, unloaded or replaced); detach() "
+                    f"the optimizer first, and call make_private again to go on"
+                )
         known = {s.param for s in self.sites}
-        parameters = (p for m in submodules(self.model) for p in m._parameters.values())
+        parameters = (p for m in modules for p in m._parameters.values())
         if all(p is None or not p.requires_grad or p in known for p in parameters):
             return
         for name, p in self.model.named_parameters():
@@ -157,22 +165,29 @@ class Engine:
             raise RuntimeError(foreign(name))
 
     def check_input(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """The model must see the batch that the loader announced, in train mode."""
-        if self.batch is None or not model.training or not torch.is_grad_enabled():
+        """Whatever is differentiated must be the batch that the loader announced; in eval mode as in train mode."""
+        if self.batch is None or not torch.is_grad_enabled():
             return
         refuse_batch_statistics(self._norms)
-        first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
-        if first is not None and first.shape[0] != self.batch.rows:
-            raise ValueError(
-                f"the model was given {first.shape[0]} rows, but the loader's batch has {self.batch.rows} records; "
-                f"pass the batch as the loader yields it, batch axis first"
-            )
+        first = first_tensor(args, kwargs)
+        self.check_rows(self.batch.rows if first is None else first.shape[0])
         if self.auto_batch is not None:
             self.auto_batch.measure(self, model, args, kwargs)
         if self.check_pending and self.batch.valid >= 2:
             from lalora_kernels.privacy.checks import check_inputs  # it builds an Engine of its own
 
             self.check_pending = not check_inputs(model, args, kwargs, self.batch.rows)
+
+    def check_rows(self, rows: int) -> None:
+        """The model was called with gradients on; all that a compiled model tells."""
+        if self.batch is None:
+            return
+        if rows != self.batch.rows:
+            raise ValueError(
+                f"the model was given {rows} rows, but the loader's batch has {self.batch.rows} records; pass the "
+                f"batch as the loader yields it, batch axis first, and evaluate under torch.no_grad()"
+            )
+        self.forwarded = True
 
     def fold(self, t: Tensor, name: str, features: int = 1) -> Tensor:
         """(k*N, ..., features) -> (N, T, features...): the rows of one record side by side (batch-major)."""
@@ -253,6 +268,8 @@ class Engine:
     @torch.no_grad()
     def begin(self, batch: BatchInfo) -> None:
         """Called by the loader before it yields a physical batch."""
+        if not self.recorders:
+            raise RuntimeError("this loader's optimizer was detached; use a loader of your own, or make_private again")
         if self.batch is not None and any(s.marked for s in self.sites):
             raise RuntimeError(
                 "the last batch was backpropagated but not stepped; call optimizer.step() after backward"
@@ -299,7 +316,7 @@ class Engine:
         self.active = trainable
 
     def clear_batch(self) -> None:
-        self._waiting = False
+        self._waiting = self.forwarded = False
         for s in self.sites:
             s.G, s.marked, s.fused = None, False, False
         for r in self.recorders:
@@ -312,11 +329,18 @@ class Engine:
             raise RuntimeError(
                 "optimizer.step() without a new batch of the private loader, or called twice on one batch"
             )
+        batch, sites = self.batch, self.active
+        if self.strict and not self.forwarded and any(s.marked for s in sites):
+            raise RuntimeError(
+                "a backward was recorded, but the model that make_private was given was not called on this batch (its "
+                "parts were, or a copy), so nothing has checked which rows are whose and that records do not mix; call "
+                "that model itself, or see to it with check_per_sample and pass make_private check=False"
+            )
         if self.auto_batch is not None:
             raise RuntimeError(
-                'physical_batch_size="auto" measures the first forward, which torch.compile hides; give it a number'
+                'physical_batch_size="auto" measures the first forward of the model that make_private was given, which '
+                "was not called or is compiled; give it a number"
             )
-        batch, sites = self.batch, self.active
         take_away(self.sites)
         for s in self.sites:
             self._refuse_foreign(s.param, s.name)

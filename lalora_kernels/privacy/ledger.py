@@ -1,15 +1,17 @@
 """The account of what was released: every release on record before it happens, a budget that refuses the step too many,
 and a file that shows whether it was changed."""
 
+import functools
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from lalora_kernels.files import write_atomic
 from lalora_kernels.privacy.accountant import (
@@ -27,6 +29,19 @@ from lalora_kernels.privacy.noise import MAX_RELEASES
 from lalora_kernels.privacy.sampling import check_sample_rate
 
 FORMAT, VERSION = "lalora-ledger", 1
+_LOCK = threading.RLock()  # of all ledgers, which clients in threads may share: a charge is read, changed and written
+
+
+Method = TypeVar("Method", bound=Callable)
+
+
+def _locked(method: Method) -> Method:
+    @functools.wraps(method)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with _LOCK:
+            return method(*args, **kwargs)
+
+    return cast(Method, alone)
 
 
 class LedgerError(ValueError):
@@ -129,6 +144,7 @@ class Ledger:
         """Why no ε may be reported; empty where one may."""
         return tuple(self._refusals)
 
+    @_locked
     def refuse_epsilon(self, reason: str) -> None:
         """From now on, and in what is saved, ``epsilon`` raises with ``reason``; there is no way back."""
         if reason not in self._refusals:
@@ -165,6 +181,7 @@ class Ledger:
             neighboring_relation=self.neighboring_relation,
         )
 
+    @_locked
     def charge(
         self,
         noise_multiplier: float,
@@ -222,6 +239,7 @@ class Ledger:
 
     # ---------------------------------------------------------------- storage
 
+    @_locked
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready: the header, the entries each with the hash of all up to it, and the last hash again."""
         state: dict[str, Any] = {
@@ -239,6 +257,7 @@ class Ledger:
             raw["hash"] = digest
         return {**state, "head": hashes[-1]}
 
+    @_locked
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state`` says was spent; nothing that this ledger knows to be spent is forgotten.
 

@@ -18,7 +18,7 @@ from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.privacy.microbatch import AutoBatch
 from lalora_kernels.privacy.noise import NoiseSource
-from lalora_kernels.privacy.optimizer import PrivateOptimizer
+from lalora_kernels.privacy.optimizer import MARK, PrivateOptimizer
 from lalora_kernels.privacy.postprocess import EXPERIMENTAL
 from lalora_kernels.privacy.sampling import PrivateLoader
 from lalora_kernels.privacy.shuffled import ShuffledLoader
@@ -26,6 +26,10 @@ from lalora_kernels.schedule import DEFAULT, Schedule, get_schedule
 
 SMOOTHING = ("auto", "binomial5", None, *EXPERIMENTAL)
 REDUCTIONS = ("mean", "sum")
+UNFIT: dict[type[Optimizer], str] = {
+    torch.optim.LBFGS: "it evaluates the loss several times a step, and a release is one gradient; use SGD or AdamW",
+    torch.optim.SparseAdam: "it takes sparse gradients, and noise is dense; use Adam",
+}
 
 
 def make_private(
@@ -41,6 +45,7 @@ def make_private(
     target_epsilon: float | None = None,
     target_delta: float | None = None,
     steps: int | None = None,
+    epochs: int | None = None,
     sample_rate: float | None = None,
     expected_batch_size: int | None = None,
     physical_batch_size: int | str | None = None,
@@ -76,7 +81,8 @@ def make_private(
         max_grad_norm: C, the L2 bound of one record's contribution, in units of the gradient of its own loss.
         noise_multiplier: σ in units of C; 0 trains without noise and reports ε = ∞. Either this, or
         target_epsilon, target_delta, steps: σ is calibrated so that ``steps`` releases spend at most ``target_epsilon``
-            at ``target_delta``; a step beyond the budget is refused.
+            at ``target_delta``, after those of ``ledger``; a step beyond the budget is refused.
+        epochs: instead of ``steps``: so many passes, each of ``len(loader)`` steps of the returned loader.
         sample_rate, expected_batch_size: q and b = q |D|; give either, or neither: b is the loader's batch size.
         physical_batch_size: a logical batch larger than this is split; the noise is added once. "auto": as many records
             as fit ``memory_budget``, measured at the first forward (privacy/microbatch.py).
@@ -85,7 +91,8 @@ def make_private(
             so that less is padded. The draw and the sum of the gradients stay what they are.
         loss_reduction: how the user's loss treats a batch, "mean" or "sum". ``p.grad`` is the noisy sum divided by
             ``expected_batch_size`` in both.
-        ledger, noise: continue with these (a resumed run, a federated client) instead of new ones.
+        ledger, noise: continue with these instead of new ones. Another training on the same records (a second phase)
+            takes the first one's ``optimizer.ledger``, so that ε counts both.
         target_unclipped_quantile: γ; with it C is adapted, from max_grad_norm on, so that a share γ of the records is
             not clipped (Andrew et al. 2021, 1905.03871; privacy/adaptive.py). ``clipping`` is "flat" then. The noise on
             the count that this needs is part of ``noise_multiplier``, so ledger and calibrated ε hold both.
@@ -117,6 +124,14 @@ def make_private(
     _positive("max_grad_norm", max_grad_norm)
     if isinstance(optimizer, PrivateOptimizer):
         raise ValueError("this optimizer is private already; make_private takes the plain one")
+    for kind, why in UNFIT.items():
+        if isinstance(optimizer, kind):
+            raise ValueError(f"{type(optimizer).__name__} cannot take a private step: {why}")
+    if any(MARK in group for group in optimizer.param_groups):
+        raise ValueError(
+            "the state of a private training was loaded into the plain optimizer, so what that training spent is "
+            "forgotten; call make_private first and load the state into the optimizer that it returns"
+        )
     noise = NoiseSource() if noise is None else noise
     group = find_group(distributed)
     ranks: dict[str, Any] = {}
@@ -154,16 +169,28 @@ def make_private(
     q, b = loader.sample_rate, loader.expected_batch_size
     if (noise_multiplier is None) == (target_epsilon is None):
         raise ValueError("give either noise_multiplier, or target_epsilon with target_delta and steps")
+    if epochs is not None:
+        if steps is not None or type(epochs) is not int or epochs < 1:
+            raise ValueError(f"epochs is a whole number >= 1, and given instead of steps; got {epochs!r}")
+        steps = epochs * len(loader)
     if target_epsilon is not None:
         if target_delta is None or steps is None:
-            raise ValueError("target_epsilon needs target_delta and steps (private steps of the whole training)")
+            raise ValueError("target_epsilon needs target_delta and steps (private steps of the training), or epochs")
+        if ledger is None:
+            ledger = Ledger(target_epsilon=target_epsilon, target_delta=target_delta)
+        _refuse_other_budget(ledger, target_epsilon, target_delta)
         noise_multiplier = get_noise_multiplier(
-            target_epsilon=target_epsilon, target_delta=target_delta, sample_rate=q, steps=steps
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            sample_rate=q,
+            steps=steps,
+            history=ledger.releases,
         )
+        ledger.target_epsilon, ledger.target_delta = float(target_epsilon), float(target_delta)
     elif not isinstance(noise_multiplier, Real) or not 0.0 <= noise_multiplier < math.inf:
         raise ValueError(f"noise_multiplier is a finite number >= 0, got {noise_multiplier!r}")
     if ledger is None:
-        ledger = Ledger(target_epsilon=target_epsilon, target_delta=target_delta)
+        ledger = Ledger(target_delta=target_delta)
     if not noise.is_secret:
         ledger.refuse_epsilon("the noise key is fixed")
 
@@ -221,6 +248,18 @@ def make_private(
         engine.auto_batch = AutoBatch(loader.batch_sampler, memory_budget, schedule)
     loader.on_batch = engine.begin
     return private, loader
+
+
+def _refuse_other_budget(ledger: Ledger, target_epsilon: float, target_delta: float) -> None:
+    asked, has = (target_epsilon, target_delta), (ledger.target_epsilon, ledger.target_delta)
+    relation = ledger.neighboring_relation
+    if (has[0] is not None and has != asked) or relation != "add_or_remove_one":
+        budget = "no budget" if has[0] is None else f"the budget epsilon {has[0]:g}, delta {has[1]:g}"
+        raise ValueError(
+            f"the ledger has {budget} ({relation}), and make_private was asked for epsilon {asked[0]:g}, delta "
+            f"{asked[1]:g} (add_or_remove_one); give the ledger's, or noise_multiplier instead, or raise "
+            f"ledger.target_epsilon knowingly"
+        )
 
 
 def _one_of(name: str, value: object, allowed: tuple) -> None:

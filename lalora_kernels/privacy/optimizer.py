@@ -12,6 +12,9 @@ from lalora_kernels.privacy.graphs import GraphedBackward
 from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.schedule import Schedule
 
+STRAY = " trains but is not in the optimizer; build it from all trainable parameters"
+MARK = "lalora_ledger"  # in a saved state's first group: a plain optimizer that loads it shows where it comes from
+
 
 class PrivateOptimizer(Optimizer):
     """Wraps any ``torch.optim`` optimizer; made by ``make_private``.
@@ -41,6 +44,7 @@ class PrivateOptimizer(Optimizer):
         self.target_delta, self._check_asked = target_delta, check
         self.round = self.local_step = 1
         self._versions_count = False
+        self.stepped = False  # whether the last ``step`` released, or only added a physical batch to the sum
         self.postprocess: Callable | None = None  # of released gradients; see postprocess.py
         self._refuse_strays()
         self._activate()
@@ -78,6 +82,14 @@ class PrivateOptimizer(Optimizer):
     def __repr__(self) -> str:
         inner = type(self.original_optimizer).__name__
         return f"PrivateOptimizer({inner}, noise_multiplier={self.noise_multiplier:.4g})"
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        """The wrapped optimizer's: called at each release, not at each physical batch."""
+        return self.original_optimizer.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """The wrapped optimizer's: called at each release, not at each physical batch."""
+        return self.original_optimizer.register_step_post_hook(hook)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: what trains is fixed by ``make_private``."""
@@ -120,18 +132,21 @@ class PrivateOptimizer(Optimizer):
 
     def _activate(self) -> None:
         set_active(self.engine.model, self.schedule.active(self.round, self.local_step))
+        inside = {p for group in self.param_groups for p in group["params"]}
+        for site in self.engine.sites:
+            if site.param.requires_grad and site.param not in inside:
+                raise ValueError(f"{site.name}{STRAY}")
 
     def _refuse_strays(self) -> None:
         """Every tensor that the schedule ever trains is in the optimizer, and nothing else that trains is."""
         inside = {p for group in self.param_groups for p in group["params"]}
-        factors = "".join(self.schedule.active(r, s) for r in (1, 2) for s in (1, 2))
+        # as far as a period is expected to reach; _activate asks again, of each step
+        factors = {f for r in range(1, 5) for s in range(1, 65) for f in self.schedule.active(r, s)}
         sites = {site.param: site for site in self.engine.sites}
         for p, site in sites.items():
             frozen = site.role in ("lora_A", "lora_B") and site.role[-1] not in factors
             if p not in inside and not frozen:
-                raise ValueError(
-                    f"{site.name} trains but is not in the optimizer; build it from all trainable parameters"
-                )
+                raise ValueError(f"{site.name}{STRAY}")
         held = [p for group in self.param_groups for p in group["params"]]
         if len(held) > len(inside):
             twice = next((sites[p].name for p in inside if p in sites and sum(p is q for q in held) > 1), "a tensor")
@@ -142,6 +157,27 @@ class PrivateOptimizer(Optimizer):
                     f"the optimizer holds a trainable tensor of shape {tuple(p.shape)} that is not the model's; its "
                     f"gradient would not be private. Give it an optimizer of its own, or freeze it"
                 )
+            if p.grad is not None:
+                raise ValueError(
+                    f"{self._name_of(p)} has a gradient from before make_private, on which the first step would step; "
+                    f"call optimizer.zero_grad() first"
+                )
+
+    def _name_of(self, param: torch.Tensor) -> str:
+        names = (n for n, p in self.engine.model.named_parameters() if p is param)
+        return next(names, f"a tensor of shape {tuple(param.shape)}")
+
+    def _refuse_raw(self) -> None:
+        """The wrapped optimizer steps on whatever gradient it finds: there must be none that no release made."""
+        private = {site.param for site in self.engine.sites}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p not in private:
+                    raise RuntimeError(
+                        f"{self._name_of(p)} has a gradient that nothing clips or noises (it was unfrozen or added "
+                        f"after make_private), and the step would release it; freeze it and set its grad to None, or "
+                        f"detach() the optimizer and call make_private again"
+                    )
 
     # ---------------------------------------------------------------- stepping
 
@@ -159,7 +195,8 @@ class PrivateOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        last = self.engine.finish()
+        self._refuse_raw()
+        last = self.stepped = self.engine.finish()
         self._tell_scaler()
         if last:
             if self.postprocess is not None:
@@ -215,8 +252,10 @@ class PrivateOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state plus "privacy": ledger, next release number, place in the schedule. No key."""
+        inner = self.original_optimizer.state_dict()
+        inner["param_groups"][0][MARK] = self.ledger.id
         return {
-            **self.original_optimizer.state_dict(),
+            **inner,
             "privacy": {
                 "ledger": self.ledger.state_dict(),
                 "noise": self.engine.noise.state_dict(),
@@ -237,6 +276,7 @@ class PrivateOptimizer(Optimizer):
         self.ledger.load_state_dict(privacy["ledger"])
         self.engine.noise.load_state_dict(privacy["noise"])
         self.original_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "privacy"})
+        self.param_groups[0].pop(MARK, None)
         self.round, self.local_step = privacy["round"], privacy["local_step"]
         if self.engine.adaptive is not None:
             self.engine.adaptive.set_bound(self.engine, privacy["max_grad_norm"])

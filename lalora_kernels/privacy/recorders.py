@@ -87,6 +87,7 @@ class Site:
 class Recorder:
     """Stands between one module's backward and the engine; never copied or pickled with the module."""
 
+    module: nn.Module
     pairs: list[tuple[Tensor, Tensor]]  # what a deferred weight's gradient is made of, where there is one
 
     def __init__(self, engine: Engine, name: str, sites: dict[str, Site]):
@@ -133,7 +134,8 @@ class LoRARecorder(Recorder):
 
     def __init__(self, engine: Engine, name: str, layer: Adapted, sites: dict[str, Site]):
         super().__init__(engine, name, sites)
-        self.layer = layer
+        self.layer: Any = layer
+        self.module = self.layer
         layer.recorder = self
         if sites["lora_A"].kind == TABLE:
             defer(sites["lora_A"], self)
@@ -303,15 +305,30 @@ class Undo:
         self.layer.recorder = None
 
 
+def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
+    """The first argument of a forward that has a batch axis."""
+    return next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
+
+
 class InputCheck:
     """The engine's forward pre-hook; a copy of the model gets one that checks nothing."""
 
-    def __init__(self, engine: Engine | None):
+    def __init__(self, engine: Engine | None, site: Site | None = None):
         self.engine = engine
+        if site is not None:
+            self.handle, self.token = opaque.register(self), torch.zeros(1, device=site.param.device)
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.engine is not None and not torch.compiler.is_compiling():
+        if self.engine is None:
+            return
+        if not torch.compiler.is_compiling():
             self.engine.check_input(model, args, kwargs)
+        elif torch.is_grad_enabled() and (first := first_tensor(args, kwargs)) is not None:
+            opaque.saw(self.token, first, self.handle)
+
+    def saw(self, x: Tensor) -> None:
+        assert self.engine is not None  # the handle is a live engine's
+        self.engine.check_rows(x.shape[0])
 
     def __deepcopy__(self, memo: dict) -> InputCheck:
         return InputCheck(None)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lalora_kernels.privacy.engine import Engine
 
-TRIES = 4  # forwards that are looked at; lengths that happen to be equal hide a mean over tokens
+TRIES = 4  # backwards that are looked at
+# Equal lengths hide a mean over tokens: where those showed no others, so many more are asked for their lengths alone.
+WATCH = 256
 RTOL = {torch.float64: 1e-3, torch.float32: 1e-3}
 RTOL_HALF = 2e-2  # one rounding of the gradient to 8 bits
 
@@ -28,26 +30,35 @@ class ReductionCheck:
     """
 
     def __init__(self, engine: "Engine | None" = None):
-        self.engine, self.left = engine, TRIES
+        self.engine, self.left, self.watch = engine, TRIES, WATCH
         self.seen: str | None = None
+        self._call, self._counted, self._full = 0, 0, False
+        self._axis: int | None = None  # of the classes, where lengths are still to be seen that differ
 
     def __call__(self, model: nn.Module, args: tuple, output: Any) -> None:
-        if torch.compiler.is_compiling() or self.engine is None or not self.left:
+        if torch.compiler.is_compiling() or self.engine is None or self.engine.graphing:
             return
         batch = self.engine.batch
-        if batch is None or batch.valid < 2 or batch.valid != batch.rows or not model.training:
+        if batch is None or batch.valid < 2 or batch.valid != batch.rows:
+            return
+        if not (self.left or self.watch > 0 and self._axis is not None):
             return
         from lalora_kernels.privacy.checks import _leaves  # which imports the engine
 
-        self.left -= 1
+        self._call += 1
         for t in _leaves(output):
             if t.is_floating_point() and t.requires_grad and t.dim() and t.shape[0] == batch.rows:
-                t.register_hook(partial(self._look, t.detach()))
+                t.register_hook(partial(self._look, self._call, t.detach()))
 
     @torch.no_grad()
-    def _look(self, z: Tensor, dz: Tensor) -> None:
+    def _look(self, call: int, z: Tensor, dz: Tensor) -> None:
         e = self.engine
         if e is None or e.batch is None:
+            return
+        if call != self._counted:  # a model may return several tensors
+            self._counted, self._full = call, self.left > 0
+            self.left, self.watch = self.left - self._full, self.watch - (not self._full)
+        if not self._full and (self._axis is None or dz.dim() <= self._axis or not differ(lengths(dz, self._axis))):
             return
         if e.grad_scaler is not None:
             dz = dz.double() / e._loss_scale()
@@ -58,8 +69,9 @@ class ReductionCheck:
             raise ValueError(
                 "the loss divides by a count over the whole batch (tokens that are not ignored, class weights), so one "
                 "record's gradient depends on the other records and clipping cannot bound what one of them "
-                "changes. Take the mean over each record's own positions first and then over records, or a sum with "
-                "loss_reduction='sum'"
+                "changes. Take the mean over each record's own positions first and then over records (for class "
+                "labels and language models: lalora_kernels.record_losses(logits, labels, shift=...).mean()), or a "
+                "sum with loss_reduction='sum'"
             )
         if found != e.loss_reduction:
             raise ValueError(
@@ -67,12 +79,40 @@ class ReductionCheck:
                 f"loss_reduction={e.loss_reduction!r}; pass loss_reduction={found!r}"
             )
         self.seen = found
+        self._watch_for(z, dz)
+
+    def _watch_for(self, z: Tensor, dz: Tensor) -> None:
+        """Records of several positions, and as many in each of them: a mean over all looks like one over records."""
+        if self.watch <= 0 or z.dim() < 3:
+            return
+        axis = class_axis(z, dz)
+        self._axis = None if axis is None or differ(lengths(dz, axis)) else axis
+        if self._axis is None:
+            self.watch = 0  # told
 
     def __deepcopy__(self, memo: dict) -> "ReductionCheck":
         return ReductionCheck()
 
     def __reduce__(self) -> tuple:
         return ReductionCheck, ()
+
+
+def class_axis(z: Tensor, dz: Tensor) -> int | None:
+    """Along which a cross-entropy's gradient adds up to zero: the last or the second axis; None where none does."""
+    total = dz.abs().sum()
+    for axis in (z.dim() - 1, 1):
+        if dz.sum(axis).abs().sum() <= RTOL_HALF * total:
+            return axis
+    return None
+
+
+def lengths(dz: Tensor, axis: int) -> Tensor:
+    """Positions of each record that a gradient (N, ...) with its classes along ``axis`` reaches, (N,)."""
+    return (dz != 0).any(axis).flatten(1).sum(1)
+
+
+def differ(counts: Tensor) -> bool:
+    return bool((counts != counts[0]).any())
 
 
 def reduction_of(z: Tensor, dz: Tensor, rtol: float = 1e-3) -> str | None:

@@ -5,7 +5,6 @@ A rule replaces a module's forward by an autograd Function that hands (dy, input
 norm comes from its inputs, its clipped sum from one product.
 """
 
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -140,10 +139,18 @@ def refuse_tables(model: nn.Module) -> None:
                 raise ValueError(f"{name} ({type(m).__name__}) cannot be part of a private step: {why}")
 
 
-def _recording_forward(module: Any, x: Tensor) -> Tensor:
-    if module._recorder is None:  # a copy of a private model is an ordinary model
-        return type(module).forward(module, x)
-    return module._recorder.rule.forward(module, x)
+class RecordingForward:
+    """What stands in ``module.forward``; that of a copy, or of a file, is the ordinary forward again."""
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        module = self.module
+        if module._recorder is None:
+            return type(module).forward(module, *args, **kwargs)
+        (x,) = (*args, *kwargs.values())
+        return module._recorder.rule.forward(module, x)
 
 
 class ExtraRecorder(Recorder):
@@ -153,13 +160,19 @@ class ExtraRecorder(Recorder):
         super().__init__(engine, name, sites)
         rule = rule_of(module)
         assert rule is not None  # or trained_tensors has refused it
-        self.module, self.rule, self.pairs = module, rule, []
+        if not isinstance(vars(module).get("forward"), (RecordingForward, type(None))):
+            raise ValueError(
+                f"{name} trains, but its forward was replaced by another than {type(module).__name__}'s, of which no "
+                f"per-sample gradients are known; freeze it, or take the replacement away"
+            )
+        self.module: Any = module
+        self.rule, self.pairs = rule, []
         self.ids = isinstance(module, nn.Embedding)
         self.transposed = self.rule.forward is _conv1d
         if "weight" in sites and sites["weight"].kind == WEIGHT:
             defer(sites["weight"], self)
         module._recorder = self
-        module.forward = types.MethodType(_recording_forward, module)
+        module.forward = RecordingForward(module)
 
     def detach(self) -> None:
         del self.module.forward, self.module._recorder
