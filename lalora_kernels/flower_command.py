@@ -25,6 +25,7 @@ from lalora_kernels.federated.flower import (
     supernode_command,
     wait_for,
 )
+from lalora_kernels.federated.lock import refuse_in_use
 from lalora_kernels.federated.policy import FILE as POLICY
 from lalora_kernels.federated.policy import policy_for
 from lalora_kernels.flower_display import FlowerDisplay
@@ -105,7 +106,7 @@ def simulate(config: Config | None, folder: Path, display: FlowerDisplay, kinds:
     _need_flower("ray")
     signal.signal(signal.SIGTERM, _interrupt)
     if config is None:
-        config = make_config(json.loads((folder / "config.json").read_text())["settings"])
+        config = make_config(_resumable(folder)["settings"])
         resumed = True
     else:
         _refuse_taken(folder)
@@ -136,7 +137,9 @@ def _run(args: argparse.Namespace, given: dict[str, Any]) -> int:
         raise BadInput("--resume continues a run with its own settings; leave the other flags out")
     config = None if args.resume else make_config(given)
     folder = Path(args.resume or args.out or f"runs/flower-{time.strftime('%Y%m%d-%H%M%S')}")
-    if config is not None:
+    if config is None:
+        _resumable(folder)
+    else:
         _refuse_taken(folder)
     control = Control(folder / ".flower", args.superlink, _ca(args))
     return _to_the_end(control, folder, config, FlowerDisplay(), [], sizes=args.sizes, timeout=args.round_timeout)
@@ -268,6 +271,18 @@ def _own_policy(home: Path, config: Config) -> None:
     home.mkdir(parents=True, exist_ok=True)
     if not (home / POLICY).exists():
         (home / POLICY).write_text(policy_for(config))
+
+
+def _resumable(folder: Path) -> dict[str, Any]:
+    """The folder's config.json. Raises BadInput where there is none, or its run still goes on, whose files stay as they
+    are."""
+    from lalora_kernels.federated.run import CONFIG, read_json
+
+    about = read_json(folder / CONFIG)
+    refuse_in_use(folder)
+    if not isinstance(about, dict) or "settings" not in about:
+        raise BadInput(f"{folder / CONFIG} holds no settings; restore it from a copy, or start a new run")
+    return about
 
 
 def _refuse_taken(folder: Path) -> None:

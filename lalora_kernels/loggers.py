@@ -1,12 +1,14 @@
 """Rounds in TensorBoard and in Weights & Biases, through their own writers.
 
 What may leave the machine is sorted before it gets there: test accuracy and loss (of the server's public records), ε,
-bytes, the run's clock, and what was computed from noised gradients. What was computed on private data (metrics.jsonl's
-``not_private``) is logged only where somebody asks for it.
+bytes, and what was computed from noised gradients. What was computed on private data (metrics.jsonl's ``not_private``)
+is logged only where somebody asks for it, and so is ``seconds``: how long a round took depends on how many records its
+clients drew.
 """
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,13 +54,14 @@ def check(kinds: Sequence[str]) -> None:
 
 def scalars(record: dict[str, Any], private: bool = False) -> dict[str, float]:
     """A round's record as flat names and numbers; ``private``: also those computed on private data, under that name."""
-    found = {name: record.get(name) for name in ("accuracy", "loss", "bytes_sent", "bytes_down", "seconds")}
+    found = {name: record.get(name) for name in ("accuracy", "loss", "bytes_sent", "bytes_down")}
     found["epsilon/largest"] = record["epsilon"]
     for client, epsilon in enumerate(record.get("epsilons", [])):
         found[f"epsilon/client {client}"] = epsilon
     for client, note in record.get("diagnostics", {}).items():
         found |= _quantiles(f"released norm over noise/client {client}", note.get("released"))
     if private:
+        found[f"{NOT_PRIVATE}/seconds"] = record["seconds"]
         for client, note in record.get(NOT_PRIVATE, {}).get("clients", {}).items():
             found |= _quantiles(f"{NOT_PRIVATE}/norm over C/client {client}", note["norms"])
             for name in ("clipped", "drawn", "seconds", "peak_memory"):
@@ -106,17 +109,20 @@ class Loggers:
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard; a resumed run writes its rounds anew, and TensorBoard drops the older ones."""
+    """Event files in RUN/tensorboard; a resumed run writes its rounds anew, and TensorBoard drops the older ones.
+
+    Every event bears the time at which the file was opened: its own would be the round's.
+    """
 
     def __init__(self, run: Source):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(run.folder / FOLDER, purge_step=0)
+        self.writer, self.opened = SummaryWriter(run.folder / FOLDER, purge_step=0), time.time()
         self.writer.add_text("settings", f"```json\n{json.dumps(run.settings, indent=2)}\n```")
 
     def write(self, round: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(name.replace(" ", "_"), value, round)
+            self.writer.add_scalar(name.replace(" ", "_"), value, round, walltime=self.opened)
         self.writer.flush()
 
     def close(self) -> None:
@@ -127,7 +133,8 @@ class WandB:
     """One Weights & Biases run, the same after a resume. WANDB_MODE=offline is respected.
 
     Everything that its client would collect by itself (the process's memory and time, console output, code, the
-    machine) is switched off: that depends on private data, or is nobody's business.
+    machine) is switched off: that depends on private data, or is nobody's business. It stamps each round with the time
+    at which it came, which cannot be switched off.
     """
 
     def __init__(self, run: Source):

@@ -69,7 +69,11 @@ Not covered: the sizes of the clients' data sets and who took part, which are pu
 looking at private data; other runs on the same records, which add to what is spent; and what this page marks as not
 private, with the number of records left out because their gradient was not finite.
 """
+AHEAD = """
+The ledgers hold more steps than the rounds below show, since the run was stopped between the two. All of them count.
+"""
 MARK = "not private: computed on private data, without noise; do not publish"
+SHORT = " (not private)"  # MARK of one row or column
 
 
 @dataclass
@@ -81,6 +85,7 @@ class RunData:
     history: list[dict[str, Any]]
     books: dict[str, Any]  # each client's part of ledger.json; empty where ledgers stay with the clients
     ledgers: dict[str, Any]  # client -> Ledger, its hash chain verified
+    spent: dict[str, float | None]  # client -> ε by that ledger, None where it claims none
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -94,6 +99,22 @@ class RunData:
     def over_flower(self) -> bool:
         """Whether this is the folder of a Flower server, which was told the clients' sizes and holds no ledger."""
         return not self.books and "sizes" in self.about
+
+    @property
+    def epsilon(self) -> float | None:
+        """The most exposed client's ε, by ledgers or metrics, whichever say more; None where none can be claimed.
+
+        A run that was stopped has paid for steps that no line of metrics.jsonl shows.
+        """
+        known = [*self.spent.values(), self.history[-1]["epsilon"]]
+        return None if None in known else max(known)
+
+    @property
+    def ahead(self) -> bool:
+        """Whether a ledger holds more steps than its client made in the rounds of metrics.jsonl."""
+        rounds = self.about["plan"]["participation"][: self.history[-1]["round"]]
+        owed = {c: self.settings["local_steps"] * sum(int(c) in chosen for chosen in rounds) for c in self.ledgers}
+        return any(ledger.steps > owed[client] for client, ledger in self.ledgers.items())
 
     @property
     def own_models(self) -> bool:
@@ -128,9 +149,12 @@ def read_run(folder: str | Path) -> RunData:
         if (folder / "ledger.json").exists() or "plan" in about:
             books = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
         ledgers = read_ledgers(folder, books) if books else {}
-        run = RunData(folder.resolve().name, about, history, books.get("clients", {}), ledgers)
+        run = RunData(folder.resolve().name, about, history, books.get("clients", {}), ledgers, {})
         if not run.settings or not history:
             raise ValueError("it holds no settings or no round")
+        for client, ledger in ledgers.items():
+            claims = run.private and not ledger.refusals
+            run.spent[client] = ledger.epsilon(run.settings["delta"]) if claims else None
         if run.over_flower and [type(n) is int and n > 0 for n in about["sizes"]] != [True] * run.settings["clients"]:
             raise ValueError("its sizes are not whole numbers, one a client")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -156,7 +180,7 @@ def write_report(folder: str | Path, *more: str | Path, out: str | Path | None =
 
 def show_epsilon(epsilon: float | None, private: bool = True) -> str:
     """ε as a reader should see it: rounded up, so that it stays a bound; none where none can be claimed."""
-    if not private:
+    if not private or epsilon == math.inf:
         return "ε = ∞"
     if epsilon is None:
         return "no ε"

@@ -6,6 +6,7 @@ from typing import Any
 
 from lalora_kernels.charts import COLORS, Line, bar_chart, line_chart
 from lalora_kernels.report import (
+    AHEAD,
     ELSEWHERE,
     GUARANTEE,
     MARK,
@@ -13,6 +14,7 @@ from lalora_kernels.report import (
     NO_GUARANTEE,
     NOT_COVERED,
     NOT_PRIVATE,
+    SHORT,
     STYLE,
     RunData,
     show_epsilon,
@@ -21,6 +23,8 @@ from lalora_kernels.report import (
 from lalora_kernels.report_flower import IMPLIED, at_most, clients_table, epsilon_chart
 
 DASH = "–"
+BASE = "base model"  # of the fingerprints the only one of public things
+NO_TIMES = "How long training took depends on how many records were drawn, so a public page has no times."
 OWN_MODELS = (
     "There is no one model: each client ends with a factor of its own. Accuracy and loss are means over the models of "
     "all clients, each on all test records; a client that has not trained yet has the common start."
@@ -40,14 +44,14 @@ def page(runs: Sequence[RunData], public: bool = False) -> str:
         title = f"{len(runs)} runs compared"
         body = (
             f"<h1>{title}</h1>"
-            + _comparison(_named(runs))
+            + _comparison(_named(runs), public)
             + "".join(
                 f"<article><details><summary>{html.escape(run.name)}: {html.escape(_title(run))}</summary>"
                 f"{_run(run, public)}</details></article>"
                 for run in _named(runs)
             )
         )
-    if not public and any(_has_private(run) for run in runs):
+    if not public:
         body = body.replace("</h1>", f"</h1>{PARTS}", 1)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -71,24 +75,20 @@ def _named(runs: Sequence[RunData]) -> Sequence[RunData]:
     return runs
 
 
-def _has_private(run: RunData) -> bool:
-    return bool(run.books) or any(record.get(NOT_PRIVATE) for record in run.history)
-
-
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
 def _run(run: RunData, public: bool) -> str:
     first, last, settings = run.history[0], run.history[-1], run.settings
-    spent = ("most exposed client", _spent(run, last["epsilon"]))
+    spent = ("most exposed client", _spent(run, run.epsilon))
     if run.budget is not None and run.over_flower:
         spent = ("each client in this run", at_most(run.budget))
     numbers = [
         (run.accuracy, _percent(last["accuracy"])),
         ("before", _percent(first["accuracy"])),
         spent,
-        (f"{last['round']} of {settings['rounds']} rounds", f"{last['seconds']:.0f} s"),
+        ("rounds", f"{last['round']} of {settings['rounds']}"),
     ]
     boxes = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in numbers)
     return "".join(
@@ -96,13 +96,13 @@ def _run(run: RunData, public: bool) -> str:
             f'<dl class="numbers">{boxes}</dl>',
             f"<h2>What is guaranteed</h2>{_guarantee(run)}",
             f'<h2>Accuracy and ε over rounds</h2><div class="charts">{_accuracy(run)}{_epsilon(run)}</div>',
-            _rounds(run),
+            _rounds(run, public),
             "<h2>Clients</h2>" + _clients(run, public),
             "" if public else _distribution(run),
             "<h2>Gradients</h2>" + _released(run) + ("" if public else _norms(run)),
-            "<h2>Time and memory</h2>" + _time(run) + ("" if public else _client_time(run)),
+            "<h2>Time, memory, traffic</h2>" + _time(run, public) + ("" if public else _client_time(run)),
             "<h2>Ledger</h2>" + _ledger(run),
-            "<h2>Settings</h2>" + _settings(run),
+            "<h2>Settings</h2>" + _settings(run, public),
         )
     )
 
@@ -117,11 +117,11 @@ def _guarantee(run: RunData) -> str:
         words = [ELSEWHERE, IMPLIED.format(epsilon=run.budget, delta=run.settings["delta"]), NOT_COVERED]
     elif run.private and not run.books:
         words = [ELSEWHERE, NOT_COVERED]
-    elif run.private and run.history[-1]["epsilon"] is None:
+    elif run.private and run.epsilon is None:
         words = [NO_EPSILON]
     elif run.private:
-        epsilon = show_epsilon(run.history[-1]["epsilon"])
-        words = [GUARANTEE.format(epsilon=epsilon, delta=run.settings["delta"]), NOT_COVERED]
+        words = [GUARANTEE.format(epsilon=show_epsilon(run.epsilon), delta=run.settings["delta"])]
+        words += [AHEAD, NOT_COVERED] if run.ahead else [NOT_COVERED]
     return "".join(f"<p>{html.escape(text.strip())}</p>" for text in words)
 
 
@@ -150,19 +150,19 @@ def _epsilon(run: RunData) -> str:
                       show=lambda e: show_epsilon(e), levels=[("budget", run.budget)])  # fmt: skip
 
 
-def _rounds(run: RunData) -> str:
+def _rounds(run: RunData, public: bool) -> str:
     rows = [
-        (
+        [
             r["round"], f"{100 * r['accuracy']:.1f}", DASH if r["loss"] is None else f"{r['loss']:.3f}",
             _spent(run, r["epsilon"]), ", ".join(map(str, r["clients"])) or DASH,
             "; ".join(f"{client}: {why}" for client, why in r.get("dropped", {}).items()) or DASH,
-            f"{r['bytes_sent']:,}", f"{r['seconds']:.1f}",
-        )
+            f"{r['bytes_sent']:,}", *([] if public else [f"{r['seconds']:.1f}"]),
+        ]
         for r in run.history
     ]  # fmt: skip
     mean = "mean " if run.own_models else ""
-    header = ("round", f"{mean}accuracy, %", f"{mean}test loss", "largest ε", "clients", "left out", "bytes sent up",
-              "seconds")  # fmt: skip
+    header = ["round", f"{mean}accuracy, %", f"{mean}test loss", "largest ε", "clients", "left out", "bytes sent up"]
+    header += [] if public else [f"seconds{SHORT}"]
     numbers = f"<details><summary>Every round</summary>{table('Every round', header, rows)}</details>"
     return (f"<p>{OWN_MODELS}</p>" if run.own_models else "") + numbers
 
@@ -178,10 +178,10 @@ def _clients(run: RunData, public: bool) -> str:
         return "<p>The clients' sizes, noise and budgets stay with them.</p>"
     rows = []
     for c in plan:
-        book = run.books[str(c["client"])]
-        row = [c["client"], f"{c['records']:,}", f"{c['sample_rate']:.4f}", c["steps"], f"{c['noise_multiplier']:.3f}",
-               show_epsilon(book["epsilon"], run.private)]  # fmt: skip
-        rows.append(row if public else [*row, book["nonfinite_samples"]])
+        name = str(c["client"])
+        row = [name, f"{c['records']:,}", f"{c['sample_rate']:.4f}", c["steps"], f"{c['noise_multiplier']:.3f}",
+               show_epsilon(run.spent[name], run.private)]  # fmt: skip
+        rows.append(row if public else [*row, run.books[name]["nonfinite_samples"]])
     header = ["client", "records", "sampling rate q", "private steps", "noise σ/C", "ε spent"]
     note = ""
     if not public:
@@ -272,15 +272,18 @@ def _norms(run: RunData) -> str:
 # ---------------------------------------------------------------- time, memory, ledger, settings
 
 
-def _time(run: RunData) -> str:
+def _time(run: RunData, public: bool) -> str:
     last = run.history[-1]
     sent = sum(record["bytes_sent"] for record in run.history)
     rounds = max(last["round"], 1)
     spent = last["seconds"] - run.history[0]["seconds"]
-    rows = [("whole run, seconds", f"{last['seconds']:.1f}"), ("mean of a round, seconds", f"{spent / rounds:.2f}"),
-            ("bytes sent up, all rounds", f"{sent:,}")]  # fmt: skip
+    rows = [("bytes sent up, all rounds", f"{sent:,}")]
     if run.over_flower:
         rows.append(("bytes sent down, all rounds", f"{sum(record['bytes_down'] for record in run.history):,}"))
+    if public:
+        return f"<p>{NO_TIMES}</p>" + table("Traffic", ("", "value"), rows)
+    rows += [(f"whole run, seconds{SHORT}", f"{last['seconds']:.1f}"),
+             (f"mean of a round, seconds{SHORT}", f"{spent / rounds:.2f}")]  # fmt: skip
     return table("Time and traffic", ("", "value"), rows)
 
 
@@ -314,16 +317,19 @@ def _ledger(run: RunData) -> str:
     for name, ledger in run.ledgers.items():
         for sigma, rate, count in ledger.releases or ((0.0, 0.0, 0),):
             budget = DASH if ledger.target_epsilon is None else f"{ledger.target_epsilon:g}"
-            spent = show_epsilon(run.books[name]["epsilon"], run.private)
+            spent = show_epsilon(run.spent[name], run.private)
             rows.append((name, ledger.id, count, f"{sigma:.6g}", f"{rate:.6g}", spent, budget))
     header = ("client", "ledger", "releases", "noise σ/C", "rate q", "ε spent", "budget")
     chain = "Every client's hash chain held when this page was written; <code>lalora ledger</code> prints every entry."
     return f"<p>{chain}</p>" + table("What was released", header, rows)
 
 
-def _settings(run: RunData) -> str:
+def _settings(run: RunData, public: bool) -> str:
     rows = [(k, DASH if v is None else v) for k, v in run.settings.items()]
-    rows += list(run.about.get("versions", {}).items()) + list(run.about.get("fingerprints", {}).items())
+    rows += list(run.about.get("versions", {}).items())
+    # an unsalted hash of the records confirms a guess of the one that was not known
+    prints = run.about.get("fingerprints", {})
+    rows += [(k + SHORT * (k != BASE), v) for k, v in prints.items() if k == BASE or not public]
     words = f"{run.settings['method']}, ε = {run.settings['epsilon']}, C = {run.settings['max_grad_norm']}"
     return (
         f"<details><summary>{html.escape(words)}, and all others</summary>"
@@ -339,7 +345,7 @@ def _with_mean(run: RunData) -> str:
     return f"{run.name} (mean over clients)" if run.own_models else run.name
 
 
-def _comparison(runs: Sequence[RunData]) -> str:
+def _comparison(runs: Sequence[RunData], public: bool) -> str:
     styles = [f"c{i % COLORS}" for i in range(len(runs))]
     accuracy = [
         Line(_with_mean(run), [(r["round"], 100 * r["accuracy"]) for r in run.history], style)
@@ -355,22 +361,23 @@ def _comparison(runs: Sequence[RunData]) -> str:
         charts += line_chart("ε spent by the most exposed client", spent, x_label="round", y_label="",
                              show=lambda e: show_epsilon(e))  # fmt: skip
     rows = [
-        (
+        [
             run.name, f"{100 * run.history[-1]['accuracy']:.1f}{'*' * run.own_models}",
             f"{100 * run.history[0]['accuracy']:.1f}",
-            _spent(run, run.history[-1]["epsilon"]), f"{run.settings['delta']:g}", run.history[-1]["round"],
-            f"{sum(r['bytes_sent'] for r in run.history):,}", f"{run.history[-1]['seconds']:.1f}",
-        )
+            _spent(run, run.epsilon), f"{run.settings['delta']:g}", run.history[-1]["round"],
+            f"{sum(r['bytes_sent'] for r in run.history):,}",
+            *([] if public else [f"{run.history[-1]['seconds']:.1f}"]),
+        ]
         for run in runs
     ]  # fmt: skip
-    header = ("run", "accuracy, %", "before", "largest ε", "δ", "rounds", "bytes sent up", "seconds")
+    header = ["run", "accuracy, %", "before", "largest ε", "δ", "rounds", "bytes sent up"]
+    header += [] if public else [f"seconds{SHORT}"]
     names = list(dict.fromkeys(key for run in runs for key in run.settings))
     differ = [n for n in names if len({str(run.settings.get(n)) for run in runs}) > 1]
     rest = [(n, *(DASH if (v := run.settings.get(n)) is None else v for run in runs)) for n in differ]
     other = table("Settings that differ", ("setting", *(run.name for run in runs)), rest) if rest else ""
-    many = "" if len({str(run.about.get("fingerprints", {}).get("data")) for run in runs}) == 1 else (
-        "<p>These runs did not train on the same data.</p>"
-    )  # fmt: skip
+    data = {str(run.about.get("fingerprints", {}).get("data")) for run in runs}
+    many = "" if public or len(data) == 1 else f"<p>These runs did not train on the same data{SHORT}.</p>"
     means = html.escape(", ".join(run.name for run in runs if run.own_models))
     note = f"<p>* {means}: the mean over the clients' models.</p>" if means else ""
     spend = "<p>Runs on the same records add up: together they have spent more than any one of them.</p>"

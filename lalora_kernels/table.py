@@ -34,7 +34,7 @@ def make_table(shared: dict[str, Any], grid: dict[str, Sequence], out: Path, job
     results = {}
     for name, config in configs.items():
         _check_same(out / name, config)
-        if (done := _finished(out / name)) is not None:
+        if (done := _finished(out / name, config)) is not None:
             results[name] = done
     missing = {name: config for name, config in configs.items() if name not in results}
     for name, accuracy in _train(missing, out, jobs):
@@ -68,18 +68,27 @@ def _name(cell: dict[str, Any]) -> str:
 def _check_same(folder: Path, config: Config) -> None:
     if not (folder / "config.json").exists():
         return
-    there = json.loads((folder / "config.json").read_text())["settings"]
-    here = json.loads(config.to_json())
+    from lalora_kernels.federated.run import read_json
+
+    there, here = read_json(folder / "config.json"), json.loads(config.to_json())
+    if not isinstance(there, dict) or not isinstance(there := there.get("settings"), dict):
+        raise BadInput(f"{folder}/config.json holds no settings; remove the folder or choose another --out")
     if differ := [key for key in here if here[key] != there.get(key)]:
         raise BadInput(f"{folder} holds a run with another {', '.join(differ)}; remove it or choose another --out")
 
 
-def _finished(folder: Path) -> Accuracy | None:
-    """The test accuracies of a run that has written its adapter, the last thing it does."""
+def _finished(folder: Path, config: Config) -> Accuracy | None:
+    """The test accuracies of a run that has written its adapter, the last thing it does, and metrics of its last round.
+
+    Of others None: resuming them writes metrics anew that a crash left behind or that were damaged.
+    """
     if not (folder / "adapter").exists():
         return None
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return json.loads(lines[0])["accuracy"], json.loads(lines[-1])["accuracy"]
+    try:
+        first, *_, last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return (first["accuracy"], last["accuracy"]) if last["round"] == config.rounds else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _train(configs: dict[str, Config], out: Path, jobs: int) -> Iterator[tuple[str, Accuracy]]:

@@ -316,7 +316,10 @@ def test_a_crash_while_writing_leaves_the_checkpoint_before(world, tmp_path, mon
 def test_resuming_a_finished_run_changes_nothing(undisturbed, tmp_path):
     shutil.copytree(undisturbed.folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/adapter")
+    metrics = (tmp_path / "run/metrics.jsonl").read_text()
+    (tmp_path / "run/metrics.jsonl").write_text(metrics[: metrics[:-1].rindex("\n") + 1])  # killed before the last line
     run = Run.resume(tmp_path / "run")
+    assert (tmp_path / "run/metrics.jsonl").read_text() == metrics
     run.train()
     assert same(run.at.state, undisturbed.at.state)
     for name in ("adapter_model.safetensors", "adapter_config.json"):

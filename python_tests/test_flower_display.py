@@ -79,7 +79,7 @@ def test_json_lines_and_tensorboard_are_the_metrics_and_a_resumed_run_is_whole(w
         assert end["bytes_down"] == sum(record["bytes_down"] for record in history) > 0
         assert (run / "report.html").samefile(end["report"]) and (run / "adapter").samefile(end["adapter"])
         found = events(run)
-        assert set(found) == {"accuracy", "loss", "bytes_sent", "bytes_down", "seconds"}
+        assert set(found) == {"accuracy", "loss", "bytes_sent", "bytes_down"}
         for name, values in found.items():
             assert values == [(record["round"], pytest.approx(record[name])) for record in history]
 

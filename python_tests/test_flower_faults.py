@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -19,8 +20,12 @@ from flower_nodes import (  # noqa: F401
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
+from lalora_kernels import flower_command
+from lalora_kernels.cli import main
+from lalora_kernels.data import BadInput
 from lalora_kernels.federated.client import Client
-from lalora_kernels.federated.coordinator import Coordinator
+from lalora_kernels.federated.coordinator import Coordinator, serve
+from lalora_kernels.federated.flower import Control
 from lalora_kernels.federated.guard import QuorumLost
 from lalora_kernels.federated.run import prepare
 from lalora_kernels.federated.wire import STATUS, pack, unpack
@@ -175,6 +180,40 @@ def test_too_many_faulty_clients_end_the_run_after_three_rounds_with_the_state_a
         run.train(Calls(make_nodes(tmp_path, config), dict.fromkeys(range(3), nan)))
     assert same(run.at.state, before) and run.at.round == 3
     assert json.loads((tmp_path / "run/result.json").read_text())["outcome"] == "stopped"
+
+
+def test_a_second_server_on_a_run_leaves_the_first_one_s_word(world, tmp_path, monkeypatch):
+    """Over each way in: the server itself, the order to start one, both commands."""
+    monkeypatch.setattr(Control, "_flwr", lambda *_: pytest.fail("Flower was asked"))
+    monkeypatch.setattr(flower_command, "_need_flower", lambda *_: None)
+    monkeypatch.setattr(flower_command, "signal", types.SimpleNamespace(signal=lambda *_: None, SIGTERM=None))
+    folder = tmp_path / "run"
+    run = Coordinator.start(prepare(settings(world)), folder)
+    run._result("running")  # as train does first
+    word = (folder / "result.json").read_text()
+    control = Control(tmp_path / "home", "127.0.0.1:1")
+    for act in (lambda: serve(folder, "", "", 1.0, None), lambda: control.submit(folder, None)):
+        with pytest.raises(BadInput, match="in use by process"):
+            act()
+    with pytest.raises(BadInput, match="--rank"):  # fails before it would look at the folder
+        serve(folder, '{"rank": 0}', "", 1.0, None)
+    for words in (["flower", "run"], ["train", "--engine", "flower-sim"]):
+        assert main([*words, "--resume", str(folder)]) == 2
+    assert (folder / "result.json").read_text() == word and not (folder / ".flower").exists()
+    run.lock.release()
+    with pytest.raises(BadInput, match="--rank"):
+        serve(folder, '{"rank": 0}', "", 1.0, None)
+    assert json.loads((folder / "result.json").read_text())["outcome"] == "failed"
+    Coordinator.resume(folder)  # and nobody holds it
+
+
+def test_a_server_s_settings_that_were_edited_are_refused_by_name(world, tmp_path):
+    Coordinator.start(prepare(settings(world)), tmp_path / "run").lock.release()
+    about = json.loads((tmp_path / "run/config.json").read_text())
+    about["settings"]["local_steps"] = 1
+    (tmp_path / "run/config.json").write_text(json.dumps(about))
+    with pytest.raises(BadInput, match=f"local_steps is 1, not {K}: these are not the settings"):
+        Coordinator.resume(tmp_path / "run")
 
 
 def test_the_run_folder_holds_what_the_in_process_one_does(without_two):

@@ -151,7 +151,10 @@ def test_a_killed_server_resumes_to_the_same_state_and_nobody_pays_twice(world, 
     assert same(resumed.at.state, whole.at.state) and not list((tmp_path / "run/updates").glob("*"))
     assert all(ledger_of(node).steps == ROUNDS * K for node in nodes)
     assert json.loads((tmp_path / "run/result.json").read_text()) == {"outcome": "finished", "why": "", "round": ROUNDS}
+    metrics = (tmp_path / "run/metrics.jsonl").read_text()
+    (tmp_path / "run/metrics.jsonl").write_text(metrics[: metrics[:-1].rindex("\n") + 1])  # killed before the last line
     again = Coordinator.resume(tmp_path / "run")
+    assert (tmp_path / "run/metrics.jsonl").read_text() == metrics
     again.train(Calls([]))  # nothing is left to do
     with pytest.raises(BadInput, match="holds a run already"):
         Coordinator.start(prepare(config), tmp_path / "run")

@@ -59,7 +59,7 @@ def interrupt_at(monkeypatch, call: int) -> None:
 def test_tensorboard_shows_the_metrics_and_nothing_private(world, tmp_path):
     assert main(flags(world, "--out", str(tmp_path / "run"), "--quiet", "--tensorboard")) == 0
     found, history = events(tmp_path / "run"), metrics(tmp_path / "run")
-    for name in ("accuracy", "loss", "bytes_sent", "seconds"):
+    for name in ("accuracy", "loss", "bytes_sent"):
         assert found[name] == [(r["round"], pytest.approx(r[name])) for r in history]
     assert found["epsilon/largest"] == [(r["round"], pytest.approx(r["epsilon"])) for r in history]
     for client in range(2):
@@ -67,8 +67,10 @@ def test_tensorboard_shows_the_metrics_and_nothing_private(world, tmp_path):
         assert found[f"epsilon/client_{client}"] == spent
     released = {tag for tag in found if tag.startswith("released")}
     assert len(released) == 6 and not any("not_private" in tag for tag in found)
-    public = {"accuracy", "loss", "bytes_sent", "seconds", "epsilon/largest", "epsilon/client_0", "epsilon/client_1"}
+    public = {"accuracy", "loss", "bytes_sent", "epsilon/largest", "epsilon/client_0", "epsilon/client_1"}
     assert set(found) == public | released
+    reader = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert len({event.wall_time for tag in found for event in reader.Scalars(tag)}) == 1  # not when a round ended
 
 
 def test_tensorboard_shows_private_figures_only_when_asked(world, tmp_path):
@@ -81,6 +83,7 @@ def test_tensorboard_shows_private_figures_only_when_asked(world, tmp_path):
             if client in r["not_private"]["clients"]
         ]
         assert found[f"not_private/drawn/client_{client}"] == expected != []
+    assert found["not_private/seconds"] == [(r["round"], pytest.approx(r["seconds"])) for r in history]
 
 
 def test_a_resumed_run_is_whole_in_tensorboard(world, tmp_path, monkeypatch):
@@ -129,7 +132,7 @@ def test_wandb_gets_public_numbers_and_its_own_spying_is_off(world, tmp_path, mo
     assert [step for step, _ in wandb.rounds] == [0, 1, 2] and wandb.finished == 2
     for (_, values), record in zip(wandb.rounds, history):
         assert values["accuracy"] == record["accuracy"] and values["epsilon/largest"] == record["epsilon"]
-        assert not any("not_private" in name for name in values)
+        assert not any("not_private" in name or "seconds" in name for name in values)
     assert first["id"] == wandb.given["id"] and first["resume"] == "allow" and "mode" not in first
     quiet = first["settings"]
     assert quiet["x_disable_stats"] and quiet["x_disable_meta"] and quiet["x_disable_machine_info"]

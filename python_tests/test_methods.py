@@ -371,6 +371,10 @@ def test_a_further_method_over_two_rounds_is_a_ledgered_run_that_resumes(world, 
 def test_a_run_that_could_not_fold_is_refused_before_it_starts(world, tmp_path):
     with pytest.raises(ValueError, match="flora folds the exact mean"):
         Run.start(prepare(settings(world, method="flora", aggregator="median")), tmp_path / "run")
+    with pytest.raises(BadInput, match="--method fedsvd: .*lora_A: FedSVD needs a rank of at most.*--rank 16$"):
+        Run.start(prepare(settings(world, method="fedsvd", rank=17)), tmp_path / "run")
+    with pytest.raises(BadInput, match="--method fedsvd: .*lora_A: the product B A is defined for adapted linear"):
+        Run.start(prepare(settings(world, method="fedsvd", targets=r".*\.projection")), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
 
 

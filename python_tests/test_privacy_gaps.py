@@ -1,5 +1,6 @@
 """What no other file checks and a planted fault (python_tests/planted) would otherwise get past the suite."""
 
+import numpy as np
 import pytest
 import torch
 from small import digits_npz, vit_folder
@@ -7,6 +8,7 @@ from test_private_step import KEY, private, toy, train
 from torch import nn
 
 from lalora_kernels import functional
+from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.run import Run, prepare
 from lalora_kernels.nn import set_active
@@ -54,7 +56,7 @@ def test_a_layer_that_is_called_under_no_grad_in_some_steps_gets_noise_alone_in_
         model, data, loss = toy(dtype=torch.float32)
         opt, loader = private(
             model, data, noise_multiplier=0.5, sample_rate=1.0, clipping=clipping, smoothing=None, max_grad_norm=0.2,
-            method="dp-lora",
+            method="dp-lora", check=False,  # of the model as a whole, which one of the steps does not call
         )  # fmt: skip
         released = []
         for step, batch in enumerate(loader.steps(3)):
@@ -82,13 +84,56 @@ class Mixing(nn.Module):
         return x - x.mean(0, keepdim=True)
 
 
-def test_a_run_refuses_a_model_that_mixes_records_before_it_has_a_folder(tmp_path):
-    config = make_config({
-        "model": vit_folder(tmp_path / "vit"), "dataset": digits_npz(tmp_path / "d.npz", 64, 20), "clients": 2,
-        "batch_size": 8, "partition": "iid", "rounds": 1, "local_steps": 1, "epsilon": 8.0, "device": "cpu",
-    })  # fmt: skip
-    task = prepare(config)
-    task.classifier.model.vit.layernorm = nn.Sequential(task.classifier.model.vit.layernorm, Mixing())
+class MixingInTraining(Mixing):
+    def forward(self, x):
+        return super().forward(x) if self.training else x
+
+
+def a_task(folder, tests=lambda x: x, mixing=None):
+    """A run on 64 digits; ``tests`` changes the float test images, ``mixing`` stands behind the model's last norm."""
+    with np.load(digits_npz(folder / "d.npz", 64, 20)) as arrays:
+        images = {name: arrays[name].astype(np.float32) / 255 for name in ("x_train", "x_test")}
+        labels = {"y_train": arrays["y_train"], "y_test": arrays["y_test"]}
+    images["x_test"] = tests(images["x_test"])
+    np.savez(folder / "d.npz", **images, y_train=labels["y_train"], y_test=labels["y_test"][: len(images["x_test"])])
+    task = prepare(make_config({
+        "model": vit_folder(folder / "vit"), "dataset": str(folder / "d.npz"), "clients": 2, "batch_size": 8,
+        "partition": "iid", "rounds": 1, "local_steps": 1, "epsilon": 8.0, "device": "cpu",
+    }))  # fmt: skip
+    if mixing is not None:
+        task.classifier.model.vit.layernorm = nn.Sequential(task.classifier.model.vit.layernorm, mixing)
+    return task
+
+
+def with_nan(x, *which):
+    x = x.copy()
+    x[list(which), 3, 3] = np.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    "tests, mixing",
+    [
+        (lambda x: x, Mixing()),
+        (lambda x: x, MixingInTraining()),
+        (lambda x: x[[0, 0, 1]], Mixing()),  # two that are equal mix without a trace
+        (lambda x: with_nan(x, 0), Mixing()),
+    ],
+    ids=["always", "in training", "equal test records", "NaN"],
+)
+def test_a_run_refuses_a_model_that_mixes_records_before_it_has_a_folder(tmp_path, tests, mixing):
     with pytest.raises(ValueError, match=r"vit\.layernorm.*depends on the other records"):
-        Run.start(task, tmp_path / "run")
+        Run.start(a_task(tmp_path, tests, mixing), tmp_path / "run")
     assert not (tmp_path / "run/config.json").exists()
+
+
+@pytest.mark.parametrize("tests", [lambda x: x[:1], lambda x: x[[0, 0]], lambda x: with_nan(x[:3], 1, 2)])
+def test_a_run_whose_test_records_cannot_show_mixing_is_refused(tmp_path, tests):
+    with pytest.raises(BadInput, match=r"d\.npz: no two test records are finite and differ.*give a test set with two"):
+        Run.start(a_task(tmp_path, tests, Mixing()), tmp_path / "run")
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_test_records_that_are_not_finite_are_passed_over(tmp_path):
+    Run.start(a_task(tmp_path, lambda x: with_nan(x, 0, 1)), tmp_path / "run")
+    assert (tmp_path / "run/config.json").exists()

@@ -18,17 +18,17 @@ from lalora_kernels.display import Display
 from lalora_kernels.federated.client import Client
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.diagnostics import noise_variance
-from lalora_kernels.federated.run import Run, prepare
+from lalora_kernels.federated.run import Run, Watch, prepare
 from lalora_kernels.reference.privatize import smooth
-from lalora_kernels.report import MARK, show_epsilon, write_report
+from lalora_kernels.report import MARK, SHORT, show_epsilon, write_report
 
 HOSTILE = """<script>alert("1")</script>'"&<img src=x onerror=alert(2)>"""
 SMALL = {
     "clients": 3, "fraction": 0.7, "rounds": 3, "local_steps": 4, "rank": 2, "batch_size": 8, "epsilon": 6.0,
     "delta": 1e-4, "partition": "dirichlet", "dirichlet_alpha": 1.0, "device": "cpu",
 }  # fmt: skip
-SECTIONS = ["What is guaranteed", "Accuracy and ε over rounds", "Clients", "Gradients", "Time and memory", "Ledger",
-            "Settings"]  # fmt: skip
+SECTIONS = ["What is guaranteed", "Accuracy and ε over rounds", "Clients", "Gradients", "Time, memory, traffic",
+            "Ledger", "Settings"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +155,75 @@ def test_what_is_not_private_is_marked_and_left_out_of_the_public_page(folder, t
     public = page(folder, public=True, out=tmp_path / "public.html")
     assert sum(text.strip() == MARK for text in whole.text["p"]) == 3 and "Parts of this page" in whole.words
     private = {"Records of each class at each client", "Norm of a record's gradient / C", "Each client's round"}
-    assert private <= set(whole.tables) and set(whole.tables) - private == set(public.tables)
+    rest = set(whole.tables) - private - {"Time and traffic"} | {"Traffic"}
+    assert private <= set(whole.tables) and rest == set(public.tables)
     assert MARK not in public.words and "left out*" not in str(public.tables["Each client"])
     assert public.text["h2"] == SECTIONS
+    marked = {"data", "partition", "whole run, seconds", "mean of a round, seconds", "seconds"}
+    cells = {cell for rows in whole.tables.values() for row in rows for cell in row}
+    assert {cell.removesuffix(SHORT) for cell in cells if cell.endswith(SHORT)} == marked
+    assert SHORT not in public.words
+
+
+def test_a_public_page_is_the_same_whatever_the_private_figures_are(folder, tmp_path):
+    """One other label has other fingerprints, other draws take another time; on a page alone and beside a run."""
+    other = shutil.copytree(folder, tmp_path / "other" / "first")
+    about, books, history = (json.loads((other / "config.json").read_text()),
+                             json.loads((other / "ledger.json").read_text()), metrics(other))  # fmt: skip
+    about["fingerprints"] |= {"data": "0" * 32, "partition": "1" * 32}
+    for book in books["clients"].values():
+        book["nonfinite_samples"] += 77
+    for record in history:
+        record |= {"seconds": 1000.0 * record["round"] + 1, "not_private": {"clients": {}}}
+    (other / "config.json").write_text(json.dumps(about))
+    (other / "ledger.json").write_text(json.dumps(books))
+    (other / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
+    third, out = shutil.copytree(folder, tmp_path / "third"), tmp_path / "page.html"
+    for beside in ((), (third,)):
+        for public in (True, False):
+            one, two = (write_report(run, *beside, out=out, public=public).read_text() for run in (folder, other))
+            assert (one == two) is public
+    assert about["fingerprints"]["base model"] in page(folder, public=True, out=out).words
+
+
+def test_the_guarantee_is_the_ledgers_also_where_the_metrics_are_behind(folder, tmp_path):
+    """As after a kill between a checkpoint and its metrics: what was spent is what the ledgers say."""
+    history = metrics(folder)
+    spent, before = show_epsilon(history[-1]["epsilon"]), show_epsilon(history[1]["epsilon"])
+    assert spent != before and "The ledgers hold more steps" not in page(folder).words
+    books = json.loads((folder / "ledger.json").read_text())
+    for book in books["clients"].values():
+        book["epsilon"] = 0.5  # what the file claims beside a ledger is not the ledger
+    (folder / "ledger.json").write_text(json.dumps(books))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history[:2]))
+    found = page(folder)
+    assert spent in found.text["dd"] and "1 of 3" in found.text["dd"] and "The ledgers hold more steps" in found.words
+    assert any(f"({spent}, 0.0001)" in text for text in found.text["p"])
+    for caption in ("Each client", "What was released"):
+        column = found.tables[caption][0].index("ε spent")
+        assert {row[column] for row in found.tables[caption][1:]} == {show_epsilon(e) for e in history[-1]["epsilons"]}
+    both = page(folder, shutil.copytree(folder, tmp_path / "b"), out=tmp_path / "c.html")
+    assert [row[3] for row in both.tables["Every run"][1:]] == [spent, spent]
+    history[1]["epsilon"] = 7.5  # and of two that disagree the larger counts
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history[:2]))
+    assert "ε = 7.50" in page(folder).text["dd"]
+
+
+def test_what_an_interrupted_round_has_paid_is_in_the_guarantee(world, tmp_path):
+    """Ctrl-C once the first update of a round is stored."""
+    settings = SMALL | {"model": world[0], "dataset": world[1], "clients": 2, "fraction": 1.0, "rounds": 2}
+    run, steps = Run.start(prepare(make_config(settings)), tmp_path / "run"), []
+
+    def stop():
+        steps.append(1)
+        if len(steps) > 3 * SMALL["local_steps"]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.train(Watch(on_step=stop))
+    shown, spent = metrics(run.folder)[-1], max(c.ledger.epsilon(1e-4) for c in run.clients)
+    assert shown["round"] == 1 and show_epsilon(shown["epsilon"]) != show_epsilon(spent)
+    assert show_epsilon(spent) in page(run.folder).text["dd"]
 
 
 def test_several_runs_beside_each_other(world, folder, tmp_path, capsys, monkeypatch):
@@ -239,7 +305,7 @@ def test_a_server_that_has_no_ledgers_says_so(folder):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
     found = page(folder)
     assert found.text["h2"] == SECTIONS and "Each client keeps its own ledger." in found.words
-    assert "ε = " not in found.words.replace("ε = 6.0", "") and "Parts of this page" not in found.words
+    assert "ε = " not in found.words.replace("ε = 6.0", "") and MARK not in found.words
 
 
 # ---------------------------------------------------------------- what the run notes for it

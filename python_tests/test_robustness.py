@@ -30,8 +30,8 @@ K, EPSILON, DELTA = 2, 8.0, 1e-4
 KILLS = int(os.environ.get("KILLS", 0))  # make kill-test
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
+@pytest.fixture(scope="module", name="task")
+def small_task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     config = {
         "model": vit_folder(folder / "vit"), "dataset": digits_npz(folder / "d.npz", 120, 30), "clients": 4,
@@ -56,8 +56,8 @@ def stop_at(step: int) -> Watch:
     return Watch(on_step=on_step)
 
 
-@pytest.fixture(scope="module")
-def stopped(task, tmp_path_factory):
+@pytest.fixture(scope="module", name="stopped")
+def stopped_folder(task, tmp_path_factory):
     """A folder that was interrupted in its second round, one client's update being stored already."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     run = Run.start(task, folder)
@@ -66,8 +66,8 @@ def stopped(task, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def run_folder(stopped, tmp_path):
+@pytest.fixture(name="run_folder")
+def copy_of_it(stopped, tmp_path):
     return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
@@ -272,12 +272,29 @@ def swap(clients: dict) -> None:
         book["ledger"] = ledger.state_dict()
 
 
+def other(**changes):
+    """What gives every client as many releases, but for ``changes``."""
+
+    def change(clients: dict) -> None:
+        for book in clients.values():
+            ledger, entries = Ledger(target_epsilon=EPSILON, target_delta=DELTA), book["ledger"]["entries"]
+            for entry in entries:
+                kept = ("noise_multiplier", "sample_rate", "clipping", "max_grad_norm", "expected_batch_size")
+                for _ in range(entry["count"]):
+                    ledger.charge(**{name: entry[name] for name in kept} | changes)
+            book["ledger"] = ledger.state_dict()
+
+    return change
+
+
 TAMPERED = {
     "an entry": (lambda c: first_with_releases(c)["entries"][0].update(count=1), "changed after it was written"),
     "the budget": (lambda c: first_with_releases(c).update(target_epsilon=80.0), "changed after it was written"),
     "no entries": (lambda c: first_with_releases(c)["entries"].clear(), "changed after it was written"),
     "an older one": (older, "0 releases on record, but the stored weights hold"),
     "another client's": (swap, "releases that are not this client's"),
+    "another C": (other(max_grad_norm=5.0), "releases that are not this client's"),
+    "another rule": (other(clipping="automatic"), "releases that are not this client's"),
     "a client gone": (lambda c: c.pop("2"), "not a complete run: KeyError '2'"),
     "no client": (lambda c: c.clear(), "not a complete run: KeyError '0'"),
 }

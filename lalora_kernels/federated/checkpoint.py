@@ -1,13 +1,14 @@
 """The state of a run on disk: one safetensors file that is replaced in one step, never a pickle.
 
 Tensors "state/NAME" are the global state after the last complete round; "update/CLIENT/NAME" are what clients of the
-round in progress have trained; "kept/CLIENT/NAME" are factors that a method leaves with their client. Round, history
-and counters are JSON in the file's metadata. Ledgers are kept beside it, in ``ledger.json``, and written first: a crash
-between the two files leaves a ledger that is ahead of the weights.
+round in progress have trained; "kept/CLIENT/NAME" are factors that a method leaves with their client. Round, history,
+counters and the run's settings are JSON in the file's metadata. Ledgers are kept beside it, in ``ledger.json``, and
+written first: a crash between the two files leaves a ledger that is ahead of the weights.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from lalora_kernels.data import BadInput
 from lalora_kernels.files import tensor_digest, write_atomic
 
 FILE = "checkpoint.safetensors"
+# Settings that may be edited in config.json: where things lie (fingerprints compare what is there) and what computes.
+MOVABLE = ("model", "weights", "dataset", "test_dataset", "device", "physical_batch_size")
 
 
 @dataclass
@@ -33,6 +36,17 @@ class Checkpoint:
     seconds: float = 0.0  # of all sessions so far
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)  # client -> what diagnostics.py says of its update
     kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # client -> its own factors, once it has trained
+    settings: dict[str, Any] = field(default_factory=dict)  # of the start; {} in files of versions that kept none
+
+    def refuse_other_settings(self, path: Path, now: Mapping[str, Any]) -> None:
+        """Raise BadInput, naming them, for settings that are ``now``, in ``path``, not those of the start."""
+        other = [name for name in self.settings if name not in MOVABLE and self.settings[name] != now.get(name)]
+        if other:
+            told = ", ".join(f"{name} is {now.get(name)!r}, not {self.settings[name]!r}" for name in other)
+            raise BadInput(
+                f"{path}: {told}: these are not the settings that this run was started with; put them back, or start a "
+                f"new run"
+            )
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -42,7 +56,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         for client, own in clients.items():
             tensors |= {f"{kind}/{client}/{key}": value for key, value in own.items()}
     tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
-    names = ("round", "history", "seconds", "notes")
+    names = ("round", "history", "seconds", "notes", "settings")
     rest = json.dumps({name: getattr(checkpoint, name) for name in names})
     write_atomic(folder / FILE, save(tensors, metadata={"lalora": rest, "sha256": _digest(tensors, rest)}))
 
@@ -65,6 +79,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         checkpoint = Checkpoint(state={}, **json.loads(about["lalora"]))
         if type(checkpoint.round) is not int or checkpoint.round < 0 or not isinstance(checkpoint.history, list):
             raise ValueError("round or history is not one")
+        if not isinstance(checkpoint.settings, dict):
+            raise ValueError("settings are none")
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             if kind == "state":

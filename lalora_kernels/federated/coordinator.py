@@ -7,6 +7,8 @@
 What decides about updates is ``guard``; what a client does is ``node``; a transport only carries bytes.
 """
 
+import contextlib
+import dataclasses
 import json
 import math
 import secrets
@@ -31,7 +33,7 @@ from lalora_kernels.federated.guard import Outcome, QuorumLost, Rules, refuse_lo
 from lalora_kernels.federated.lock import RunLock
 from lalora_kernels.federated.methods import Method, get_method
 from lalora_kernels.federated.plan import participation
-from lalora_kernels.federated.run import ADAPTER, CONFIG, METRICS, read_json
+from lalora_kernels.federated.run import ADAPTER, CONFIG, METRICS, read_json, write_metrics
 from lalora_kernels.federated.server import Server
 from lalora_kernels.federated.task import QUIET, Task, Watch, prepare
 from lalora_kernels.federated.wire import (
@@ -105,12 +107,14 @@ class Coordinator:
             if (folder / CONFIG).exists():
                 raise BadInput(f"{folder} holds a run already; --resume {folder} continues it, another --out is new")
             state = get_state(task.classifier.model)
-            run = cls(folder, task, secrets.token_hex(8), sizes, timeout, Checkpoint(0, state), lock)
+            settings = json.loads(config.to_json())
+            at = Checkpoint(0, state, settings=settings)
+            run = cls(folder, task, secrets.token_hex(8), sizes, timeout, at, lock)
             run._record(Server(get_method(config.method), state), Outcome([]), {}, 0.0, watch)
             run._save()
             about = {
                 "run": run.id,
-                "settings": json.loads(config.to_json()),
+                "settings": settings,
                 "sizes": sizes,
                 "timeout": timeout,
                 "fingerprints": task.fingerprints,
@@ -123,7 +127,8 @@ class Coordinator:
     def resume(cls, folder: str | Path, watch: Watch = QUIET) -> "Coordinator":
         """Pick a run up after its last complete round; replies of the round in progress that were stored still count.
 
-        Raises BadInput for a folder that is no such run or in use, and for data or a base model that changed.
+        Raises BadInput for a folder that is no such run or in use, for settings that were edited (but for
+        ``checkpoint.MOVABLE``), and for data or a base model that changed.
         """
         folder = Path(folder)
         if not (folder / CONFIG).exists():
@@ -132,7 +137,9 @@ class Coordinator:
             remove_temporaries(folder, (CONFIG, METRICS, CHECKPOINT, RESULT))
             about, at = read_json(folder / CONFIG), load_checkpoint(folder)
             try:
-                task = prepare(make_config(about["settings"], str(folder / CONFIG)), watch)
+                config = make_config(about["settings"], str(folder / CONFIG))
+                at.refuse_other_settings(folder / CONFIG, json.loads(config.to_json()))
+                task = prepare(config, watch)
                 for what, found in task.fingerprints.items():
                     if about["fingerprints"][what] != found:
                         raise BadInput(f"{folder}: the {what} is not the one that this run was started with")
@@ -142,6 +149,7 @@ class Coordinator:
             method = get_method(task.config.method)
             for record in at.history[1:]:
                 run._remember(method, record["round"], record)
+            write_metrics(folder, at)  # a crash may have left it behind
         return run
 
     @property
@@ -192,7 +200,7 @@ class Coordinator:
             if client not in outcome.accepted and client not in outcome.dropped:
                 status = traffic.status.get(client)
                 outcome.dropped[client] = "no answer in time" if status is None else STATUS[status]
-        self.at = Checkpoint(number, server.state, {}, self.at.history, self.at.seconds)
+        self.at = dataclasses.replace(self.at, round=number, state=server.state)
         self._record(server, outcome, traffic.as_dict(), time.monotonic() - began, watch)
         self._remember(server.method, number, self.at.history[-1])
         self._save()
@@ -292,7 +300,7 @@ class Coordinator:
 
     def _save(self) -> None:
         save_checkpoint(self.folder, self.at)
-        write_atomic(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.at.history))
+        write_metrics(self.folder, self.at)
 
     def _save_adapter(self) -> None:
         set_state(self.task.classifier.model, self.at.state)
@@ -307,7 +315,7 @@ def serve(folder: str | Path, settings: str, sizes: str, timeout: float, transpo
     """Start a run with ``settings`` (JSON), or resume the folder's where they are empty, and bring it to its end.
 
     ``sizes``: record counts with commas, or "" for those of the dealt public data. However it ends, ``result.json``
-    says so; raises what went wrong.
+    says so, but for a folder that another process uses, whose word it is; raises what went wrong.
     """
     try:
         if settings:
@@ -316,8 +324,11 @@ def serve(folder: str | Path, settings: str, sizes: str, timeout: float, transpo
         else:
             run = Coordinator.resume(folder)
     except Exception as error:
-        text = json.dumps({"outcome": "failed", "why": f"{type(error).__name__}: {error}", "round": None})
-        write_atomic(Path(folder) / RESULT, text + "\n")
+        with contextlib.suppress(BadInput):
+            lock = RunLock(Path(folder))
+            text = json.dumps({"outcome": "failed", "why": f"{type(error).__name__}: {error}", "round": None})
+            write_atomic(Path(folder) / RESULT, text + "\n")
+            lock.release()
         raise
     run.train(transport)
 

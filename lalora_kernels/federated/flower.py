@@ -20,6 +20,7 @@ from typing import Any
 
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import Config
+from lalora_kernels.federated.lock import refuse_in_use
 from lalora_kernels.files import write_atomic
 
 APP = Path(__file__).with_name("flower_app")
@@ -271,7 +272,11 @@ class Control:
         timeout: float = 600.0,
         simulate: dict[str, Any] | None = None,
     ) -> str:
-        """Start the app on ``folder``: a new run with ``config``, without it the continuation; returns Flower's id."""
+        """Start the app on ``folder``: a new run with ``config``, without it the continuation; returns Flower's id.
+
+        Raises BadInput for a folder whose run still goes on: result.json is that run's.
+        """
+        refuse_in_use(folder)
         (folder / "result.json").unlink(missing_ok=True)
         settings = "" if config is None else json.dumps(json.loads(config.to_json()))
         values = {"folder": str(folder.absolute()), "settings": settings, "sizes": sizes, "timeout": int(timeout)}

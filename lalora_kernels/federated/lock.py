@@ -12,6 +12,12 @@ from lalora_kernels.data import BadInput
 FILE = "lock"
 
 
+def refuse_in_use(folder: Path) -> None:
+    """Raise BadInput where another process holds ``folder``: for who writes beside a run without holding it."""
+    if (folder / FILE).exists():
+        RunLock(folder).release()
+
+
 class RunLock:
     """Holds ``folder``/lock for this process until ``release``, or until the process ends, however it ends.
 

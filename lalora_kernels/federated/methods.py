@@ -64,7 +64,7 @@ def products(state: Update) -> dict[str, tuple[str, str]]:
         layer, _, name = a.rpartition(".")
         b = f"{layer}.lora_B" if layer else "lora_B"
         if name != "lora_A" or b not in state or state[a].dim() != 2:
-            raise ValueError(f"{a}: the product B A is defined for adapted linear layers only")
+            raise ValueError(f"{a}: the product B A is defined for adapted linear layers only; --targets names layers")
         found[layer] = (a, b)
     return found
 
@@ -100,7 +100,8 @@ def refactor(
         (q_b, r_b), (q_a, r_a) = torch.linalg.qr(state[b].double()), torch.linalg.qr(state[a].double().T)
         u, sigma, vt = torch.linalg.svd(r_b @ r_a.T)
         if len(vt) != len(state[a]):
-            raise ValueError(f"{a}: FedSVD needs a rank of at most the layer's input features")
+            most = state[a].shape[1]
+            raise ValueError(f"{a}: FedSVD needs a rank of at most the layer's {most} input features; --rank {most}")
         scaled = torch.zeros(len(q_b), len(vt), dtype=torch.float64)
         scaled[:, : len(sigma)] = (q_b @ u)[:, : len(sigma)] * sigma
         moved |= {a: (vt @ q_a.T).to(state[a].dtype), b: scaled.to(state[b].dtype)}

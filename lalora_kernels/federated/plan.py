@@ -103,9 +103,10 @@ def make_plan(config: Config, sizes: Sequence[int]) -> Plan:
 def read_plan(stored: dict, config: Config, sizes: Sequence[int]) -> Plan:
     """The plan that a run stored, with its σ. Raises BadInput where it is not the one that ``config`` makes."""
     plan = Plan(stored["participation"], [ClientPlan(**client) for client in stored["clients"]])
-    told = [(c.client, c.records, c.sample_rate) for c in plan.clients]
+    told = [(c.client, c.records, c.sample_rate, c.steps) for c in plan.clients]
+    turns = [plan.steps_before(i, config.rounds + 1, config.local_steps) for i in range(len(sizes))]
     if plan.participation != participation(config) or told != [
-        (i, records, config.batch_size / records) for i, records in enumerate(sizes)
+        (i, records, config.batch_size / records, turns[i]) for i, records in enumerate(sizes)
     ]:
         raise BadInput("the stored plan is not the one that the stored settings make; restore config.json from a copy")
     for client in plan.clients:

@@ -1,5 +1,6 @@
 """The in-process federation: one model object, each client's private steps in turn, a folder that can be resumed."""
 
+import dataclasses
 import json
 import math
 import time
@@ -79,10 +80,12 @@ class Run:
         method = get_method(task.config.method)
         state, rules = get_state(task.classifier.model, method.folds), Rules.of(task.config)
         server = Server(method, state, rules, task.config.scaling)
-        run = cls(folder, task, plan, clients, Checkpoint(0, server.state), lock)
+        server.refuse_unfit()
+        settings = json.loads(task.config.to_json())
+        run = cls(folder, task, plan, clients, Checkpoint(0, server.state, settings=settings), lock)
         run._record(0, server, Outcome([]), 0, 0.0, watch)
         about = {
-            "settings": json.loads(task.config.to_json()),
+            "settings": settings,
             "plan": plan.as_dict(),
             "fingerprints": task.fingerprints,
             "versions": {"lalora_kernels": lalora_kernels.__version__, "torch": torch.__version__},
@@ -97,8 +100,9 @@ class Run:
 
         A client whose ledger is ahead of the stored weights (a crash between the two files) has spent its share of
         that round: its update is lost and it is left out of that round's mean. Raises BadInput for a folder that is not
-        a run or that another process uses, for files that are missing, damaged or edited, for a ledger that is behind
-        the weights, and for data or base weights that are not those of the start.
+        a run or that another process uses, for files that are missing, damaged or edited (but for settings that are
+        ``checkpoint.MOVABLE``), for a ledger that is behind the weights, and for data or base weights that are not
+        those of the start.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -114,6 +118,7 @@ class Run:
         about, at, books = read_json(folder / CONFIG), load_checkpoint(folder), read_json(folder / LEDGERS)
         try:
             config = make_config(about["settings"], str(folder / CONFIG))
+            at.refuse_other_settings(folder / CONFIG, json.loads(config.to_json()))
             task = prepare(config, watch)
             for what, found in task.fingerprints.items():
                 if about["fingerprints"][what] != found:
@@ -124,11 +129,14 @@ class Run:
             run._refuse_strange_ledgers()
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise BadInput(f"{folder} is not a complete run: {type(error).__name__} {error}") from error
+        write_metrics(folder, at)  # a crash may have left it behind
         return run
 
     def _refuse_strange_ledgers(self) -> None:
-        """Whatever the stored weights cost is in the ledgers, at each client's own noise and rate."""
-        steps = self.task.config.local_steps
+        """Whatever the stored weights cost is in the ledgers, at each client's own noise, rate, clipping rule and C."""
+        config, steps = self.task.config, self.task.config.local_steps
+        adaptive = config.clipping == "adaptive"  # C moves
+        rule = "flat, adaptive" if adaptive else config.clipping
         for client, one in zip(self.clients, self.plan.clients):
             owed = self.plan.steps_before(one.client, self.at.round + 1, steps)
             owed += steps * (one.client in self.at.updates)
@@ -138,7 +146,8 @@ class Run:
                     f"the stored weights hold {owed}; this is an older ledger, restore the one that goes with the "
                     f"checkpoint"
                 )
-            if any((e.noise_multiplier, e.sample_rate) != (one.noise_multiplier, one.sample_rate)
+            if any((e.noise_multiplier, e.sample_rate, e.clipping) != (one.noise_multiplier, one.sample_rate, rule)
+                   or not (adaptive or e.max_grad_norm == config.max_grad_norm)
                    for e in client.ledger.entries):  # fmt: skip
                 raise BadInput(
                     f"{self.folder / LEDGERS}: the ledger of client {one.client} holds releases that are not this "
@@ -197,7 +206,7 @@ class Run:
             outcome = server.aggregate(number, updates, weights, len(chosen))
             kept = self.at.kept | {i: own for i, own in owns.items() if outcome.moved and i in outcome.accepted}
             sent = sum(map(update_bytes, updates.values()))
-            self.at = Checkpoint(number, server.state, {}, self.at.history, self.at.seconds, self.at.notes, kept)
+            self.at = dataclasses.replace(self.at, round=number, state=server.state, updates={}, kept=kept)
             self._record(number, server, outcome, sent, time.monotonic() - began, watch)
             self._save()
             refuse_lost_rounds(self.at.history)
@@ -299,7 +308,7 @@ class Run:
     def _save(self) -> None:
         self._save_ledgers()
         save_checkpoint(self.folder, self.at)
-        write_atomic(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.at.history))
+        write_metrics(self.folder, self.at)
 
 
 def _ledger(config: Config) -> Ledger:
@@ -346,6 +355,11 @@ def read_ledgers(folder: Path, books: Mapping[str, Any] | None = None) -> dict[s
         except LedgerError as error:
             raise LedgerError(f"client {name}: {error}") from None
     return ledgers
+
+
+def write_metrics(folder: Path, at: Checkpoint) -> None:
+    """metrics.jsonl as the checkpoint has it."""
+    write_atomic(folder / METRICS, "".join(json.dumps(record) + "\n" for record in at.history))
 
 
 def read_json(path: Path) -> Any:

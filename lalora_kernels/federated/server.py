@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lalora_kernels.data import BadInput
 from lalora_kernels.federated.client import set_state
 from lalora_kernels.federated.guard import Outcome, Rules, combine
 from lalora_kernels.federated.methods import Method, base_name, products
@@ -27,6 +28,15 @@ class Server:
                 f"{method.name} folds the exact mean of the products into the frozen weights: it needs the adapters' "
                 f"scaling, --aggregator mean and no --clip-update-norm"
             )
+
+    def refuse_unfit(self) -> None:
+        """Raise BadInput where the method's work after the mean cannot be done on this state: before anybody pays."""
+        if self.method.finish is None:
+            return
+        try:
+            self.method.finish(self.state, [self.state], [1.0], self.scaling or 1.0, 1)
+        except ValueError as error:
+            raise BadInput(f"--method {self.method.name}: {error}") from error
 
     def reference(self, round: int) -> dict[str, Tensor]:
         """The tensors that travel in this round, as they are now."""

@@ -15,7 +15,7 @@ from lalora_kernels.federated.methods import Update, get_method
 from lalora_kernels.federated.plan import deal, partition_digest
 from lalora_kernels.files import tensor_digest
 from lalora_kernels.models import Classifier, load_model
-from lalora_kernels.privacy.checks import check_per_sample
+from lalora_kernels.privacy.checks import check_inputs
 
 
 def _nothing(*_: Any) -> None:
@@ -115,12 +115,31 @@ def _base_digest(model: nn.Module) -> str:
 def refuse_unfit(task: Task, client: Client) -> None:
     """Fail before the first step, not in it: a model that no rule covers, or whose layers mix the records of a batch.
 
-    Per-sample gradients are compared on two test records, which are public. Raises ValueError as ``make_private`` does.
+    The checks of ``make_private``'s first step, on two test records, which are public. Raises ValueError as it does,
+    BadInput for test records that cannot show what mixes them.
     """
     classifier, config = task.classifier, task.config
     optimizer, _ = client.private_step(classifier, get_method(config.method), config, 1)
     optimizer.detach()
-    records = [task.data.test[i] for i in range(min(2, len(task.data.test)))]
-    if len(records) == 2:
-        batch = classifier.to_device(classifier.collate(records))
-        check_per_sample(classifier.model, batch, lambda model, batch: classifier.loss(batch, model))
+    inputs, _ = classifier.to_device(classifier.collate(_two_records(task)))
+    args, named = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
+    check_inputs(classifier.model, args, named, 2)
+
+
+def _two_records(task: Task) -> list:
+    """The first test records whose inputs are finite and differ: equal ones would not show what mixes them."""
+    found: list = []
+    first: dict[str, torch.Tensor] = {}
+    for i in range(len(task.data.test)):
+        inputs, _ = task.classifier.collate([task.data.test[i]])
+        tensors = inputs if isinstance(inputs, dict) else {"": inputs}
+        if not all(t.isfinite().all() for t in tensors.values()):
+            continue
+        if found and any(not torch.equal(t, first[name]) for name, t in tensors.items()):
+            return [*found, task.data.test[i]]
+        if not found:
+            found, first = [task.data.test[i]], tensors
+    raise BadInput(
+        f"{task.config.test_dataset or task.config.dataset}: no two test records are finite and differ, so nothing "
+        f"would show a model that mixes the records of a batch; give a test set with two"
+    )

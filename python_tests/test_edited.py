@@ -1,0 +1,54 @@
+"""config.json of a run that was edited: a setting that changes what is trained or claimed is refused by its name."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from test_robustness import copy_of_it, finishes, small_task, stopped_folder  # noqa: F401
+
+from lalora_kernels.data import BadInput
+from lalora_kernels.federated.checkpoint import load_checkpoint, save_checkpoint
+from lalora_kernels.federated.run import Run
+
+
+def change_config(folder: Path, part: str, **changes) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    (about[part]["clients"][0] if part == "plan" else about[part]).update(changes)
+    (folder / "config.json").write_text(json.dumps(about))
+
+
+EDITED = {"local_steps": 1, "max_grad_norm": 5.0, "clipping": "automatic", "delta": 1e-3, "rounds": 4, "lr": 0.5}
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_settings_that_were_edited_are_refused_by_name(run_folder, name):
+    was = json.loads((run_folder / "config.json").read_text())["settings"][name]
+    change_config(run_folder, "settings", **{name: EDITED[name]})
+    says = f"config.json: {name} is {EDITED[name]!r}, not {was!r}: these are not the settings"
+    with pytest.raises(BadInput, match=re.escape(says)):
+        Run.resume(run_folder)
+
+
+def test_where_a_run_s_data_lie_may_be_edited_and_an_older_checkpoint_knows_no_settings(task, run_folder, tmp_path):
+    moved = shutil.copy(task.config.dataset, tmp_path / "moved.npz")
+    change_config(run_folder, "settings", dataset=str(moved), physical_batch_size=3)
+    finishes(run_folder, task)
+    at = load_checkpoint(run_folder)
+    assert at.settings.pop("lr") == 1.0
+    save_checkpoint(run_folder, at)  # as a version without that setting wrote it
+    change_config(run_folder, "settings", lr=0.5)
+    Run.resume(run_folder)
+    at.settings.clear()
+    save_checkpoint(run_folder, at)
+    change_config(run_folder, "settings", max_grad_norm=5.0)  # which is in the ledgers, too
+    with pytest.raises(BadInput, match="releases that are not this client's"):
+        Run.resume(run_folder)
+
+
+def test_steps_of_the_plan_that_were_edited_are_refused(run_folder):
+    steps = json.loads((run_folder / "config.json").read_text())["plan"]["clients"][0]["steps"]
+    change_config(run_folder, "plan", steps=steps + 1)
+    with pytest.raises(BadInput, match="the stored plan is not the one that the stored settings make"):
+        Run.resume(run_folder)
