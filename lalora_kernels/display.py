@@ -5,6 +5,7 @@ computed on private data), and "end" or "interrupted".
 """
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,20 @@ class Display:
     def note(self, text: str) -> None:
         """A line that a quiet run leaves out."""
         if not self.quiet:
-            self.console.print(text)
+            self._print(text)
 
     def last(self, text: str) -> None:
         """The line that is always printed, below the bars."""
         self.progress.stop()
-        self.console.print(text)
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, emoji=False)  # a path may hold [brackets] or :colons:
 
     def interrupted(self, folder: Path, resumable: bool) -> None:
         """Ctrl-C: how to go on."""
-        self.last(f"interrupted; continue with: lalora train --resume {folder}" if resumable else "interrupted")
+        command = f"lalora train --resume {shlex.quote(str(folder))}"
+        self.last(f"interrupted; continue with: {command}" if resumable else "interrupted")
 
     def begin(self, run: Run) -> None:
         """What will be trained on what, then the table's head and the rounds that are there already."""

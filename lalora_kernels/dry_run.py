@@ -28,8 +28,9 @@ from lalora_kernels.nn import lora_layers
 from lalora_kernels.placeholders import placeholder_model, placeholder_records
 from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.privacy.noise import NoiseSource
+from lalora_kernels.schedule import Schedule
 
-STEPS = 3  # that are timed, after one that warms up
+STEPS = 3  # of each active factor that are timed, after one that warms up
 OPACUS = "opacus"
 
 
@@ -83,13 +84,15 @@ def measure(config: Config, num_classes: int, kind: str | None, contender: str) 
 
 
 def _private(config: Config, classifier: Classifier, records: Dataset) -> Iterator[tuple[str, float]]:
-    """(active factor, seconds) of each private step, of one round for each order of factors that rounds have."""
+    """(active factor, seconds) of each private step. Every factor that the run will train has ``STEPS`` + 1 of its own:
+    in the schedule's order A would come after 25 steps of B in la-lora-25-25, and never in four."""
     method = get_method(config.method)
     client = Client("dry run", records, 1.0, Ledger(), NoiseSource())
-    orders = {round: [method.schedule.active(round, step) for step in range(1, STEPS + 2)] for round in (1, 2)}
-    for round in (1,) if orders[1] == orders[2] else (1, 2):
-        optimizer, batches = client.private_step(classifier, method, config, round)
-        optimizer.start_round(round)
+    rounds, steps = range(1, config.rounds + 1), range(1, config.local_steps + 1)
+    for factors in dict.fromkeys(method.schedule.active(t, k) for t in rounds for k in steps):
+        alone = dataclasses.replace(method, schedule=_only(factors))
+        optimizer, batches = client.private_step(classifier, alone, config, 1)
+        optimizer.start_round(1)
         began = _clock(classifier)
         for batch in batches.steps(STEPS + 1):
             step = optimizer.local_step
@@ -98,9 +101,13 @@ def _private(config: Config, classifier: Classifier, records: Dataset) -> Iterat
             optimizer.zero_grad()
             if optimizer.local_step > step:  # the logical batch is complete
                 now = _clock(classifier)
-                yield orders[round][step - 1], now - began
+                yield factors, now - began
                 began = now
         optimizer.detach()
+
+
+def _only(factors: str) -> Schedule:
+    return Schedule(f"{factors} only", lambda round, step: factors)
 
 
 def _opacus(config: Config, classifier: Classifier, records: Dataset) -> Iterator[tuple[str, float]]:

@@ -6,6 +6,7 @@ Pre-training takes well under a minute on two cores, once; the weights are then 
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def embedded_model(progress: Callable[[int, int], None] | None = None) -> nn.Mod
     """transformers' ViTForImageClassification: grey images (N,1,28,28) in [-1, 1] -> (N,10) logits, in eval mode.
 
     The weights come from the cache (``$XDG_CACHE_HOME``, else ``~/.cache``) or are trained and put there. A corrupt
-    cache is trained anew. ``progress(done, steps)`` is called while training.
+    cache is trained anew; one that cannot be written is warned of. ``progress(done, steps)`` is called while training.
     """
     path = cache_file()
     model = architecture()
@@ -38,7 +39,14 @@ def embedded_model(progress: Callable[[int, int], None] | None = None) -> nn.Mod
     if state is None:
         train_on_digits(model, RECIPE["steps"], progress)
         tensors = {k: v.detach().contiguous() for k, v in sorted(model.state_dict().items())}
-        write_atomic(path, save(tensors, metadata={"sha256": tensor_digest(tensors)}))
+        try:
+            write_atomic(path, save(tensors, metadata={"sha256": tensor_digest(tensors)}))
+        except OSError as error:  # of no consequence for this process, which has what it needs
+            warnings.warn(
+                f"the pre-trained embedded model could not be kept in {path.parent} ({error.strerror}), so every run "
+                f"trains it again; set XDG_CACHE_HOME to a folder that can be written",
+                stacklevel=2,
+            )
     else:
         model.load_state_dict(state)
     return model.eval()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lalora_kernels.data import BadInput, Text
+from lalora_kernels.data import BadInput, Text, no_such_file
 from lalora_kernels.embedded import SIZE, embedded_model
 
 _torchvision_schemas: list[torch.library.Library] = []  # a Library's definitions live as long as it does
@@ -107,7 +107,10 @@ def load_model(
         elif name.startswith("hf:") or Path(name).is_dir():
             loaded = _transformers(name.removeprefix("hf:"), num_classes, kind, image_size, max_length)
         else:
-            raise BadInput(f"unknown model {name!r}; give embedded, timm:NAME, hf:NAME or a transformers folder")
+            raise BadInput(
+                f"unknown model {name!r}; give embedded, timm:NAME, hf:NAME or a transformers folder (there is none at "
+                f"{Path(name).absolute()})"
+            )
     if loaded.kind != kind:
         raise BadInput(f"{name} classifies {loaded.kind}s, but the data are {kind}s; give another --model or --dataset")
     return loaded
@@ -166,7 +169,7 @@ def _timm(name: str, num_classes: int, weights: str | None, image_size: int | No
 def _head_size(path: Path, head: str) -> int:
     """Outputs of the classifier in a weights file, whose layer timm calls ``head``."""
     if not path.is_file():
-        raise BadInput(f"weights file {path}: no such file")
+        raise no_such_file(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors import safe_open
@@ -188,7 +191,7 @@ def _transformers(name: str, num_classes: int, kind: str, image_size: int | None
         "text": transformers.AutoModelForSequenceClassification,
     }
     options: dict = {"num_labels": num_classes}
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             config = transformers.AutoConfig.from_pretrained(name)
             able = [k for k, cls in auto.items() if type(config) in cls._model_mapping]
@@ -202,10 +205,12 @@ def _transformers(name: str, num_classes: int, kind: str, image_size: int | None
             model, info = auto[kind].from_pretrained(
                 name, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
-            collate = _image_collate(name, model.config, image_size) if kind == "image" else TextBatch(
-                transformers.AutoTokenizer.from_pretrained(name),
-                min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length),
-            )
+            if kind == "image":
+                collate: ImageBatch | TextBatch = _image_collate(name, model.config, image_size)
+            else:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+                collate = TextBatch(tokenizer, min(longest_text(model, max_length), tokenizer.model_max_length))
+                collate.refuse_no_room(1)
         except BadInput:
             raise
         except Exception as error:  # no network, no such name, corrupt file, no tokenizer: each its own kind
@@ -218,6 +223,17 @@ def _transformers(name: str, num_classes: int, kind: str, image_size: int | None
     base = model.base_model_prefix + "."
     head = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(base)]
     return Classifier(model, kind, collate, head, sorted(untrained))
+
+
+def longest_text(model: nn.Module, max_length: int) -> int:
+    """``max_length``, or as many tokens as the model has positions for, if these are fewer."""
+    config: Any = model.config
+    positions = getattr(config, "max_position_embeddings", None) or max_length
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from behind the padding's own, so of 514 positions 512 are for tokens
+        if name.rpartition(".")[2] == "position_embeddings" and getattr(module, "padding_idx", None) is not None:
+            positions = min(positions, config.max_position_embeddings - module.padding_idx - 1)
+    return min(max_length, positions)
 
 
 def _image_collate(name: str, config: Any, image_size: int | None) -> "ImageBatch":
@@ -248,8 +264,8 @@ def first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the report of new layers and the bar of weights: what is new is in ``Classifier.new_modules``."""
+def quiet(transformers: Any) -> Iterator[None]:
+    """Without the report of new layers and the bars of weights: what is new is in ``Classifier.new_modules``."""
     log, bar = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -295,12 +311,22 @@ class TextBatch:
     A pair of texts is joined as the tokenizer does it; what is too long is cut from the longer of the two.
     """
 
-    tokenizer: Callable
+    tokenizer: Any  # transformers'
     max_length: int
+
+    def refuse_no_room(self, texts: int) -> None:
+        """Raises BadInput where no token of each of a record's ``texts`` would fit: tokenizers then cut nothing."""
+        own = self.tokenizer.num_special_tokens_to_add(pair=texts == 2)
+        if self.max_length < own + texts:
+            raise BadInput(
+                f"--max-length {self.max_length}: {own} tokens of a record are the model's own; give {own + texts} or "
+                f"more"
+            )
 
     def __call__(self, records: Sequence[tuple[Text, int]]) -> tuple[dict[str, Tensor], Tensor]:
         texts, labels = zip(*records)
-        sides = (texts,) if isinstance(texts[0], str) else zip(*texts)
+        sides = [texts] if isinstance(texts[0], str) else list(zip(*texts))
+        self.refuse_no_room(len(sides))
         encoded = self.tokenizer(
             *map(list, sides), truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
         )

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from lalora_kernels.data import BadInput
 from lalora_kernels.embedded import SIZE, architecture
-from lalora_kernels.models import Classifier, ImageBatch, first_line, load_model, need, torchvision_beside_cpu_torch
+from lalora_kernels.models import (
+    Classifier,
+    ImageBatch,
+    first_line,
+    load_model,
+    longest_text,
+    need,
+    torchvision_beside_cpu_torch,
+)
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -64,7 +72,7 @@ def placeholder_model(
     if kind not in (None, loaded.kind):
         raise BadInput(f"{name} classifies {loaded.kind}s, but the data are {kind}s; give another --model or --dataset")
     if loaded.kind == "text":
-        return replace(loaded, collate=_tokens(loaded.model.config, max_length))
+        return replace(loaded, collate=_tokens(loaded.model, max_length))
     return loaded
 
 
@@ -131,7 +139,7 @@ def _transformers(name: str, num_classes: int, kind: str | None, image_size: int
         new = [n for n, m in outside.items() if labels != num_classes == m.out_features]
     channels = getattr(config, "num_channels", 3)
     size = getattr(config, "image_size", None) or 224
-    collate: Callable = _tokens(config, max_length)
+    collate: Callable = _tokens(model, max_length)
     if kind == "image":
         collate = ImageBatch(size if isinstance(size, int) else size[0], channels, (0.5,) * channels, (0.5,) * channels)
     return Classifier(model, kind, collate, list(outside), new)
@@ -158,6 +166,5 @@ def _hf_kind(name: str) -> str:
     raise BadInput(f"{name} is a {config.model_type} model, which classifies neither images nor text")
 
 
-def _tokens(config: Any, max_length: int) -> TokenBatch:
-    longest = getattr(config, "max_position_embeddings", None) or max_length
-    return TokenBatch(getattr(config, "vocab_size", 2), min(max_length, longest))
+def _tokens(model: Any, max_length: int) -> TokenBatch:
+    return TokenBatch(getattr(model.config, "vocab_size", 2), longest_text(model, max_length))

@@ -187,7 +187,7 @@ def _measure(
 
 def _times(found: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     """A step's mean time, with each factor as often as the run will train it, and what all steps take one by one."""
-    steps = {factors: count for factors, count in row["steps_by_factor"].items() if factors in found["factors"]}
+    steps = row["steps_by_factor"]
     mean = sum(count * found["factors"][factors] for factors, count in steps.items()) / sum(steps.values())
     return {
         "seconds_per_step": mean,

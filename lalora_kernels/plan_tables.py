@@ -1,5 +1,6 @@
 """A plan for people: rich's tables in a terminal, Markdown where the output goes elsewhere."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ def show(plan: dict[str, Any], console: Console | None = None) -> None:
     """Print what ``plan_command.make`` returned."""
     console = console or Console(highlight=False, soft_wrap=True)
     settings, clients = plan["settings"], plan["clients"]
-    print_ = console.print
+    print_ = functools.partial(console.print, markup=False, emoji=False)  # a path may hold [brackets] or :colons:
     print_(
         f"{settings['model']}, {plan['records']:,} records in {plan['classes']} classes held by "
         f"{settings['clients']} clients; {settings['rounds']} rounds of {settings['local_steps']} private steps, "
@@ -55,9 +56,10 @@ def _notes(plan: dict[str, Any], print_: Callable[[str], None]) -> None:
         print_("\nMemory and time are not measured (--no-dry-run).")
         return
     print_(
-        "\nOpacus: DP-LoRA with its per-sample gradients on PEFT's layers. Of four steps each, the last three count; a "
-        "batch was exactly of the expected size, and a Poisson batch may be larger. The run's steps are those of all "
-        "clients, one after the other, without evaluation."
+        "\nOpacus: DP-LoRA with its per-sample gradients on PEFT's layers. Of four steps of each factor that the run "
+        "trains the last three count, each factor as often as it is trained; a batch was exactly of the expected size, "
+        "and a Poisson batch may be larger. The run's steps are those of all clients, one after the other, without "
+        "evaluation."
     )
     failed = [f"{row['method']} was not measured: {row['error']}" for row in rows if "error" in row]
     for why in dict.fromkeys(failed):

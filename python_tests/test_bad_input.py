@@ -179,6 +179,8 @@ def test_npz_cut_short(tmp_path, keep):
         ("a.tsv", "label\ttext\n1\tx\n2\n", "line 3: 1 columns where the header has 2"),
         ("a.csv", 'label,text\n1,"never closed\n', "not a readable .csv"),
         ("a.tsv", b"label\ttext\n1\t\xff\xfe\n", "not a readable .tsv"),
+        ("a.tsv", "label\ttext\n1\tx\n\ty\n", "a.tsv, line 3: no label; every record needs one"),
+        ("a.csv", 'text,class\n"two\nlines",1\nx, \n', "a.csv, line 4: no class; every record needs one"),
         ("a.tsv", "label\ttext\n" + "1\tx\n" * 20, "one class only"),
         ("a.tsv", "label\ttext\n1\tx\n0\ty\n", "too few records to set a fifth"),
     ],
@@ -225,6 +227,18 @@ def test_pairs_that_are_none(tmp_path, text, message):
     (tmp_path / "a.tsv").write_text("a\tb\tlabel\nx\ty\t0\ny\tz\t1\n")
     with pytest.raises(BadInput, match=message):
         load_data(str(tmp_path / "a.tsv"), text_column=text)
+
+
+def test_a_relative_name_resumed_from_another_folder(world, tmp_path, capsys, monkeypatch):
+    """It is kept as it was given, so that a run can move together with its data; the error says where it was sought."""
+    monkeypatch.chdir(tmp_path)
+    digits_npz("rel.npz", 160, 40)
+    assert main([*flags((world[0], "rel.npz")), "--out", "run", "--quiet"]) == 0
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    message = refused(capsys, ["train", "--resume", str(tmp_path / "run")])
+    assert f"rel.npz: no such file in {tmp_path / 'other'}; a relative name counts from" in message
+    assert f"there is none at {tmp_path / 'other/vit'}" in refused(capsys, flags(("vit", world[1])))
 
 
 # ---------------------------------------------------------------- models
@@ -367,5 +381,14 @@ def test_a_table_folder_with_other_settings(world, tmp_path, capsys):
     assert "holds a run with another model, dataset" in refused(capsys, ["table", *args, *grid])
 
 
-def test_report_of_something_that_is_no_run(tmp_path, capsys):
+def test_table_says_what_does_not_fit(world, tmp_path, capsys):
+    grid = ["--methods", "la-lora", "--smoothings", "none", "--epsilons", "3", "--seeds", "0", "--out", str(tmp_path)]
+    assert "no module is named 'nonesuch'" in refused(capsys, ["table", *flags(world, targets="nonesuch")[1:], *grid])
+
+
+def test_report_of_something_that_is_no_run(finished, tmp_path, capsys):
     assert "is not a run: config.json is missing" in refused(capsys, ["report", str(tmp_path)])
+    file = finished / "config.json"
+    assert f"{file} is not a run: config.json is missing" in refused(capsys, ["report", str(file)])
+    said = refused(capsys, ["report", str(finished), "--out", str(tmp_path)])
+    assert f"{tmp_path} is a folder; --out names a file" in said and not list(tmp_path.iterdir())

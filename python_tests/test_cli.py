@@ -5,17 +5,21 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from small import digits_npz, vit_folder
 
-from lalora_kernels.cli import FLAGS, build_parser, main
-from lalora_kernels.federated.config import NAMES, Config, make_config, read_toml
+from lalora_kernels.cli import EXTRAS, FLAGS, build_parser, main
+from lalora_kernels.federated.config import NAMES, Config, make_config, read_toml, tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +31,10 @@ def world(tmp_path_factory):
 def flags(world, *more: str) -> list[str]:
     small = "--clients 4 --rounds 2 --local-steps 2 --rank 2 --batch-size 8 --partition iid --device cpu".split()
     return ["train", "--model", world[0], "--dataset", world[1], *small, *more]
+
+
+def read_pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_every_setting_is_a_flag_with_help_and_nothing_else_is():
@@ -131,6 +139,69 @@ def test_resume_finishes_an_interrupted_run(world, tmp_path, capsys, monkeypatch
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert "for the most exposed client" in capsys.readouterr().out
     assert len(calls) == 5  # 2 rounds of 2 clients, one of them twice
+
+
+def test_a_folder_with_blanks_and_brackets_is_named_as_it_is(world, tmp_path, capsys, monkeypatch):
+    from lalora_kernels.federated.client import Client
+
+    monkeypatch.setattr(Client, "train_round", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    folder = str(tmp_path / "run [a] :dog: b")
+    assert main(flags(world, "--out", folder)) == 130
+    out = capsys.readouterr().out
+    assert f"run folder {folder}\n" in out
+    assert shlex.split(out.partition("continue with: ")[2]) == ["lalora", "train", "--resume", folder]
+
+
+def full(*_args):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("command", ["train", "table"])
+def test_a_full_disk_while_training_says_how_to_go_on(world, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr("lalora_kernels.federated.client.Client.train_round", full)
+    grid = "--methods la-lora --smoothings none --epsilons 3 --seeds 0".split() if command == "table" else []
+    folder = str(tmp_path / "a b")
+    assert main([command, *flags(world)[1:], *grid, "--out", folder]) == 1
+    how = f"--resume '{folder}' continues it" if command == "train" else "the same command continues"
+    said = f"lalora: [Errno 28] No space left on device; what was saved before is whole, and {how}\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_full_disk_elsewhere_promises_nothing(world, tmp_path, capsys, monkeypatch):
+    assert main(flags(world, "--out", str(tmp_path / "run"), "--quiet")) == 0
+    monkeypatch.setattr("lalora_kernels.report.write_atomic", full)
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == "lalora: [Errno 28] No space left on device\n"
+
+
+# ---------------------------------------------------------------- what is not installed, and Ctrl-C before all
+
+
+@pytest.mark.parametrize("name, install", [
+    ("timm.layers", "'lalora_kernels[vision]'"), ("flwr", "'lalora_kernels[flower]'"), ("nosuch.part", "nosuch"),
+])  # fmt: skip
+def test_a_missing_module_is_installed_by_the_extra_that_holds_it(monkeypatch, capsys, name, install):
+    def report(args):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr("lalora_kernels.cli.report", report)
+    assert main(["report", "run"]) == 2
+    module = name.partition(".")[0]
+    assert capsys.readouterr().err == f"lalora: {module} is not installed; pip install {install}\n"
+
+
+def test_the_extras_hold_the_modules():
+    extras = read_pyproject()["project"]["optional-dependencies"]
+    told = {"sklearn": "scikit-learn", "ray": "flwr", "cryptography": "flwr"}  # flwr[simulation] brings both
+
+    def holds(extra: str) -> set[str]:
+        found = {re.split(r"[\[<>=;]", one)[0] for one in extras[extra]}
+        inner = [name for one in extras[extra] if one.startswith("lalora_kernels[") for name in one[15:-1].split(",")]
+        return found.union(*map(holds, inner))
+
+    for module, extra in EXTRAS.items():
+        assert told.get(module, module) in holds(extra), module
 
 
 def test_records_with_a_gradient_that_is_not_finite_are_counted_and_said(world, tmp_path, capsys):

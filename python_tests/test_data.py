@@ -12,7 +12,7 @@ from small import SENTENCES, bert_folder, digits_npz, text_tsv
 from tolerances import BATCH_F32, RESIZED_MEAN
 from torch.utils.data import Subset, TensorDataset
 
-from lalora_kernels.data import Data, Records, load_data, text_lengths
+from lalora_kernels.data import BadInput, Data, Records, load_data, text_lengths
 from lalora_kernels.federated.lifetime import record_hashes
 from lalora_kernels.models import ImageBatch, TextBatch, load_model
 from lalora_kernels.partition import partition_dirichlet, partition_iid
@@ -82,6 +82,33 @@ def test_csv_quotes_and_names_of_classes_and_a_test_file(tmp_path):
     data = load_data(str(tmp_path / "a.csv"), test=str(tmp_path / "t.csv"))
     assert data.train.inputs == ['so, "well"\nmade', "no"] and data.classes == ["bad", "good"]
     assert data.train.labels.tolist() == [1, 0] and data.test.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("header, texts", [
+    ("question,sentence,label", [("q0", "s0"), ("q1", "s1")]), ("label,sentence,id", ["s0", "s1"]),
+])  # fmt: skip
+def test_excels_byte_order_mark_is_no_part_of_the_first_name(tmp_path, header, texts):
+    cells = {"question": "q{0}", "sentence": "s{0}", "label": "{0}", "id": "i{0}"}
+    lines = [header, *(",".join(cells[name].format(i) for name in header.split(",")) for i in range(2))]
+    (tmp_path / "a.csv").write_bytes("\n".join(lines).encode("utf-8-sig"))
+    assert load_data(str(tmp_path / "a.csv"), test=str(tmp_path / "a.csv")).train.inputs == texts
+
+
+def test_a_text_may_have_any_length_and_the_csv_module_keeps_its_limit(tmp_path):
+    long = "word " * 40_000
+    (tmp_path / "a.csv").write_text(f"label,text\n0,{long}\n1,short\n")
+    (tmp_path / "a.tsv").write_text(f"label\ttext\n0\t{long}\n1\tshort\n")
+    limit = csv.field_size_limit()
+    for path in (str(tmp_path / "a.csv"), str(tmp_path / "a.tsv")):
+        assert load_data(path, test=path).train.inputs == [long, "short"]
+    assert csv.field_size_limit() == limit
+
+
+def test_labels_go_by_value_and_any_text_may_be_one(tmp_path):
+    labels = ["²", "10", "9", "-1", "--5", "9" * 5000]  # Python converts no longer number than 4,300 digits
+    (tmp_path / "a.tsv").write_text("label\ttext\n" + "".join(f"{label}\tx\n" for label in labels))
+    classes = load_data(str(tmp_path / "a.tsv"), test=str(tmp_path / "a.tsv")).classes
+    assert classes == ["-1", "9", "10", "--5", "9" * 5000, "²"]
 
 
 def test_columns_can_be_named(tmp_path):
@@ -234,6 +261,14 @@ def test_hub_names_are_handed_to_datasets(monkeypatch):
     data = load_data("hf:glue:sst2")
     assert asked == [("glue", "sst2")] and data.classes == ["neg", "pos"]
     assert data.train.inputs == [f"t{i}" for i in range(10)] and len(data.test) == 10
+
+
+def test_the_hub_s_package_is_in_no_extra(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(BadInput, match="datasets is not installed; pip install datasets$"):
+        load_data("hf:imdb")
 
 
 @pytest.mark.parametrize("task, columns", [  # as nyu-mll/glue has them

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from small import SENTENCES, bert_folder, vit_folder
 
 from lalora_kernels import embedded
-from lalora_kernels.data import load_data
-from lalora_kernels.models import load_model, torchvision_beside_cpu_torch
+from lalora_kernels.data import BadInput, load_data
+from lalora_kernels.models import TextBatch, load_model, torchvision_beside_cpu_torch
+from lalora_kernels.placeholders import placeholder_model, placeholder_records
 
 
 @pytest.fixture
@@ -33,6 +34,13 @@ def test_the_embedded_model_learns_digits_once_and_is_then_read_from_the_cache(s
     for (name, a), b in zip(first.model.state_dict().items(), again.model.state_dict().values()):
         assert torch.equal(a, b), name
     assert not again.model.training and again.model is not first.model
+
+
+def test_a_cache_that_cannot_be_written_is_warned_of(short_recipe, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="could not be kept in .*file/lalora_kernels .*set XDG_CACHE_HOME"):
+        assert load_model("embedded", 10).new_modules == []
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
@@ -88,6 +96,54 @@ def test_a_transformers_folder_of_text_without_a_head(tmp_path):
     assert loaded.new_modules == ["classifier"] and loaded.head == ["classifier"]
     inputs, _ = loaded.collate([(s, 0) for s in SENTENCES])
     assert loaded.logits(inputs).shape == (len(SENTENCES), 3)
+
+
+@pytest.mark.parametrize("kind, longest", [("bert", 16), ("roberta", 15), ("mpnet", 14)])
+def test_the_longest_text_is_the_longest_that_the_model_takes(tmp_path, kind, longest):
+    """RoBERTa's kind counts positions from behind the padding's own, here 0, MPNet's from 2."""
+    folder = bert_folder(tmp_path / kind)
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = AutoConfig.for_model(kind, vocab_size=30, max_position_embeddings=16, pad_token_id=0, **sizes)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    loaded = load_model(folder, 2, kind="text", max_length=64)
+    inputs, _ = loaded.collate([(" ".join(SENTENCES), 0)])
+    assert inputs["input_ids"].shape == (1, longest) and loaded.logits(inputs).shape == (1, 2)
+    with pytest.raises((IndexError, RuntimeError)):
+        loaded.logits({key: torch.cat([value, value[:, -1:]], 1) for key, value in inputs.items()})
+    planned = placeholder_model(folder, 2, kind="text", max_length=64)
+    inputs, _ = planned.collate(placeholder_records(planned, 3, 2))
+    assert inputs["input_ids"].shape == (3, longest) and planned.logits(inputs).shape == (3, 2)
+
+
+def test_a_text_is_no_longer_than_its_tokenizer_says(tmp_path):
+    folder = bert_folder(tmp_path / "bert")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = 7
+    tokenizer.save_pretrained(folder)
+    loaded = load_model(folder, 2, kind="text")
+    assert loaded.collate([(" ".join(SENTENCES), 0)])[0]["input_ids"].shape == (1, 7)
+
+
+def test_a_length_without_room_for_text(tmp_path):
+    """Below its own tokens a tokenizer cuts nothing at all."""
+    from tokenizers.processors import TemplateProcessing
+
+    folder = bert_folder(tmp_path / "bert")
+    for length in (1, 2):
+        with pytest.raises(BadInput, match=f"--max-length {length}: 2 tokens of a record are the model's own; give 3"):
+            load_model(folder, 2, kind="text", max_length=length)
+    tokenizer = load_model(folder, 2, kind="text", max_length=3).collate.tokenizer
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    pair = (SENTENCES[0], SENTENCES[5])
+    with pytest.raises(BadInput, match="3 tokens of a record are the model's own; give 5 or more"):
+        TextBatch(tokenizer, 4)([(pair, 0)])
+    assert TextBatch(tokenizer, 5)([(pair, 0)])[0]["input_ids"].shape == (1, 5)
 
 
 def test_timm_weights_from_a_file(tmp_path):

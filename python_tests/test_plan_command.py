@@ -1,5 +1,6 @@
 """``lalora plan``: what it says before a run is what the run then does; what it measures; what it refuses."""
 
+import itertools
 import json
 import shutil
 
@@ -86,15 +87,35 @@ def test_a_run_without_noise_has_no_curve(world, capsys):
     assert "no noise, and no guarantee" in out and "not measured" in out and "\x1b" not in out
 
 
+def test_a_name_with_brackets_is_shown_as_it_is(world, tmp_path, capsys):
+    folder = shutil.copytree(world[0], tmp_path / "vit [b] :dog:")
+    assert main(["plan", *flags(SMALL | {"model": folder}), "--records", "300", "--no-dry-run"]) == 0
+    assert capsys.readouterr().out.startswith(f"{folder}, 300 records")
+
+
 # ---------------------------------------------------------------- the dry run
 
 
-@pytest.mark.parametrize("contender, factors", [("la-lora", {"A", "B"}), ("rolora", {"A", "B"}), ("ffa-lora", {"B"})])
-def test_a_dry_run_takes_the_method_s_own_steps(world, contender, factors):
-    config = make_config(SMALL | {"model": world[0], "method": contender, "physical_batch_size": 3})
+@pytest.mark.parametrize(
+    "contender, steps, factors",
+    [("la-lora", 3, {"A", "B"}), ("rolora", 3, {"A", "B"}), ("ffa-lora", 3, {"B"}), ("dp-lora", 3, {"AB"}),
+     ("la-lora-5-5", 10, {"A", "B"}), ("la-lora-25-25", 26, {"A", "B"}), ("la-lora-25-25", 25, {"B"})],
+)  # fmt: skip
+def test_a_dry_run_takes_the_method_s_own_steps(world, contender, steps, factors):
+    settings = {"model": world[0], "method": contender, "physical_batch_size": 3, "local_steps": steps}
+    config = make_config(SMALL | settings)
     found = measure(config, 10, "image", contender)
     assert set(found["factors"]) == factors and all(seconds > 0 for seconds in found["factors"].values())
     assert found["peak"] > found["step"] >= 0 and found["device"] is None
+
+
+def test_every_factor_has_a_step_to_warm_up_and_three_that_count(world, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr("lalora_kernels.dry_run._clock", lambda _: 2.0 ** next(ticks))
+    config = make_config(SMALL | {"model": world[0], "local_steps": 6})
+    found = measure(config, 10, "image", "la-lora-4-1")["factors"]
+    # the clock is read once before four steps and once after each: medians of its 3rd step, of 2^n - 2^(n-1)
+    assert found == {"B": 2.0**2, "A": 2.0**7}
 
 
 def test_opacus_is_measured_on_the_same_adapters(world, monkeypatch):
@@ -127,6 +148,14 @@ def test_tables_hold_what_fresh_processes_measured(world, capsys):
     assert row["seconds"] == pytest.approx(mean * row["private_steps"])
     assert row["against_opacus"]["seconds_per_step"] == row["seconds_per_step"] / opacus["seconds_per_step"]
     assert row["against_opacus"]["bytes_sent"] == 1.0
+
+
+def test_a_factor_that_comes_late_counts_as_often_as_it_comes(world, capsys):
+    args = [*flags(SMALL | {"model": world[0], "local_steps": 10}), "--records", "300", "--methods", "la-lora-5-5"]
+    row = planned(capsys, *args)["ranks"][0]["methods"][0]
+    times = row["seconds_by_factor"]
+    assert row["steps_by_factor"] == {"B": 15, "A": 15}
+    assert row["seconds_per_step"] == pytest.approx((times["B"] + times["A"]) / 2)
 
 
 def test_what_cannot_be_measured_is_said(world, capsys, monkeypatch):

@@ -19,7 +19,7 @@ from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.run import Run
 from lalora_kernels.reproduce import cost, runs, tables
-from lalora_kernels.reproduce.command import _whole, answer
+from lalora_kernels.reproduce.command import _publish, _whole, answer
 from lalora_kernels.reproduce.presets import (
     EQUAL_NOISE,
     FOUR,
@@ -121,6 +121,39 @@ def test_what_was_published_is_not_run_again_anywhere(base, tmp_path, monkeypatc
     published.write_text("\n".join([*both, other]) + "\n")  # of an arm or a seed that nobody asks for now
     assert main([*command, str(tmp_path / "results"), "--out", str(tmp_path / "three"), "--seeds", "0", "1"]) == 0
     assert published.read_text().splitlines() == [*both, other]
+
+
+def test_metrics_that_a_crash_left_behind_are_mended(base, tmp_path):
+    question = replace(QUESTION, arms={"la": ARMS["la"]})
+    assert answer(1, question, TINY, base, tmp_path, seeds=[0], say=quiet)
+    first = rows(tmp_path)
+    (path,) = tmp_path.glob("runs/*/metrics.jsonl")
+    whole = path.read_text()
+    for kept in ("".join(whole.splitlines(True)[:-1]), whole[:-9], ""):
+        path.write_text(kept)
+        assert answer(1, question, TINY, base, tmp_path, seeds=[0], say=quiet)
+        assert rows(tmp_path) == first and path.read_text() == whole
+
+
+def test_a_run_that_ends_without_a_result_stops_no_other(base, tmp_path, monkeypatch):
+    read, said = runs._read_result, []
+    monkeypatch.setattr(runs, "_read_result", lambda job, folder: None if job.arm == "dp" else read(job, folder))
+    assert not answer(1, QUESTION, TINY, base, tmp_path, seeds=[0], say=said.append)
+    assert [r["arm"] for r in rows(tmp_path)] == ["la"]
+    lost = next((tmp_path / "runs").glob("dp-lora-*"))
+    assert any(line.startswith(f"{lost.name} has ended") and f"remove {lost}" in line for line in said)
+
+
+def test_tuning_is_added_to_what_was_published_which_counts_where_both_have_it(tmp_path):
+    (tmp_path / "out").mkdir(), (tmp_path / "results").mkdir()
+    published = tmp_path / "results" / "tiny-tuned.json"
+    published.write_text(json.dumps({"a": {"settings": {"lr": 1.0}}, "b": {"settings": {"lr": 2.0}}}))
+    own = tmp_path / "out" / "tuned.json"
+    own.write_text(json.dumps({"b": {"settings": {"lr": 9.0}}, "c": {"settings": {"lr": 3.0}}}))
+    both = {key: {"settings": {"lr": lr}} for key, lr in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    assert runs.read_tuned(published, own) == both  # what is trained is what is published
+    _publish(tmp_path / "out", "question-1", "tiny", tmp_path / "results", None)
+    assert list(json.loads(published.read_text()).items()) == list(both.items())
 
 
 def test_a_run_with_measures_serves_a_question_without_and_not_the_other_way_round(base, tmp_path):

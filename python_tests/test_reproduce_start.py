@@ -102,6 +102,20 @@ def test_images(tmp_path, monkeypatch):
     assert accuracy(made, data) == told["test_accuracy_of_the_fitted_head"] > 0.5
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_no_bar_of_transformers_and_the_user_s_setting_stays(text, tmp_path, capfd, shown):
+    from transformers.utils import logging
+
+    own = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    try:
+        capfd.readouterr()
+        prepare_start(text, tmp_path / "start")
+        assert "Writing" not in capfd.readouterr().err and logging.is_progress_bar_enabled() == shown
+    finally:
+        (logging.enable_progress_bar if own else logging.disable_progress_bar)()
+
+
 def test_too_few_records(text, tmp_path, monkeypatch):
     monkeypatch.setattr(start, "PUBLIC", 45)
     with pytest.raises(BadInput, match="90 training records; 45 of them are to be public"):

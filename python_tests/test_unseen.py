@@ -59,6 +59,13 @@ class TestEvalMode:
             step(model, optimizer, loader, loss)
         assert optimizer.ledger.steps == 0
 
+    def test_a_mean_taken_off_the_output(self):
+        """One record alone has no gradient then, nor have two whose outputs are projected alike."""
+        model = nn.Sequential(LoRALinear.from_linear(nn.Linear(6, 3), r=2), BatchMean()).eval()
+        optimizer, loader = make(model)
+        with pytest.raises(ValueError, match="^1: .*depends on the other records"):
+            step(model, optimizer, loader)
+
     def test_what_does_not_trains(self):
         model = chain(nn.ReLU()).eval()
         optimizer, loader = make(model)
@@ -157,7 +164,7 @@ class TestTrainMode:
     @pytest.mark.parametrize(
         "middle, message",
         [
-            (TrainingMean(), "^middle: in train mode the output for one record depends on the other records"),
+            (TrainingMean(), "^middle: the output for one record depends on the other records.*in train mode alone"),
             (Centre(), r"^the buffer middle.centre follows the records of a batch"),
         ],
     )

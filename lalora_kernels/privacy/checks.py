@@ -279,17 +279,17 @@ def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> bool
             terms.append((t * direction).sum())
         return torch.stack(terms).sum()
 
+    check_outputs(model, two)
     check_per_sample(model, two, project, loss_reduction="sum")
-    if any(m.training for m in model.modules()):
-        check_training(model, two)
     return True
 
 
-def check_training(model: nn.Module, two: tuple) -> None:
-    """Raise ValueError where, in train mode, a record's output or a buffer depends on another record, in float64.
+def check_outputs(model: nn.Module, two: tuple) -> None:
+    """Raise ValueError where a record's output or a buffer depends on another record, in float64 and the model's mode.
 
-    ``two``: (args, kwargs) with two records along the first axis. What (a, b) gives for a must be what (a, a) does, and
-    for b what (b, b) does, dropout drawn alike. A buffer that follows activations (running statistics,
+    ``two``: (args, kwargs) with two records along the first axis. The gradients of a projection that is the same for
+    both would not show what is the same in both, such as a mean that is taken off. What (a, b) gives for a must be what
+    (a, a) does, and for b what (b, b) does, dropout drawn alike. A buffer that follows activations (running statistics,
     a centre) would leave the training without noise.
     """
     twin = _double(model)
@@ -320,14 +320,15 @@ def check_training(model: nn.Module, two: tuple) -> None:
     for name, value in after[0].items():
         if any(not torch.equal(value, other.get(name, value)) for other in after[1:]):
             raise ValueError(
-                f"the buffer {name} follows the records of a batch in train mode, which nothing clips or noises; keep "
-                f"its module in eval mode, or replace it"
+                f"the buffer {name} follows the records of a batch, which nothing clips or noises; keep its module in "
+                f"eval mode, or replace it"
             )
     if all(_same(together[-1][1], one[-1][1], i) for i, one in enumerate(alone)):
         return
     for k, (name, outputs) in enumerate(together):
         if any(k < len(one) and not _same(outputs, one[k][1], i) for i, one in enumerate(alone)):
             raise ValueError(
-                f"{name or type(twin).__name__}: in train mode the output for one record depends on the other records "
-                f"of the batch; per-sample clipping cannot bound such a layer. Replace it, or keep it in eval mode"
+                f"{name or type(twin).__name__}: the output for one record depends on the other records of the batch; "
+                f"per-sample clipping cannot bound such a layer. Replace it, or keep it in eval mode where it mixes in "
+                f"train mode alone"
             )

@@ -93,18 +93,21 @@ def _name(question: int, by: str) -> str:
 
 
 def _publish(out: Path, question: str, name: str, folder: Path | None, page: Path | None) -> None:
-    """Copy what ``answer`` wrote to ``folder``, whose results of other arms and seeds stay; put its table, without the
-    heading, into ``page``."""
-    from lalora_kernels.reproduce.runs import TUNED, merged_lines
+    """Copy what ``answer`` wrote to ``folder``, whose results of other arms and seeds stay, as does its tuning; put its
+    table, without the heading, into ``page``."""
+    from lalora_kernels.reproduce.runs import TUNED, merged_lines, read_tuned
     from lalora_kernels.table import put_into
 
     made = {f"{name}-{question}{end}": out / f"{question}{end}" for end in (".md", ".svg", ".jsonl")}
     if folder is not None:
-        for target, path in (made | {f"{name}-{TUNED}": out / TUNED}).items():
+        for target, path in made.items():
             if path.exists():
                 lines = target.endswith(".jsonl") and (folder / target).exists()
                 made_here = merged_lines(path, folder / target).encode() if lines else path.read_bytes()
                 write_atomic(folder / target, made_here)
+        if (out / TUNED).exists():
+            published = folder / f"{name}-{TUNED}"
+            write_atomic(published, json.dumps(read_tuned(published, out / TUNED), indent=2) + "\n")
     table = out / f"{question}.md"
     if page is not None and table.exists():
         put_into(page, table.read_text().partition("\n")[2], f"evidence-{name}-{question.removeprefix('question-')}")
@@ -149,8 +152,10 @@ def answer(
     chosen = {key: runs.best(one["tried"], by) for key, one in tuned.items()}
     todo = runs.jobs_of(asked, dict(base), chosen, epsilons, seeds)
     for job in runs.train(todo, out, jobs, deadline, there):
-        result = runs.result_of(job, out)
-        assert result is not None
+        if (result := runs.result_of(job, out)) is None:  # the other runs go on
+            say(f"{job.name} has ended, but its {runs.METRICS} lacks rounds; if the same command does not mend that, "
+                f"remove {job.folders(out)[0]} to train it again")  # fmt: skip
+            continue
         done = len(runs.results_of(todo, out, there))
         say(f"[{done}/{len(todo)}] {job.name}: {100 * result['accuracy']:.1f} %, {result['seconds']:.0f} s")
     shown_epsilons, shown_seeds = sorted({*own, *epsilons}), sorted({*preset.seeds, *seeds})

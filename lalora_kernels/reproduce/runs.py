@@ -19,7 +19,7 @@ import torch
 
 from lalora_kernels import __version__
 from lalora_kernels.federated.config import Config, make_config
-from lalora_kernels.federated.run import Run, prepare
+from lalora_kernels.federated.run import METRICS, Run, prepare
 from lalora_kernels.federated.task import Watch
 from lalora_kernels.files import write_atomic
 from lalora_kernels.reproduce.measures import Recorder, read_measures
@@ -95,10 +95,10 @@ def result_of(job: Job, out: Path, known: Known = NOTHING) -> dict[str, Any] | N
 
 def _read_result(job: Job, folder: Path) -> dict[str, Any] | None:
     try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-    except FileNotFoundError:
+        lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        first, last = lines[0], lines[-1]
+    except (FileNotFoundError, IndexError, ValueError):  # resuming the run writes it anew
         return None
-    first, last = json.loads(lines[0]), json.loads(lines[-1])
     measures = read_measures(folder / MEASURES)
     if last["round"] < job.config.rounds or (job.measure and measures is None):
         return None
@@ -106,7 +106,7 @@ def _read_result(job: Job, folder: Path) -> dict[str, Any] | None:
         "run": folder.name, "arm": job.arm, "epsilon": "inf" if not job.config.private else job.config.epsilon,
         "seed": job.config.seed, "accuracy_before": first["accuracy"], "accuracy": last["accuracy"],
         "loss": last["loss"], "epsilon_spent": last["epsilon"], "seconds": last["seconds"],
-        "bytes_sent": sum(json.loads(line)["bytes_sent"] for line in lines), "settings": _told(job.config),
+        "bytes_sent": sum(line["bytes_sent"] for line in lines), "settings": _told(job.config),
         **({} if measures is None else {"measures": measures}), "version": __version__,
     }  # fmt: skip
 
@@ -236,11 +236,13 @@ def merged_lines(new: Path, old: Path) -> str:
 
 
 def read_tuned(*paths: Path) -> dict[str, dict[str, Any]]:
-    """What ``--tune`` chose, by ``tuning_key``, from all files that are there; the last word is the last file's."""
+    """What ``--tune`` chose, by ``tuning_key``, from all files that are there; of two choices the first file's counts,
+    which is the published one: the published results were trained with it."""
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
         if path.exists():
-            found |= json.loads(path.read_text())
+            for key, one in json.loads(path.read_text()).items():
+                found.setdefault(key, one)
     return found
 
 

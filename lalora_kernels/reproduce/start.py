@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lalora_kernels.data import BadInput, Data, Records, load_data
 from lalora_kernels.files import write_atomic
-from lalora_kernels.models import Classifier, load_model
+from lalora_kernels.models import Classifier, load_model, need, quiet
 
 PUBLIC, SEED, BATCH = 2000, 0, 100
 DEAD = 1e-6  # of the median deviation: below it a feature gets no weight. MiniLM's last LayerNorm scales three by 1e-9
@@ -166,7 +166,8 @@ def _save_text(settings: dict, data: Data, private: np.ndarray, classifier: Clas
         lines = ["label\tsentence"]
         lines += [f"{data.classes[y]}\t{text}" for text, y in zip(records.inputs, records.labels.tolist())]
         write_atomic(folder / f"{split}.tsv.gz", gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0))
-    classifier.model.save_pretrained(folder / "model")  # type: ignore[operator]
+    with quiet(need("transformers")):  # its bar would stand among the runs' lines
+        classifier.model.save_pretrained(folder / "model")  # type: ignore[operator]
     classifier.collate.tokenizer.save_pretrained(folder / "model")  # type: ignore[attr-defined]
     return {"dataset": "train.tsv.gz", "test_dataset": "test.tsv.gz", "model": "model"}
 
