@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lalora_kernels import functional
-from lalora_kernels.nn import Adapted, submodules
+from lalora_kernels.nn import Adapted
 from lalora_kernels.privacy.clipping import clip_weights, tensor_bound
 from lalora_kernels.privacy.distributed import Group, loud_ddp, quiet_ddp
 from lalora_kernels.privacy.noise import NoiseSource
@@ -24,7 +24,7 @@ from lalora_kernels.privacy.rules import ExtraRecorder, has_statistics, refuse_b
 from lalora_kernels.privacy.sampling import BatchInfo
 from lalora_kernels.privacy.sentinel import NotYet, foreign, stand_in, take_away
 from lalora_kernels.privacy.ties import tie
-from lalora_kernels.privacy.trained import Use, trained_tensors
+from lalora_kernels.privacy.trained import Use, refuse_changes, trained_tensors
 
 
 class Engine:
@@ -137,27 +137,6 @@ class Engine:
         self._handles, self.recorders, self._buffers, self.batch = [], [], {}, None
 
     # ---------------------------------------------------------------- refusals
-
-    def _refuse_changes(self) -> None:
-        for verify in [*(s.verify for s in self.sites), *(r.verify for r in self.recorders)]:
-            verify()
-        modules = set(submodules(self.model))
-        for r in self.recorders:
-            if r.module not in modules:
-                raise RuntimeError(
-                    f"{r.name} was taken out of the model after make_private (merged, unloaded or replaced); detach() "
-                    f"the optimizer first, and call make_private again to go on"
-                )
-        known = {s.param for s in self.sites}
-        parameters = (p for m in modules for p in m._parameters.values())
-        if all(p is None or not p.requires_grad or p in known for p in parameters):
-            return
-        for name, p in self.model.named_parameters():
-            if p.requires_grad and p not in known:
-                raise RuntimeError(
-                    f"{name} was added or unfrozen after make_private, so nothing clips or noises it; freeze it, or "
-                    f"detach() the optimizer and call make_private again"
-                )
 
     def _refuse_foreign(self, p: nn.Parameter, name: str) -> None:
         # None: what a private layer's own backward hands to autograd.
@@ -285,7 +264,7 @@ class Engine:
                 s.param.grad = None
             self._refuse_foreign(s.param, s.name)
         if batch.first:
-            self._refuse_changes()
+            refuse_changes(self.model, self.sites, self.recorders)
             self.before_logical_batch()
         trainable = [s for s in self.sites if s.param.requires_grad]
         if batch.first:

@@ -1,11 +1,12 @@
-"""Which tensors of a model train, and by what their per-sample gradient is known."""
+"""Which tensors of a model train, by what their per-sample gradient is known, and whether they still are the same."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from lalora_kernels.nn import Adapted
+from lalora_kernels.nn import Adapted, submodules
+from lalora_kernels.privacy.recorders import Recorder, Site
 from lalora_kernels.privacy.rules import rule_of
 from lalora_kernels.privacy.ties import kind_of
 
@@ -53,6 +54,29 @@ def trained_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Use
             table, defers = getattr(module, "is_table", False), rule is not None and rule.defers
             uses.append(Use(full, owner, key, role, adapted, kind_of(role, adapted, table, defers)))
         yield name, module, uses
+
+
+def refuse_changes(model: nn.Module, sites: Sequence[Site], recorders: Sequence[Recorder]) -> None:
+    """Raise RuntimeError where the model is no longer the one that these were made for."""
+    for verify in [*(s.verify for s in sites), *(r.verify for r in recorders)]:
+        verify()
+    modules = set(submodules(model))
+    for r in recorders:
+        if r.module not in modules:
+            raise RuntimeError(
+                f"{r.name} was taken out of the model after make_private (merged, unloaded or replaced); detach() the "
+                f"optimizer first, and call make_private again to go on"
+            )
+    known = {s.param for s in sites}
+    parameters = (p for m in modules for p in m._parameters.values())
+    if all(p is None or not p.requires_grad or p in known for p in parameters):
+        return
+    for name, p in model.named_parameters():
+        if p.requires_grad and p not in known:
+            raise RuntimeError(
+                f"{name} was added or unfrozen after make_private, so nothing clips or noises it; freeze it, or "
+                f"detach() the optimizer and call make_private again"
+            )
 
 
 def _tensors(name: str, layer: Adapted) -> dict[str, tuple[nn.Module, str]]:
