@@ -73,6 +73,26 @@ def missing(what: str, case: str, against: str, why: str) -> dict:
     return {"what": what, "case": case, "against": against, "median": None, "met": None, "note": why}
 
 
+def why(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return f"not installed: {error.name}"
+    return f"failed: {type(error).__name__}: {str(error)[:120]}"
+
+
+def working(what: str, case: str, device: str, contenders: Mapping[str, Callable]) -> tuple[dict, list[dict]]:
+    """Those that run, and a row for each that does not."""
+    running, failed = {}, []
+    for name, call in contenders.items():
+        try:
+            call()
+            if device != "cpu":
+                torch.cuda.synchronize()  # or the next one is blamed
+            running[name] = call
+        except Exception as error:  # a contender's own failure is a row, not the end of the run
+            failed.append(missing(what, case, name, why(error)))
+    return running, failed
+
+
 def medians(times: dict[str, list[float]]) -> dict[str, float]:
     return {name: float(f"{statistics.median(t):.4g}") for name, t in times.items()}
 
@@ -105,10 +125,12 @@ def privatize_rows(backends: dict[str, ModuleType], device: str, rounds: int) ->
 
         contenders = {name: lambda ops=ops: call(ops, 1.0) for name, ops in backends.items()}
         contenders |= {f"{name}, no noise": lambda ops=ops: call(ops, 0.0) for name, ops in backends.items()}
-        times = race(device, {**contenders, "copy": copying(read, device)}, rounds)
-        for name in backends:
+        case, copy = f"Llama-7B q,v r=16 N=32, {factor}", copying(read, device)
+        running, failed = working("privatize", case, device, contenders)
+        yield from failed
+        times = race(device, {**running, "copy": copy}, rounds)
+        for name in (name for name in backends if name in running):
             share = share_of_copy(times[name], read + read // N, times["copy"], read)
-            case = f"Llama-7B q,v r=16 N=32, {factor}"
             yield row("privatize", case, "copy", share, 0.8, True, backend=name, seconds=medians(times))
 
 
@@ -132,12 +154,18 @@ def sample_grad_rows(backends: dict[str, ModuleType], device: str, rounds: int) 
             def ours(dy=dy, B=B, given=given):
                 ops.sample_grad(dy, B, SCALING, **given)
 
-            times = race(device, {"ours": ours, **others, "copy": copying(read, device)}, rounds)
+            running, failed = working("sample_grad", case, device, {"ours": ours, **others})
+            yield from failed
+            if "ours" not in running:
+                continue
+            times = race(device, {**running, "copy": copying(read, device)}, rounds)
             share = share_of_copy(times["ours"], read, times["copy"], read)
             facts = {"backend": "triton", "seconds": medians(times)}
             yield row("sample_grad", case, "copy", share, 0.7, True, **facts)
-            best = min(others, key=lambda name: statistics.median(times[name]))
-            yield row("sample_grad", case, f"PyTorch ({best})", ratio(times[best], times["ours"]), 2.0, True, **facts)
+            if left := [name for name in others if name in running]:
+                best = min(left, key=lambda name: statistics.median(times[name]))
+                speed = ratio(times[best], times["ours"])
+                yield row("sample_grad", case, f"PyTorch ({best})", speed, 2.0, True, **facts)
 
 
 def normal_rows(backends: dict[str, ModuleType], device: str, rounds: int) -> Iterator[dict]:
@@ -147,9 +175,13 @@ def normal_rows(backends: dict[str, ModuleType], device: str, rounds: int) -> It
         def ours(ops=ops):
             ops.chacha20_normal(count, key=KEY, release=1, tensor_index=0, device=device)
 
+        case = f"2^{count.bit_length() - 1} normals"
+        running, failed = working("chacha20_normal", case, device, {name: ours})
+        yield from failed
+        if not running:
+            continue
         times = race(device, {"ours": ours, "torch.randn": lambda: torch.randn(count, device=device)}, rounds)
         speed = ratio(times["torch.randn"], times["ours"])
-        case = f"2^{count.bit_length() - 1} normals"
         yield row("chacha20_normal", case, "torch.randn", speed, 0.5, True, backend=name, seconds=medians(times))
 
 

@@ -3,8 +3,8 @@
     python bench/gpu_run.py [--dry] [--out FOLDER] [--minutes 8] [--only tests ops steps tuning compile]
 
 Writes gpu-<family>.json and .md into bench/results and, of kernels all of whose tests passed, the proof into
-lalora_kernels/proven.json: commit both. ``--dry`` needs no card: Triton interpreted and compiled, the CUDA kernels
-emulated, tiny shapes, and nothing is proven.
+lalora_kernels/proven.json: commit both. All of it goes to ``--out`` as well, as it comes. ``--dry`` needs no card:
+Triton interpreted and compiled, the CUDA kernels emulated, tiny shapes, and nothing is proven.
 """
 
 import argparse
@@ -16,26 +16,42 @@ import re
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as xml
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "python_tests")]
+import gpu_outcomes  # noqa: E402
+from gpu_outcomes import STEPS  # noqa: E402
+
+from lalora_kernels import gpu  # noqa: E402
+from lalora_kernels.files import write_atomic  # noqa: E402
+
 BACKENDS = {"cuda": "lalora_kernels.cuda", "triton": "lalora_kernels.triton_ops"}
 TESTS = ROOT / "python_tests/test_gpu_card.py"
 PROVEN = ROOT / "lalora_kernels/proven.json"
+RESULTS, DRY_RESULTS = ROOT / "bench/results", ROOT / "build/gpu-dry"
 GROUPS = ("compile", "tests", "ops", "steps", "tuning")
+# Tests by what their names hold; without steps nothing is proven, so Triton's, the longest, are last.
+TESTED = {"cuda": "cuda.", STEPS: "not cuda. and not triton.", "triton": "triton."}
+TEST_SECONDS = 240  # a group's at most
 
 
 class Run:
-    """The result in the making; ``save`` after each part, so that what is cut off keeps what it has."""
+    """The result in the making; ``save`` after each part, so that what is cut off keeps what it has.
 
-    def __init__(self, dry: bool, out: Path, minutes: float):
+    ``out``: a folder of the caller's, which gets all that is written, beside the folder where it belongs.
+    """
+
+    def __init__(self, dry: bool, out: Path | None, minutes: float):
         spent = float(os.environ.get("LALORA_GPU_SPENT", "0"))  # by gpu.sh, building
         self.dry, self.out, self.end = dry, out, time.monotonic() + 60 * minutes - spent
+        self.folders = [DRY_RESULTS if dry else RESULTS, *([out] if out else [])]
         self.result: dict = {"dry": dry, **about(dry), "passed": {}, "tests": {}, "rows": [], "seconds": {}}
+        self.result["broken"] = []
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -46,20 +62,31 @@ class Run:
                 row["met"] = None
             self.result["rows"].append(row)
             print(line(row), flush=True)
+        self.save()
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """What goes wrong within is a row with its reason, not the end of the run."""
+        from gpu_ops import missing, why
+
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.result["broken"].append(what)
+            self.add([missing(what, "-", "all", why(error))])
 
     def save(self) -> Path:
-        self.out.mkdir(parents=True, exist_ok=True)
-        path = self.out / f"gpu-{self.result['family']}.json"
-        path.write_text(json.dumps(self.result, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(self.result))
+        for folder in self.folders:
+            path = folder / f"gpu-{self.result['family']}.json"
+            write_atomic(path, json.dumps(self.result, indent=1) + "\n")
+            write_atomic(path.with_suffix(".md"), markdown(self.result))
         return path
 
 
 def about(dry: bool) -> dict:
     import torch
     from harness import _git
-
-    from lalora_kernels import gpu
 
     def version(name: str) -> str | None:
         try:
@@ -83,71 +110,53 @@ def about(dry: bool) -> dict:
 
 
 def run_tests(run: Run) -> None:
-    """One pytest for each backend, so that one that hangs or dies takes no other's proof along."""
-    for backend in BACKENDS:
-        start, report = time.monotonic(), run.out / f"tests-{backend}.xml"
-        run.out.mkdir(parents=True, exist_ok=True)
-        report.unlink(missing_ok=True)
-        chosen = "cuda" if backend == "cuda" else "not cuda"  # the steps' tests go with Triton's
-        command = [sys.executable, "-m", "pytest", str(TESTS), "-q", "-k", chosen]
-        command += ["-p", "no:cacheprovider", f"--junitxml={report}", "-o", "junit_family=xunit1"]
+    """A pytest for each backend and one for whole steps: one that hangs or dies takes no other's proof along."""
+    for group, chosen in TESTED.items():
+        start, notes = time.monotonic(), run.folders[-1] / f"tests-{group}.jsonl"
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        notes.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", str(TESTS), "-q", "-k", chosen, "-p", "gpu_outcomes"]
+        command += ["-p", "no:cacheprovider"]
         if not run.dry and importlib.util.find_spec("xdist"):
             command += ["-n", str(min(os.cpu_count() or 1, 12))]  # Triton compiles on the host
-        environment = {**os.environ, "LALORA_GPU_DRY": "1" if run.dry else "0"}
+        environment = {**os.environ, "LALORA_GPU_DRY": "1" if run.dry else "0", "LALORA_GPU_OUTCOMES": str(notes)}
         environment["TRITON_INTERPRET"] = "1" if run.dry else "0"
-        try:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "bench"), os.environ.get("PYTHONPATH"))))
+        code: int | str = "out of time"
+        with suppress(subprocess.TimeoutExpired):
             code = subprocess.run(
-                command, env=environment, cwd=ROOT, timeout=max(min(run.left() - 60, 240), 1)
+                command, env=environment, cwd=ROOT, timeout=max(min(run.left() - 60, TEST_SECONDS), 1)
             ).returncode
-        except subprocess.TimeoutExpired:
-            code = "out of time"
-        tested, failed, steps = outcomes(report) if report.exists() else ({}, ["no report"], None)
-        ops = {op for name in tested for b, _, op in [name.partition(".")] if b == backend and tested[name]}
-        run.result["passed"][backend] = sorted(ops)
-        run.result["tests"][backend] = {"exit": code, "failed": failed, "kernels": tested, "steps": steps}
-        run.result["seconds"][f"tests {backend}"] = round(time.monotonic() - start)
+        kernels, failed = gpu_outcomes.read(notes)
+        run.result["tests"][group] = {"exit": code, "failed": failed, "kernels": kernels}
+        if group in BACKENDS:
+            run.result["passed"][group] = sorted(name.partition(".")[2] for name, good in kernels.items() if good)
+        run.result["seconds"][f"tests {group}"] = round(time.monotonic() - start)
         run.save()
-
-
-def outcomes(report: Path) -> tuple[dict[str, bool], list[str], bool | None]:
-    """Kernel -> whether all of its tests that ran passed, at least one of them; names of tests that failed; whether
-    all tests of whole steps, which are about no one kernel, passed (None: none ran)."""
-    tested, failed, steps = {}, [], None
-    for case in xml.parse(report).iter("testcase"):
-        if case.find("skipped") is not None:
-            continue
-        bad = case.find("failure") is not None or case.find("error") is not None
-        if bad:
-            failed.append(case.get("name"))
-        kernels = [prop.get("value") for prop in case.iter("property") if prop.get("name") == "kernel"]
-        for kernel in kernels:
-            tested[kernel] = tested.get(kernel, True) and not bad
-        if not kernels:
-            steps = steps is not False and not bad
-    return tested, failed, steps
+        if not run.dry:
+            prove(run)  # what is cut off keeps what was proven until then
 
 
 def prove(run: Run) -> None:
     """Lift the mark of what passed, on this family of cards; what failed there loses an older proof.
 
-    Whole steps must have passed too, or no kernel has.
+    Whole steps must have passed too, or nothing is lifted. Tests that were cut off prove nothing and refute nothing.
     """
-    found = [t["steps"] for t in run.result["tests"].values() if t["steps"] is not None]
-    if not found or not all(found):
-        run.result["passed"] = {backend: [] for backend in BACKENDS}
-    path, family = run.save(), run.result["family"]
+    tests, family = run.result["tests"], run.result["family"]
+    steps = tests.get(STEPS, {}).get("kernels", {}).get(STEPS)
     proven = json.loads(PROVEN.read_text())
-    for backend, tested in ((b, t["kernels"]) for b, t in run.result["tests"].items()):
-        for name, good in tested.items():
-            families = proven.setdefault(backend, {}).setdefault(name.partition(".")[2], {})
-            if good and name.partition(".")[2] in run.result["passed"][backend]:
-                families[family] = path.name
-            else:
-                families.pop(family, None)
+    for name, good in ((n, g) for t in tests.values() for n, g in t["kernels"].items() if n != STEPS):
+        backend, _, op = name.partition(".")
+        families = proven.setdefault(backend, {}).setdefault(op, {})
+        if good and steps:
+            families[family] = f"gpu-{family}.json"
+        elif good is False:
+            families.pop(family, None)
     proven = {b: {op: f for op, f in ops.items() if f} for b, ops in proven.items()}
-    PROVEN.write_text(json.dumps({b: ops for b, ops in proven.items() if ops}, indent=1, sort_keys=True) + "\n")
-    from lalora_kernels import gpu
-
+    text = json.dumps({b: ops for b, ops in proven.items() if ops}, indent=1, sort_keys=True) + "\n"
+    write_atomic(PROVEN, text)
+    if run.out:
+        write_atomic(run.out / PROVEN.name, text)
     gpu.proven.cache_clear()  # from here on dispatch chooses what the benchmarks are to measure
 
 
@@ -168,18 +177,20 @@ def run_ops(run: Run) -> None:
         ("sample_grad", gpu_ops.sample_grad_rows),
         ("chacha20_normal", gpu_ops.normal_rows),
     ):
-        run.add(rows(backends(run, op), device, rounds))
+        with run.attempt(op):
+            run.add(rows(backends(run, op), device, rounds))
     run.result["seconds"]["ops"] = round(time.monotonic() - start)
-    run.save()
 
 
 def run_steps(run: Run) -> None:
+    import torch
+    from gpu_ops import missing, why
+
     try:
         import gpu_steps
     except ImportError as error:
-        run.add([missing("step", "all", "PEFT", f"not installed: {error.name}")])
+        run.add([missing("step", "all", "PEFT", why(error))])
         return
-    import torch
 
     from lalora_kernels import dispatch
 
@@ -189,7 +200,7 @@ def run_steps(run: Run) -> None:
     try:
         refused = gpu_steps.wrong(device)  # correctness first
     except ImportError as error:
-        run.add([missing("step", "all", "PEFT", f"not installed: {error.name}")])
+        run.add([missing("step", "all", "PEFT", why(error))])
         return
     noise = backends(run, "chacha20_normal")
     cases = [
@@ -203,7 +214,8 @@ def run_steps(run: Run) -> None:
         if run.left() < 30:
             run.add([missing("step", f"{spec}", "all", "not run: out of time")])
         else:
-            run.add(rows())
+            with run.attempt(f"step {spec}"):
+                run.add(rows())
         if not run.dry:
             torch.cuda.empty_cache()
         run.result["seconds"]["steps"] = round(time.monotonic() - start)
@@ -218,11 +230,6 @@ def run_tuning(run: Run) -> None:
     if "sample_grad" in run.result["passed"].get("triton", []) and run.left() > 30:
         run.add(gpu_ops.tuning_rows("cpu" if run.dry else "cuda", 1 if run.dry else 15))
     run.result["seconds"]["tuning"] = round(time.monotonic() - start)
-    run.save()
-
-
-def missing(*row: str) -> dict:
-    return dict(zip(("what", "case", "against", "note"), row), median=None, met=None)
 
 
 def run_compile(run: Run) -> None:
@@ -267,9 +274,12 @@ def markdown(result: dict) -> str:
     lines = ["# bench/gpu.sh", "", ", ".join(f"{f} {result[f]}" for f in fields), ""]
     if result["dry"]:
         lines += ["A dry run: no card, tiny shapes. The figures mean nothing and nothing is proven.", ""]
-    for backend, tests in result["tests"].items():
-        lines.append(f"- {backend} passed: {', '.join(result['passed'][backend]) or 'nothing'}")
+    for group, tests in result["tests"].items():
+        passed = [name.partition(".")[2] or "all" for name, good in tests["kernels"].items() if good]
+        cut = [name for name, good in tests["kernels"].items() if good is None]
+        lines.append(f"- {group} passed: {', '.join(sorted(passed)) or 'nothing'}")
         lines += [f"  - failed: {name}" for name in tests["failed"][:20]]
+        lines += [f"  - did not end, or all skipped: {', '.join(cut)}"] * bool(cut)
     if "serves" in result:
         lines.append(f"- in whole steps: {', '.join(f'{op} {name}' for op, name in result['serves'].items())}")
     lines += ["", "| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
@@ -280,7 +290,7 @@ def markdown(result: dict) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--out", type=Path, help="default: bench/results; of a dry run build/gpu-dry")
+    parser.add_argument("--out", type=Path, help="a copy here of all that is written, as it comes")
     parser.add_argument("--minutes", type=float, default=float(os.environ.get("LALORA_GPU_MINUTES", "8")))
     parser.add_argument("--only", nargs="*", choices=GROUPS, default=list(GROUPS))
     args = parser.parse_args()
@@ -297,31 +307,22 @@ def main() -> int:
         from lalora_kernels import cuda
 
         cuda._module = emulated.load(emulated.build())
-    run = Run(args.dry, args.out or ROOT / ("build/gpu-dry" if args.dry else "bench/results"), args.minutes)
-    if args.dry and "compile" in args.only:
-        run_compile(run)
-    if "tests" in args.only:
-        run_tests(run)
-        if not args.dry:
-            prove(run)
-    if "ops" in args.only:
-        run_ops(run)
-    if "steps" in args.only:
-        run_steps(run)
-    if "tuning" in args.only:
-        run_tuning(run)
+    run = Run(args.dry, args.out, args.minutes)
+    parts = {"compile": run_compile, "tests": run_tests, "ops": run_ops, "steps": run_steps, "tuning": run_tuning}
+    for name in GROUPS if args.dry else GROUPS[1:]:
+        if name in args.only:
+            with run.attempt(name):
+                parts[name](run)
     path = run.save()
-    for report in run.out.glob("tests-*.xml"):
-        report.unlink()
+    for notes in run.folders[-1].glob("tests-*.jsonl"):
+        notes.unlink()
     print("\n" + re.sub(r"(?s)^# .*?\n\n", "", path.with_suffix(".md").read_text()))
     judged = [row["met"] for row in run.result["rows"] if row["met"] is not None]
     if judged:
         print(f"{sum(judged)} of {len(judged)} targets met; commit {path.name}, its .md and {PROVEN.relative_to(ROOT)}")
     print(f"{path}: " + ", ".join(f"{k} {v} s" for k, v in run.result["seconds"].items()))
-    broken = [b for b, t in run.result["tests"].items() if t["exit"]] + (
-        ["compile"] if run.result.get("compile", {}).get("exit") else []
-    )
-    return 1 if broken else 0
+    codes = [t["exit"] for t in (*run.result["tests"].values(), run.result.get("compile", {"exit": 0}))]
+    return 1 if any(codes) or run.result["broken"] else 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ Signatures and meaning are the reference's (SPEC section 9). Everything runs on 
 for the device. ``sample_grad_clip`` needs thread-block clusters (sm_90) and a rank of at most 64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -37,11 +38,14 @@ def require() -> ModuleType:
     return _module
 
 
-def _place(t: Tensor) -> tuple[int, int]:
-    """(device, stream) of a launch."""
-    if t.device.type != "cuda":
-        return 0, 0  # the emulated machine of the tests
-    return t.device.index, torch.cuda.current_stream(t.device).cuda_stream
+@contextmanager
+def _place(t: Tensor) -> Iterator[tuple[int, int]]:
+    """(device, stream) of a launch, which makes the device current; afterwards it is the caller's again."""
+    with torch.cuda.device_of(t):
+        if t.device.type != "cuda":
+            yield 0, 0  # the emulated machine of the tests
+        else:
+            yield t.device.index, torch.cuda.current_stream(t.device).cuda_stream
 
 
 def _pointers(release: Release) -> tuple[tuple, tuple]:
@@ -56,7 +60,8 @@ def clip_reduce(G: Sequence[Tensor], weights: Tensor, out: Sequence[Tensor]) -> 
         return
     L = len(out)
     release = Release("clip_reduce", G, out, weights, out, [0] * L, [None] * L)
-    require().clip_reduce(*_pointers(release), *_place(out[0]))
+    with _place(out[0]) as place:
+        require().clip_reduce(*_pointers(release), *place)
     release.finish()
 
 
@@ -85,7 +90,8 @@ def privatize(
         refuse_capture("privatize", out[0].device)
     tensors = Release("privatize", G, S, weights, out, tensor_index, smooth_dim)
     stream = noise_std, key or b"", release if noise_std else 0
-    require().privatize(*_pointers(tensors), *stream, divisor, padding == "reflect", *_place(out[0]))
+    with _place(out[0]) as place:
+        require().privatize(*_pointers(tensors), *stream, divisor, padding == "reflect", *place)
     tensors.finish()
 
 
@@ -116,7 +122,8 @@ def chacha20_normal(
         raise TypeError(f"chacha20_normal: backend 'cuda' makes {', '.join(map(str, _DTYPES))}, not {dtype}")
     out = torch.empty(count, dtype=torch.float32, device=device)
     refuse_capture("chacha20_normal", out.device)
-    require().chacha20_normal(out.data_ptr(), start, count, key, release, tensor_index, *_place(out))
+    with _place(out) as place:
+        require().chacha20_normal(out.data_ptr(), start, count, key, release, tensor_index, *place)
     return out.to(dtype)
 
 
@@ -127,7 +134,8 @@ def chacha20_words(
     if start < 0 or blocks < 0 or start + blocks > 1 << 32:
         raise ValueError(f"ChaCha20's block counter has 32 bits; blocks {start}..{start + blocks} do not fit")
     out = torch.empty(blocks, 16, dtype=torch.int64, device=device)
-    require().chacha20_words(out.data_ptr(), key, tuple(w & 0xFFFFFFFF for w in nonce), start, blocks, *_place(out))
+    with _place(out) as place:
+        require().chacha20_words(out.data_ptr(), key, tuple(w & 0xFFFFFFFF for w in nonce), start, blocks, *place)
     return out
 
 
@@ -180,16 +188,17 @@ def sample_grad_clip(
             write = None if factor == "A" and h is not None else dz
             call = module.ClipGrad(
                 (N, T, m, features if factor == "A" else 0, r), _DTYPES[dy.dtype], scaling, max_norm, grad_scale,
-                N if valid is None else valid, _rows(dy), _rows(h) if factor == "B" else _NONE,
+                N if valid is None else valid, factor, _rows(dy), _rows(h) if factor == "B" else _NONE,
                 _rows(x) if factor == "A" else _NONE, B.data_ptr(), 0 if write is None else write.data_ptr(),
                 target.data_ptr(), sq.data_ptr(),
             )  # fmt: skip
             key = (N, T, m, features, r, dy.dtype, factor, write is None, device)
-            plan = _plans.get(key)
-            if plan is None:
-                plan = _plans[key] = module.plan_sample_grad_clip(call, _place(dy)[0])
-            partial = torch.empty(plan.clusters, features * r, dtype=torch.float32, device=device)
-            module.sample_grad_clip(call, plan, partial.data_ptr(), *_place(dy))
+            with _place(dy) as place:
+                plan = _plans.get(key)
+                if plan is None:
+                    plan = _plans[key] = module.plan_sample_grad_clip(call, place[0])
+                partial = torch.empty(plan.clusters, features * r, dtype=torch.float32, device=device)
+                module.sample_grad_clip(call, plan, partial.data_ptr(), *place)
         if target.data_ptr() != S.data_ptr():
             S.copy_(target)
         results += [S, sq]

@@ -50,13 +50,18 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def choose(device: str, dtype: torch.dtype, backend: str | None = None, op: str = "") -> str:
-    """Name of the backend that serves ``dtype`` on ``device``; on a GPU it depends on the operation."""
+def _kind(device: torch.device | str) -> str:
+    return device.type if isinstance(device, torch.device) else torch.device(device).type  # which takes a microsecond
+
+
+def choose(device: torch.device | str, dtype: torch.dtype, backend: str | None = None, op: str = "") -> str:
+    """Name of the backend that serves ``dtype`` on ``device``; on a GPU it depends on the operation and the card."""
     if name := backend or asked() or os.environ.get("LALORA_BACKEND"):
         return _known(name)
-    if device == "cuda" and dtype in HALF:
-        return gpu.default_backend(op)
-    return "cpp" if device == "cpu" and dtype in SMALL else "reference"
+    kind = _kind(device)
+    if kind == "cuda" and dtype in HALF:
+        return gpu.default_backend(op, device)
+    return "cpp" if kind == "cpu" and dtype in SMALL else "reference"
 
 
 def _load(op: str, name: str, device: str, dtype: torch.dtype) -> Callable:
@@ -79,8 +84,7 @@ def _load(op: str, name: str, device: str, dtype: torch.dtype) -> Callable:
 def get(op: str, like: Tensor | tuple[torch.device | str, torch.dtype], backend: str | None = None) -> Callable:
     """The function that serves ``op`` for tensors like ``like``. Raises BackendError where the choice cannot."""
     device, dtype = (like.device, like.dtype) if isinstance(like, Tensor) else like
-    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
-    return _load(op, choose(kind, dtype, backend, op), kind, dtype)
+    return _load(op, choose(device, dtype, backend, op), _kind(device), dtype)
 
 
 def explain(

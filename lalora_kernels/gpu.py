@@ -19,19 +19,22 @@ def proven() -> dict[str, dict[str, dict[str, str]]]:
     return json.loads(_PROVEN.read_text())
 
 
-def family() -> str | None:
-    """ "sm_90" for compute capability 9.0; on AMD the runtime's name, such as "gfx942"; None without a GPU."""
+def family(device: torch.device | str | None = None) -> str | None:
+    """ "sm_90" for compute capability 9.0; on AMD the runtime's name, such as "gfx942"; None without a GPU.
+
+    A device without a number is the current one, and so is None.
+    """
     if not torch.cuda.is_available():
         return None
-    props = torch.cuda.get_device_properties(torch.cuda.current_device())
+    props = torch.cuda.get_device_properties(device)
     return props.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{props.major}{props.minor}"
 
 
-def default_backend(op: str) -> str:
+def default_backend(op: str, device: torch.device | str) -> str:
     """What serves ``op`` on this GPU when nobody asks for more: a kernel proven on its family, or the reference."""
     # The cluster kernel does not hold every shape.
     for name in BACKENDS[1:] if op == "sample_grad_clip" else BACKENDS:
-        if family() in proven().get(name, {}).get(op, {}):
+        if family(device) in proven().get(name, {}).get(op, {}):
             return name
     return "reference"
 
@@ -88,7 +91,11 @@ def sums(op: str, S: Tensor | None, name: str, shape: tuple[int, int], device: t
 
 def refuse_capture(op: str, device: torch.device) -> None:
     """A graph replays its arguments: the second replay would draw the noise of the first, and no epsilon would hold."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
+        return
+    with torch.cuda.device(device):  # whose current stream the launch takes
+        captured = torch.cuda.is_current_stream_capturing()
+    if captured:
         raise RuntimeError(
             f"{op}: a captured CUDA graph would use one (key, release) pair at every replay; capture forward, backward "
             f"and clipping, and release outside of the graph"

@@ -1,5 +1,6 @@
 """Adaptive clipping: the rule, the count's sensitivity, its noise, what both cost, Opacus beside it."""
 
+import contextlib
 import copy
 import itertools
 import math
@@ -16,7 +17,7 @@ from tolerances import EPSILON_GRID, KS_ACCEPT
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lalora_kernels import functional
+from lalora_kernels import dispatch, functional
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.run import Run, Watch, prepare
 from lalora_kernels.nn import LoRALinear
@@ -125,6 +126,27 @@ def test_the_formula_on_empty_batches():
         xi = float(functional.chacha20_normal(1, key=KEY, release=release, tensor_index=2))
         expected.append(expected[-1] * math.exp(-eta * (0.5 + std * xi / 6.0 - gamma)))
     assert len(opt.engine.sites) == 2 and bounds == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("asked", ["argument", "context", "environment"])
+@pytest.mark.parametrize("name", ["triton", "cuda", "reference", "cpp"])
+def test_the_counts_noise_is_drawn_on_the_host_whatever_backend_is_asked_for(name, asked, monkeypatch):
+    """The ledger is charged by then: an exception would waste the release."""
+    rule = AdaptiveClipping(
+        target_unclipped_quantile=0.5, clipbound_learning_rate=0.2, min_clipbound=1e-3, max_clipbound=10.0,
+        unclipped_num_std=None, noise_multiplier=1.0, expected_batch_size=8.0,
+    )  # fmt: skip
+    engine = mock.Mock(noise_std=1.0, noise=NoiseSource.fixed(KEY), sites=[None, None], max_grad_norm=1.0, backend=None)
+    xi = float(functional.chacha20_normal(1, key=KEY, release=3, tensor_index=2, backend="reference"))
+    load, served = dispatch._load, []
+    monkeypatch.setattr(dispatch, "_load", lambda op, name, *on: served.append(name) or load(op, name, *on))
+    if asked == "environment":
+        monkeypatch.setenv("LALORA_BACKEND", name)
+    engine.backend = name if asked == "argument" else None
+    with dispatch.use_backend(name) if asked == "context" else contextlib.nullcontext():
+        rule.release(engine, 3)
+    assert engine.max_grad_norm == pytest.approx(math.exp(-0.2 * rule.std * xi / 8.0), rel=1e-6)
+    assert served == ["reference" if name == "reference" else "cpp"]
 
 
 def test_the_counts_noise_is_normal_and_independent_of_the_sums():

@@ -1,9 +1,10 @@
 """The CUDA kernels' own code on an emulated machine (csrc/cuda/emulate), against the reference in float64.
 
 The machine is a hard one: threads run between barriers in any order, shared memory starts as NaN, asynchronous copies
-arrive at the last moment, barriers must be reached by all.
+arrive at the last moment, barriers must be reached by all, another block may not have started yet.
 """
 
+import contextlib
 import shutil
 
 import emulated
@@ -47,6 +48,7 @@ def emulation(machine, monkeypatch):
     monkeypatch.setattr(cuda, "_module", machine)
     monkeypatch.setattr(cuda, "_plans", {})
     machine.set_order(0)
+    machine.set_device(0)
     yield machine
     machine.set_order(0)
     machine.fail_after(-1)
@@ -84,6 +86,20 @@ def test_the_order_of_threads_changes_no_bit(case, order, emulation):
 @pytest.mark.parametrize("case", [GradCase(3, 7, 11, 13, 5), GradCase(2, 0, 5, 4, 3)], ids=str)
 def test_sums_are_added_to_and_returned(case):
     check_outputs(TARGET, case, "sample_grad_clip")
+
+
+def test_which_factor_is_asked_for_is_no_matter_of_addresses(emulation):
+    """At T = 0 all of torch's are null. No features or no records: nothing is launched, and no grid has 0 blocks."""
+    inputs = {"dy": torch.zeros(2, 0, 300), "B": torch.ones(300, 3), "h": torch.zeros(2, 0, 3)}
+    assert inputs["h"].data_ptr() == 0
+    got, want = call(TARGET, "sample_grad_clip", inputs, "h", max_norm=1.0, S_B=torch.ones(300, 3))
+    assert torch.equal(got[1].double(), want[1].double()) and got[2].tolist() == [0.0, 0.0]
+    (plan,) = cuda._plans.values()
+    assert plan.cluster == 4  # of B's 300 features; A's none would have taken one
+    for N, n in ((0, 7), (2, 0)):
+        rows, sq = (0, 0, 0), torch.zeros(2, dtype=torch.float64)
+        grad = emulation.ClipGrad((N, 1, 5, n, 3), 0, 1.0, 1.0, 1.0, N, "A", rows, rows, rows, 0, 0, 0, sq.data_ptr())
+        emulation.sample_grad_clip(grad, emulation.plan_sample_grad_clip(grad, 0), 0, 0, 0)
 
 
 def test_results_repeat():
@@ -183,6 +199,7 @@ def test_every_failing_call_becomes_an_exception_that_names_the_operation(op, em
             OPERATIONS[op]()
         except RuntimeError as error:
             assert str(error).startswith(f"{op}: cuda") and "unspecified launch failure" in str(error)
+            assert emulation.last_error() == 0, "the next launch of this thread would be told of this one's error"
             failures += 1
         else:
             break
@@ -190,3 +207,27 @@ def test_every_failing_call_becomes_an_exception_that_names_the_operation(op, em
             emulation.fail_after(-1)
     assert failures >= 3, "set the device, ask for its size, launch"
     OPERATIONS[op]()
+
+
+def test_an_error_that_somebody_else_left_is_none_of_ours(emulation):
+    """The sum is added to before its launch could be told: an exception would say that it was not."""
+    emulation.leave_error()
+    out = torch.zeros(8)
+    cuda.clip_reduce([torch.ones(2, 8)], torch.ones(1, 2), [out])
+    assert torch.equal(out, torch.full((8,), 2.0)) and emulation.last_error() != 0
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_the_callers_current_device_stays_current(op, emulation, monkeypatch):
+    """torch's guard, here of the emulated machine, is around all that the C++ side does."""
+
+    @contextlib.contextmanager
+    def device_of(t):
+        before = emulation.current_device()
+        yield
+        emulation.set_device(before)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    emulation.set_device(1)
+    OPERATIONS[op]()  # of tensors of device 0
+    assert emulation.current_device() == 1

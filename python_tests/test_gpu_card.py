@@ -1,7 +1,7 @@
 """gpu_suite.py on this machine's card: what ``bench/gpu.sh`` takes as proof that a kernel may serve unasked.
 
-Each test names the kernel that it is about, "backend.operation", as a property of its report. Without a card nothing
-runs, but with LALORA_GPU_DRY=1 a part does, on Triton's interpreter and the emulated machine.
+Each test names the kernel that it is about, "backend.operation", in its parameter ``of``. Without a card nothing runs,
+but with LALORA_GPU_DRY=1 a part does, on Triton's interpreter and the emulated machine.
 """
 
 import importlib
@@ -68,9 +68,8 @@ def target(backend: str) -> Target:
 
 
 @pytest.fixture
-def of(request, record_property) -> Target:
+def of(request) -> Target:
     """The target of the test's parameter "backend.operation"."""
-    record_property("kernel", request.param)
     backend, _, op = request.param.partition(".")
     if not DRY and backend == "cuda" and op == "sample_grad_clip" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("needs thread-block clusters (sm_90)")
@@ -206,7 +205,7 @@ def trained(device: str, backend: str | None, autocast: torch.dtype | None = Non
     model, loss, optimizer, loader = private(device, backend, **kwargs)
 
     def backward(x, y):
-        with torch.autocast(device, dtype=autocast or BF16, enabled=autocast is not None):
+        with torch.autocast(torch.device(device).type, dtype=autocast or BF16, enabled=autocast is not None):
             value = loss(model, (x, y))
         value.backward()
 
@@ -248,6 +247,15 @@ def test_a_captured_step_is_the_ordinary_one(backend):
     want = trained("cuda", backend)
     got = trained("cuda", backend, graph=True)
     assert (got - want).norm() <= PER_SAMPLE_F32 * want.norm()
+
+
+@card
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+@pytest.mark.parametrize("graph", [False, True], ids=["plain", "graph"])
+def test_a_step_on_a_card_that_is_not_the_current_one(backend, graph):
+    want = trained("cpu", "reference")
+    got = trained("cuda:1", backend, graph=graph)
+    assert (got - want).norm() <= PER_SAMPLE_F32 * want.norm() and torch.cuda.current_device() == 0
 
 
 @card

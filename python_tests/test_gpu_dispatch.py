@@ -1,8 +1,10 @@
 """Never run, never default: on a GPU a kernel serves unasked only where a committed result shows that it passed."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ GPU_OPS = {"triton": set(dispatch.OPS), "cuda": set(dispatch.OPS) - {"sample_gra
 def proofs(monkeypatch):
     shown: dict = {}
     monkeypatch.setattr(gpu, "proven", lambda: shown)
-    monkeypatch.setattr(gpu, "family", lambda: "sm_90")
+    monkeypatch.setattr(gpu, "family", lambda device=None: "sm_90")
     monkeypatch.delenv("LALORA_BACKEND", raising=False)
     return shown
 
@@ -43,6 +45,39 @@ def test_a_result_counts_for_its_operation_and_family(proofs):
     assert dispatch.choose("cuda", torch.bfloat16, op="sample_grad_clip") == "reference"  # it does not hold every shape
     with dispatch.use_backend("reference"):
         assert dispatch.choose("cuda", torch.float32, op="privatize") == "reference"
+
+
+def test_the_tensors_card_is_asked_about_not_the_current_one(proofs, monkeypatch):
+    proofs["triton"] = {"privatize": {"sm_90": "gpu-sm_90.json"}}
+    cards = {0: SimpleNamespace(major=8, minor=0), 1: SimpleNamespace(major=9, minor=0)}
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu, "proven", lambda: proofs)
+    monkeypatch.delenv("LALORA_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d=0: cards[torch.device(d).index or 0])
+    monkeypatch.setattr(dispatch, "_load", lambda op, name, *_: name)
+    for device, chosen in (("cuda:0", "reference"), ("cuda:1", "triton"), ("cuda", "reference")):
+        for d in (device, torch.device(device)):
+            assert dispatch.get("privatize", (d, torch.float32)) == chosen
+            assert dispatch.choose(d, torch.float32, op="privatize") == chosen
+
+
+def test_whether_a_stream_is_captured_is_asked_on_the_tensors_card(monkeypatch):
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(d):
+        before, current[0] = current[0], d.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
+    gpu.refuse_capture("privatize", torch.device("cuda", 0))
+    with pytest.raises(RuntimeError, match="privatize: a captured CUDA graph"):
+        gpu.refuse_capture("privatize", torch.device("cuda", 1))
+    gpu.refuse_capture("privatize", torch.device("cpu"))
 
 
 def test_every_proof_names_a_committed_result_that_passed():

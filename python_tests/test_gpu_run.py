@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import emulated
 import pytest
@@ -15,6 +16,7 @@ from lalora_kernels import cuda, gpu
 pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))
+import gpu_outcomes  # noqa: E402
 import gpu_run  # noqa: E402
 import harness  # noqa: E402
 
@@ -23,8 +25,11 @@ OPS = {"cuda": ["chacha20_normal", "privatize"], "triton": ["chacha20_normal", "
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_run, "PROVEN", tmp_path / "proven.json")
+    monkeypatch.setattr(gpu_run, "PROVEN", tmp_path / "package/proven.json")
+    gpu_run.PROVEN.parent.mkdir()
     gpu_run.PROVEN.write_text("{}\n")
+    monkeypatch.setattr(gpu_run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(gpu_run, "DRY_RESULTS", tmp_path / "results")
     return gpu_run.Run(dry=True, out=tmp_path, minutes=4)
 
 
@@ -115,59 +120,213 @@ def test_a_contender_that_fails_is_a_row():
     assert not entries and failures == {"broken": "failed: ValueError: no such layer"}
 
 
-REPORT = """<testsuites><testsuite>
-<testcase name="a"><properties><property name="kernel" value="triton.privatize"/></properties></testcase>
-<testcase name="b"><properties><property name="kernel" value="triton.privatize"/></properties><failure/></testcase>
-<testcase name="c"><properties><property name="kernel" value="triton.smooth"/></properties></testcase>
-<testcase name="d"><properties><property name="kernel" value="triton.smooth"/></properties><skipped/></testcase>
-<testcase name="e"><properties><property name="kernel" value="cuda.sample_grad_clip"/></properties><skipped/></testcase>
-<testcase name="f"><properties><property name="kernel" value="cuda.clip_reduce"/></properties><error/></testcase>
-<testcase name="g"/></testsuite></testsuites>"""
+NOTES = """{"test": "t::a", "kernel": "triton.privatize"}
+{"test": "t::b", "kernel": "triton.privatize"}
+{"test": "t::c", "kernel": "triton.smooth"}
+{"test": "t::d", "kernel": "triton.smooth"}
+{"test": "t::e", "kernel": "cuda.sample_grad_clip"}
+{"test": "t::f", "kernel": "cuda.clip_reduce"}
+{"test": "t::g", "kernel": "steps"}
+{"test": "t::c", "outcome": "passed"}
+{"test": "t::a", "outcome": "passed"}
+{"test": "t::b", "outcome": "failed"}
+{"test": "t::d", "outcome": "skipped"}
+{"test": "t::e", "outcome": "skipped"}
+{"test": "t::f", "outcome": "passed"}
+{"test": "t::f", "outcome": "failed"}
+{"test": "t::g", "outcome": "passed"}
+"""
 
 
 def test_one_failure_takes_the_proof_and_a_skipped_test_gives_none(tmp_path):
-    report = tmp_path / "report.xml"
-    report.write_text(REPORT)
-    tested, failed, steps = gpu_run.outcomes(report)
-    assert tested == {"triton.privatize": False, "triton.smooth": True, "cuda.clip_reduce": False}
-    assert failed == ["b", "f"] and steps is True
-    report.write_text(REPORT.replace('name="g"/>', 'name="g"><failure/></testcase><testcase name="h"/>'))
-    assert gpu_run.outcomes(report)[2] is False
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text(NOTES)
+    found, failed = gpu_outcomes.read(notes)
+    assert found == {
+        "triton.privatize": False,
+        "triton.smooth": True,
+        "cuda.sample_grad_clip": None,
+        "cuda.clip_reduce": False,  # its fixture, afterwards
+        "steps": True,
+    }
+    assert failed == ["b", "f"]
+    notes.write_text(NOTES[: NOTES.index('{"test": "t::d", "outcome"') + 9])  # stopped while it wrote
+    found, failed = gpu_outcomes.read(notes)
+    assert found["triton.smooth"] is None and found["steps"] is None and found["triton.privatize"] is False
+    assert gpu_outcomes.read(tmp_path / "none") == ({}, [])
 
 
-def test_proofs_are_added_and_lost(run, monkeypatch):
-    run.result["family"] = "sm_90"
-    before = {"triton": {"privatize": {"sm_90": "old.json", "sm_80": "old.json"}, "clip_reduce": {"sm_90": "old.json"}}}
+def groups(steps: bool | None = True, **kernels: bool | None) -> dict:
+    triton = {"kernels": {f"triton.{name}": good for name, good in kernels.items()}, "failed": [], "exit": 0}
+    return {"triton": triton, "steps": {"kernels": {"steps": steps}, "failed": [], "exit": 0}}
+
+
+def prove(run, before: dict, **outcomes) -> dict:
+    """proven.json after ``before`` and these outcomes on sm_90."""
     gpu_run.PROVEN.write_text(json.dumps(before))
-    run.result["passed"] = {"triton": ["smooth"]}
-    kernels = {"triton.privatize": False, "triton.smooth": True}
-    run.result["tests"] = {"triton": {"kernels": kernels, "failed": ["x"], "steps": True}}
+    run.result.update(family="sm_90", tests=groups(**outcomes))
     gpu_run.prove(run)
     gpu.proven.cache_clear()
-    assert json.loads(gpu_run.PROVEN.read_text())["triton"] == {
-        "privatize": {"sm_80": "old.json"},
-        "clip_reduce": {"sm_90": "old.json"},
-        "smooth": {"sm_90": "gpu-sm_90.json"},
+    assert (run.out / "proven.json").read_text() == gpu_run.PROVEN.read_text()
+    return json.loads(gpu_run.PROVEN.read_text())
+
+
+def test_proofs_are_added_and_lost(run):
+    old = {"sm_90": "old.json", "sm_80": "old.json"}
+    before = {"triton": {"privatize": old, "clip_reduce": {"sm_90": "old.json"}, "sample_grad": old}}
+    assert prove(run, before, privatize=False, smooth=True, sample_grad=None) == {
+        "triton": {
+            "privatize": {"sm_80": "old.json"},
+            "clip_reduce": {"sm_90": "old.json"},
+            "smooth": {"sm_90": "gpu-sm_90.json"},
+            "sample_grad": old,  # cut off: neither shown nor refuted
+        }
     }
 
 
 @pytest.mark.parametrize("steps", [None, False])
-def test_nothing_is_proven_where_whole_steps_did_not_pass(run, steps):
-    run.result.update(family="sm_90", passed={"triton": ["smooth"], "cuda": []})
-    run.result["tests"] = {"triton": {"kernels": {"triton.smooth": True}, "failed": [], "steps": steps}}
-    gpu_run.prove(run)
-    gpu.proven.cache_clear()
-    assert json.loads(gpu_run.PROVEN.read_text()) == {}
+def test_where_whole_steps_did_not_pass_nothing_is_proven_and_nothing_that_passed_is_lost(run, steps):
+    before = {"triton": {"privatize": {"sm_90": "old.json"}}}
+    assert prove(run, before, steps=steps, smooth=True, privatize=True) == before
+
+
+SLOW = """
+import time
+import pytest
+
+
+@pytest.fixture
+def late(of):
+    yield
+    assert of != "triton.late"
+
+
+@pytest.mark.parametrize("of", ["cuda.quick", "cuda.slow", "triton.quick", "triton.failing", "triton.late"])
+def test(of, late):
+    assert of != "triton.failing"
+    time.sleep(600 if of == "cuda.slow" else 0)
+
+
+def test_a_step():
+    pass
+"""
+
+
+def test_a_process_that_runs_out_of_time_leaves_what_passed(run, monkeypatch, tmp_path):
+    """It takes neither its own kernels' proofs along nor those of others."""
+    monkeypatch.setattr(gpu_run, "TESTS", tmp_path / "test_slow.py")
+    gpu_run.TESTS.write_text(SLOW)
+    monkeypatch.setattr(gpu_run, "TEST_SECONDS", 20)
+    monkeypatch.setattr(gpu_run.importlib.util, "find_spec", lambda name: None)  # no xdist
+    run.dry, run.result["family"] = False, "sm_90"
+    proven = []
+    monkeypatch.setattr(gpu, "proven", SimpleNamespace(cache_clear=lambda: proven.append(gpu_run.PROVEN.read_text())))
+    gpu_run.run_tests(run)
+    tests = json.loads((run.out / "gpu-sm_90.json").read_text())["tests"]
+    assert {name: t["exit"] for name, t in tests.items()} == {"cuda": "out of time", "steps": 0, "triton": 1}
+    assert tests["cuda"]["kernels"] == {"cuda.quick": True, "cuda.slow": None}
+    assert tests["triton"]["failed"] == ["test[triton.failing]", "test[triton.late]"]
+    assert tests["steps"]["kernels"] == {"steps": True}
+    assert run.result["passed"] == {"cuda": ["quick"], "triton": ["quick"]}
+    shown = [sorted(f"{b}.{op}" for b, ops in json.loads(text).items() for op in ops) for text in proven]
+    assert shown == [[], ["cuda.quick"], ["cuda.quick", "triton.quick"]], "as each process ends"
+
+
+def outcomes_of(tmp_path, tests: Path, *options: str) -> tuple[dict, list, int]:
+    """What ``gpu_outcomes`` reads, and how many lines its plugin wrote."""
+    notes = tmp_path / "notes.jsonl"
+    environment = {**os.environ, "LALORA_GPU_DRY": "1", "LALORA_GPU_OUTCOMES": str(notes)}
+    environment["PYTHONPATH"] = str(ROOT / "bench")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_outcomes", str(tests)]
+    subprocess.run([*command, *options], env=environment, cwd=ROOT, capture_output=True, text=True)
+    return *gpu_outcomes.read(notes), len(notes.read_text().splitlines())
 
 
 def test_the_cards_tests_name_their_kernels(tmp_path):
     """What test_gpu_card.py reports is what gpu_run.py counts."""
-    report = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(gpu_run.TESTS), "-k", "words"]
-    command += [f"--junitxml={report}", "-o", "junit_family=xunit1"]
-    done = subprocess.run(command, env={**os.environ, "LALORA_GPU_DRY": "1"}, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert gpu_run.outcomes(report) == ({"triton.chacha20_words": True, "cuda.chacha20_words": True}, [], None)
+    kernels = {"triton.chacha20_words": True, "cuda.chacha20_words": True}
+    assert outcomes_of(tmp_path, gpu_run.TESTS, "-k", "words") == (kernels, [], 4)
+
+
+def test_many_workers_are_one_report(tmp_path):
+    pytest.importorskip("xdist")
+    tests = tmp_path / "test_quick.py"
+    tests.write_text(SLOW.replace("600", "0"))
+    found, failed, lines = outcomes_of(tmp_path, tests, "-n", "2")
+    assert {kernel for kernel, good in found.items() if good} == {"cuda.quick", "cuda.slow", "triton.quick", "steps"}
+    assert sorted(failed) == ["test[triton.failing]", "test[triton.late]"]
+    assert lines == 6 + 7, "each test and each outcome once"
+
+
+def test_every_test_of_the_card_belongs_to_one_process():
+    def collected(chosen: str) -> set[str]:
+        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", str(gpu_run.TESTS), "-k", chosen]
+        done = subprocess.run(command, env={**os.environ, "LALORA_GPU_DRY": "1"}, capture_output=True, text=True)
+        return {line for line in done.stdout.splitlines() if "::" in line}
+
+    rest = {name for name in collected("") if ("[cuda." in name) + ("[triton." in name) != 1}
+    assert len(rest) > 9 and collected(gpu_run.TESTED["steps"]) == rest
+
+
+def test_what_fails_is_a_row_and_the_run_goes_on(run, monkeypatch):
+    """A contender's failure, ours too, and a group's own; all that came before it is saved."""
+    import gpu_ops
+
+    def broken(*_, **__):
+        raise ValueError("no such layer")
+
+    def half_broken():
+        yield gpu_ops.missing("first", "case", "x", "note")
+        broken()
+
+    with run.attempt("a group"):
+        run.add(half_broken())
+    modules = {"good": gpu_ops_stub(), "broken": gpu_ops_stub(broken)}
+    chosen = {"sample_grad": {"triton": modules["broken"]}}
+    monkeypatch.setattr(gpu_run, "backends", lambda run, op: chosen.get(op, modules))
+    gpu_run.run_ops(run)
+    rows = json.loads((run.out / "gpu-dry.json").read_text())["rows"]
+    notes = {(r["what"], r["against"]): r["note"] for r in rows if r["median"] is None}
+    reason = "failed: ValueError: no such layer"
+    assert notes.pop(("first", "x")) == "note" and set(notes.values()) == {reason}
+    assert {("a group", "all"), ("privatize", "broken"), ("privatize", "broken, no noise")} <= set(notes)
+    assert {("sample_grad", "ours"), ("chacha20_normal", "broken")} <= set(notes)
+    figures = {(r["what"], r["backend"]) for r in rows if r["median"] is not None}
+    assert figures == {("privatize", "good"), ("chacha20_normal", "good")}
+    assert run.result["broken"] == ["a group"]
+
+
+def gpu_ops_stub(call=lambda *_, **__: None) -> SimpleNamespace:
+    return SimpleNamespace(privatize=call, chacha20_normal=call, sample_grad=call)
+
+
+def test_a_fault_of_ours_is_a_row_and_ours_is_not_timed(monkeypatch):
+    import gpu_steps
+
+    def broken(*_, **__):
+        raise ValueError("no such layer")
+
+    monkeypatch.setattr(gpu_steps, "TINY", gpu_steps.TINY[:1])
+    monkeypatch.setattr(gpu_steps, "PRIVATE", {})
+    monkeypatch.setattr(gpu_steps, "LaLora", broken)
+    found = gpu_steps.wrong("cpu")
+    assert found == dict.fromkeys(gpu_steps.OURS.values(), "failed: ValueError: no such layer")
+
+
+def test_all_that_is_written_is_in_out_as_well(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_run, "DRY_RESULTS", tmp_path / "home")
+    monkeypatch.setattr(gpu_run, "run_ops", lambda run: run.add([gpu_run_row()]))
+    monkeypatch.setattr(sys, "argv", ["gpu_run.py", "--dry", "--only", "ops", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(cuda, "_module", None)
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    assert gpu_run.main() == 0
+    for name in ("gpu-dry.json", "gpu-dry.md"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "its only row" in text and text == (tmp_path / "home" / name).read_text()
+
+
+def gpu_run_row() -> dict:
+    return {"what": "its only row", "case": "c", "against": "x", "median": None, "met": None, "note": "n"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")

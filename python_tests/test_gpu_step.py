@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from types import SimpleNamespace
 
 import emulated
 import pytest
@@ -187,14 +188,14 @@ def tapes(monkeypatch):
     """Tapes in place of CUDA graphs; the list of those that were recorded."""
     made = []
 
-    def record(backward, pool):
+    def record(backward, pool, device):
         made.append(Tape())
         with made[-1]:
             backward()
         return made[-1].replay, pool
 
     monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr(graphs, "warm_up", lambda backward: backward())
+    monkeypatch.setattr(graphs, "warm_up", lambda backward, device: backward())
     return made
 
 
@@ -233,6 +234,71 @@ def test_graphs_refuse_what_they_cannot_hold(tapes):
         graphed(x, y)
     with pytest.raises(ValueError, match=r"shapes \[\(3,\)\]"):
         optimizer.graph(backward, rows=12)(x, y[:3])
+
+
+class Cards:
+    """torch.cuda of two cards, as far as graphs.py calls it: what each call found current is noted."""
+
+    class Stream(SimpleNamespace):
+        def wait_stream(self, other):
+            assert self.device == other.device, "streams of two cards"
+
+    def __init__(self, monkeypatch):
+        self.current, self.at, self.captured, self.replayed = 0, None, [], []
+        for name in ("device", "stream", "current_stream", "graph", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "Stream", self.new_stream)
+
+    def new_stream(self, device=None):
+        return self.Stream(device=self.current if device is None else torch.device(device).index)
+
+    @contextlib.contextmanager
+    def device(self, d):
+        before, self.current = self.current, torch.device(d).index
+        yield
+        self.current = before
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.at = self.at, stream
+        with self.device(f"cuda:{stream.device}"):
+            yield
+        self.at = before
+
+    def current_stream(self, device=None):
+        return self.new_stream(device)
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool=None, stream=None):
+        self.captured.append((self.current, stream))
+        with self.stream(stream or self.Stream(device=0)):
+            yield
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.replayed.append(self.current), pool=lambda: "pool")
+
+
+def test_a_graph_is_captured_and_replayed_on_the_models_card(monkeypatch):
+    """Captured on another card it would be empty, and each replay would release the first batch's gradients again."""
+    cards, ran, device = Cards(monkeypatch), [], torch.device("cuda", 1)
+    graphs.capture_stream.cache_clear()
+    graphs.warm_up(lambda: ran.append(cards.at), device)
+    for _ in range(2):
+        replay, pool = graphs.record(lambda: ran.append(cards.at), None, device)
+    replay()
+    assert [stream.device for stream in ran] == [1, 1, 1] and cards.replayed == [1] and pool == "pool"
+    assert [current for current, _ in cards.captured] == [1, 1]
+    assert cards.captured[0][1] is cards.captured[1][1], "a pool is shared by captures of one stream"
+    assert cards.current == 0
+    graphs.capture_stream.cache_clear()
+
+
+def test_a_model_on_two_devices_has_no_graph(tapes):
+    _, optimizer, loader, backward = words(sample_rate=1.0, check=False)
+    x, y = next(iter(loader.steps(1)))
+    optimizer.engine.sites[-1].param = nn.Parameter(torch.empty(1, device="meta"))
+    with pytest.raises(ValueError, match=r"optimizer.graph\(\) takes a model on one device.*cpu, meta"):
+        optimizer.graph(backward, rows=12)(x, y)
 
 
 def test_a_graph_of_ones_own_is_refused(monkeypatch):
@@ -275,3 +341,14 @@ def test_records_that_are_not_finite_are_told_later_without_waiting(monkeypatch)
     with pytest.warns(UserWarning, match=r"1 record\(s\)"):
         count.add(torch.tensor(0).as_subclass(OnCard))
     assert int(count.total) == 6
+
+
+def test_what_a_graph_does_not_record_is_refused(monkeypatch):
+    """Its replays would release the gradients of the batch that was captured, again and again."""
+    _, optimizer, loader, _ = words(check=False, sample_rate=1.0)
+    next(iter(loader.steps(1)))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    optimizer.engine.graphing = True
+    with pytest.raises(RuntimeError, match="outside of the graph that optimizer.graph"):
+        optimizer.engine.mark(optimizer.engine.active[0])

@@ -15,6 +15,10 @@ using namespace lalora;
 namespace emulate {
 void fail_after(int calls);
 void set_order(int value);
+int current_device();
+void set_device(int value);
+int last_error();
+void leave_error();
 }  // namespace emulate
 #else
 #define LALORA_MODULE _cuda
@@ -67,6 +71,10 @@ PYBIND11_MODULE(LALORA_MODULE, module) {
 #ifdef LALORA_EMULATE
     module.def("fail_after", emulate::fail_after);
     module.def("set_order", emulate::set_order);
+    module.def("current_device", emulate::current_device);
+    module.def("set_device", emulate::set_device);
+    module.def("last_error", emulate::last_error);
+    module.def("leave_error", emulate::leave_error);
 #endif
     module.def("privatize", [](const Table& table, const Weights& weights, float noise_std, const py::bytes& key,
                                uint64_t release, double divisor, bool reflect, int device, uintptr_t stream) {
@@ -99,9 +107,10 @@ PYBIND11_MODULE(LALORA_MODULE, module) {
 
     py::class_<cuda::ClipGrad>(module, "ClipGrad", py::module_local())
         .def(py::init([](std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> shape, int dtype, float scaling,
-                         double max_norm, double grad_scale, int64_t valid, const Rows& dy, const Rows& h, const Rows& x,
-                         uintptr_t B, uintptr_t dz, uintptr_t S, uintptr_t sq) {
+                         double max_norm, double grad_scale, int64_t valid, char factor, const Rows& dy, const Rows& h,
+                         const Rows& x, uintptr_t B, uintptr_t dz, uintptr_t S, uintptr_t sq) {
             cuda::ClipGrad g = {};
+            g.is_A = factor == 'A';
             std::tie(g.N, g.T, g.m, g.n, g.r) = shape;
             g.dtype = dtype, g.scaling = scaling, g.max_norm = max_norm, g.grad_scale = grad_scale, g.valid = valid;
             g.dy = pointer<void>(std::get<0>(dy)), g.dy_n = std::get<1>(dy), g.dy_t = std::get<2>(dy);

@@ -13,8 +13,9 @@ namespace lalora {
 namespace cuda {
 
 inline void check(cudaError_t status, const char* op, const char* call) {
-    if (status != cudaSuccess)
-        throw std::runtime_error(std::string(op) + ": " + call + ": " + cudaGetErrorString(status));
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // told here, it must not be told again after this thread's next launch
+    throw std::runtime_error(std::string(op) + ": " + call + ": " + cudaGetErrorString(status));
 }
 #define LALORA_CHECK(op, call) ::lalora::cuda::check(call, op, #call)
 
@@ -36,7 +37,6 @@ void launch(const char* op, Kernel kernel, int64_t blocks, int threads, int shar
     config.dynamicSmemBytes = (size_t)shared, config.stream = (cudaStream_t)stream;
     config.attrs = &attribute, config.numAttrs = cluster > 0 ? 1 : 0;
     LALORA_CHECK(op, cudaLaunchKernelEx(&config, kernel, params));
-    LALORA_CHECK(op, cudaGetLastError());
 }
 
 struct alignas(16) Four {

@@ -40,13 +40,15 @@ struct Words {
 
 enum Half : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
-// One factor of one layer: G[f, r] = sum_t wide[t, f] thin[t, r], (wide, thin) = (dy, h) for B and (x, dz) for A.
+// One factor of one layer: G[f, r] = sum_t wide[t, f] thin[t, r], (wide, thin) = (dy, h) for B and (x, dz) for A. No
+// address tells which: torch's are null where a tensor is empty.
 struct ClipGrad {
+    bool is_A;
     int64_t N, T, m, n, r, valid;  // n: features of x; 0 for B
     int32_t dtype;
     float scaling;
     double max_norm, grad_scale;
-    const void *dy, *h, *x, *B;  // last axis without gaps; B (m, r) contiguous; h null: A is asked for
+    const void *dy, *h, *x, *B;  // last axis without gaps; B (m, r) contiguous
     int64_t dy_n, dy_t, h_n, h_t, x_n, x_t;
     void* dz;        // (N, T, r) contiguous, or null
     float* partial;  // (clusters, m r or r n)

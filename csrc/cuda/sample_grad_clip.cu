@@ -78,6 +78,7 @@ LALORA_DEVICE void reduce_dz(const ClipGrad& g, float* parts, float* full, int p
 template <class Tr>
 __global__ void __launch_bounds__(kThreads, 1) sample_grad_clip_kernel(const ClipLaunch p) {
 #if defined(LALORA_EMULATE) || __CUDA_ARCH__ >= 900
+    cluster_arrive();  // until all have, a CTA of the cluster may not have started, and has no shared memory to reach
     using T = typename Tr::T;
     constexpr int NT = Tr::NT, MT = Tr::MT;
     const ClipGrad& g = p.g;
@@ -126,6 +127,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_grad_clip_kernel(const Cli
         copy_rows<T, kWarps>(factor, Tr::kThin, static_cast<const T*>(g.B) + m0 * g.r, g.r, dy_slice, Tr::R, dy_here,
                                (int)g.r);
     for (int w = 0; w + 1 < stages; ++w) fetch(w);  // the factor arrives with the first of them
+    cluster_wait();  // for the kernel's first line, hidden by the copies
 
     float c[MT][NT][4];
     int top = 0;  // kScaled: G is held divided by 2^(top - 14 - 127)
@@ -282,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_grad_clip_kernel(const Cli
 }
 
 __global__ void __launch_bounds__(kThreads) add_partials_kernel(const ClipLaunch p) {
-    const int64_t size = (p.g.h ? p.g.m : p.g.n) * p.g.r;
+    const int64_t size = (p.g.is_A ? p.g.n : p.g.m) * p.g.r;
     for (int64_t e = blockIdx.x * (int64_t)kThreads + threadIdx.x; e < size; e += gridDim.x * (int64_t)kThreads) {
         float sum = 0.0f;
         for (int k = 0; k < p.plan.clusters; ++k) sum += p.g.partial[k * size + e];
@@ -348,10 +350,10 @@ void run(const ClipGrad& g, const ClipPlan& plan, int device, void* stream) {
 
 template <class T, int NT, class F>
 void with_factor(const ClipGrad& g, const F& f) {
-    if (g.h)
-        f(Traits<T, NT, false>{});
-    else
+    if (g.is_A)
         f(Traits<T, NT, true>{});
+    else
+        f(Traits<T, NT, false>{});
 }
 
 template <class T, class F>
@@ -386,6 +388,7 @@ ClipPlan plan_sample_grad_clip(const ClipGrad& g, int device) {
 }
 
 void sample_grad_clip(const ClipGrad& g, const ClipPlan& plan, int device, void* stream) {
+    if (!g.N || !(g.is_A ? g.n : g.m)) return;  // nothing to add to, and a grid of 0 blocks is an error
     with_traits(g, device, [&](auto traits) { run<decltype(traits)>(g, plan, device, stream); });
 }
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lalora_kernels import functional
+from lalora_kernels.privacy.noise import host_backend
 from lalora_kernels.privacy.sampling import BatchInfo
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class AdaptiveClipping:
         noise = 0.0
         if engine.noise_std:
             stream: dict[str, Any] = {"key": engine.noise.key, "release": number, "tensor_index": len(engine.sites)}
-            noise = self.std * float(functional.chacha20_normal(1, **stream, backend=engine.backend))
+            noise = self.std * float(functional.chacha20_normal(1, **stream, backend=host_backend(engine.backend)))
         share = 0.5 + (float(self.counted) + noise) / self.expected_batch_size
         self.counted = 0.0
         # Beyond this the bound is at one of its ends anyway, and exp would overflow.

@@ -5,6 +5,7 @@ and the optimizer with its learning rate. ``optimizer.step()`` is called as ever
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,23 +25,35 @@ class Graph(NamedTuple):
     sq: Tensor
     gradients: list[tuple[Site, Tensor | None]]  # of marked sites
     pairs: list[tuple[Recorder, list]]
+    forwarded: bool  # the model itself was called
 
 
-def record(backward: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any]:
-    """``backward`` captured on the current device; (replay, memory pool)."""
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs of a device, which share a pool of memory. torch's own is on whichever was current first."""
+    return torch.cuda.Stream(device)
+
+
+def record(backward: Callable[[], None], pool: Any, device: torch.device) -> tuple[Callable[[], None], Any]:
+    """``backward`` captured on ``device``, whatever the current one; (replay, memory pool)."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=capture_stream(device)):
         backward()
-    return graph.replay, graph.pool()
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay, graph.pool()
 
 
-def warm_up(backward: Callable[[], None]) -> None:
+def warm_up(backward: Callable[[], None], device: torch.device) -> None:
     """Run on another stream, as capture demands of what it captures."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side, current = capture_stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         backward()
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(side)
 
 
 class GraphedBackward:
@@ -88,7 +101,7 @@ class GraphedBackward:
         for place, t in zip(graph.batch, filled, strict=True):
             place.copy_(t)
         graph.replay()
-        e.sq = graph.sq
+        e.sq, e.forwarded = graph.sq, graph.forwarded
         for site, G in graph.gradients:
             e.mark(site)
             site.G = G
@@ -97,17 +110,25 @@ class GraphedBackward:
 
     def _capture(self, batch: list[Tensor]) -> Graph:
         e = self.engine
+        devices = {s.param.device for s in e.sites}
+        if len(devices) > 1:
+            raise ValueError(
+                f"optimizer.graph() takes a model on one device, and this one's trained tensors are on "
+                f"{', '.join(sorted(map(str, devices)))}; move them to one, or call the backward itself"
+            )
+        (device,) = devices
         for _ in range(WARM_UP):
-            warm_up(lambda: self.backward(*batch))
+            warm_up(lambda: self.backward(*batch), device)
             e.clear_batch()
         e.sq.zero_()
         batch = [t.clone() for t in batch]
         e.graphing = True
         try:
-            replay, self._pool = record(lambda: self.backward(*batch), self._pool)
+            replay, self._pool = record(lambda: self.backward(*batch), self._pool, device)
         finally:
             e.graphing = False
         marked = [(s, s.G) for s in e.active if s.marked]
         pairs = [(r, r.pairs) for r in e.recorders if getattr(r, "pairs", None)]
+        graph = Graph(replay, batch, e.sq, marked, pairs, e.forwarded)
         e.clear_batch()
-        return Graph(replay, batch, e.sq, marked, pairs)
+        return graph

@@ -173,9 +173,12 @@ class UniformSource(_KeyedSource):
 
 
 def _chacha20_words() -> Callable[..., Tensor]:
-    """Records are drawn on the host even while another device's backend is asked for; the words are the same bits."""
-    asked = dispatch.choose("cpu", torch.float32)
-    return dispatch.get("chacha20_words", ("cpu", torch.float32), "reference" if asked == "reference" else "cpp")
+    return dispatch.get("chacha20_words", ("cpu", torch.float32), host_backend())
+
+
+def host_backend(asked: str | None = None) -> str:
+    """Of what is drawn on the host even while another device's backend is asked for; the words are the same bits."""
+    return "reference" if dispatch.choose("cpu", torch.float32, asked) == "reference" else "cpp"
 
 
 def _after_fork() -> None:

@@ -1,7 +1,9 @@
 // The part of CUDA's runtime that csrc/cuda calls, on the CPU, for tests on machines without a GPU. A launch runs its
 // clusters one after another; the threads of a cluster are fibers that give way at barriers, in an order that the test
 // chooses. Shared memory starts as NaN, an asynchronous copy arrives as late as it may, and a barrier that not every
-// thread reaches is an error, so that a missing barrier or wait shows as a wrong result.
+// thread reaches is an error, so that a missing barrier or wait shows as a wrong result. Another block's shared memory is
+// there once that block has arrived at a barrier of the cluster. The last error stays until it is asked for, and the
+// current device until it is set.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,7 +21,7 @@ struct dim3 {
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrComputeCapabilityMajor,
@@ -50,14 +52,17 @@ constexpr int kMultiprocessors = 9, kSharedLimit = 227 * 1024;
 
 extern unsigned cluster_size;  // CTAs a cluster of the kernel that runs now
 
-// Every call of the runtime goes through here; the test makes one fail.
-cudaError_t status();
+// Every call of the runtime but one goes through here; the test makes one fail. `given`: what the call itself found.
+cudaError_t status(cudaError_t given = cudaSuccess);
+cudaError_t take_last_error();
+void set_device(int device);
 void run(const std::function<void()>& kernel, unsigned blocks, unsigned threads, unsigned cluster, size_t shared);
 
 void sync_block();
 void cluster_arrive();
 void cluster_wait();
 unsigned char* shared_memory(unsigned rank);  // of a CTA of this thread's cluster
+unsigned char* reach(unsigned rank);          // the same, from another CTA
 void copy_async(void* to, const void* from, size_t bytes, bool valid);
 void copy_commit();
 void copy_wait(int pending);
@@ -68,9 +73,14 @@ const void* const* warp_exchange(const void* mine, size_t bytes);
 
 extern dim3 threadIdx, blockIdx, gridDim, blockDim;  // of the thread that runs now
 
-inline const char* cudaGetErrorString(cudaError_t) { return "unspecified launch failure"; }
-inline cudaError_t cudaGetLastError() { return emulate::status(); }
-inline cudaError_t cudaSetDevice(int) { return emulate::status(); }
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "unspecified launch failure";
+}
+inline cudaError_t cudaGetLastError() { return emulate::take_last_error(); }
+inline cudaError_t cudaSetDevice(int device) {
+    emulate::set_device(device);
+    return emulate::status();
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     *value = attribute == cudaDevAttrMultiProcessorCount      ? emulate::kMultiprocessors
              : attribute == cudaDevAttrComputeCapabilityMajor ? 9
@@ -93,7 +103,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaun
 }
 template <class Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(const Params), const Params& params) {
-    const cudaError_t error = emulate::status();
+    const cudaError_t error = emulate::status(config->gridDim.x ? cudaSuccess : cudaErrorInvalidConfiguration);
     if (error != cudaSuccess) return error;
     const unsigned cluster = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
     emulate::run([&] { kernel(params); }, config->gridDim.x, config->blockDim.x, cluster, config->dynamicSmemBytes);

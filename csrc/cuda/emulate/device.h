@@ -100,7 +100,7 @@ LALORA_DEVICE void cluster_arrive() { emulate::cluster_arrive(); }
 LALORA_DEVICE void cluster_wait() { emulate::cluster_wait(); }
 template <class T>
 LALORA_DEVICE T* of_rank(T* p, uint32_t rank) {
-    return (T*)(emulate::shared_memory(rank) + ((unsigned char*)p - shared_memory()));
+    return (T*)(emulate::reach(rank) + ((unsigned char*)p - shared_memory()));
 }
 
 struct DeviceOps : ScalarOps {};

@@ -22,6 +22,8 @@ constexpr size_t kStack = 64 << 10;  // bytes
 constexpr size_t kGuard = 4096;      // bytes past the end of shared memory that nobody may write
 std::vector<std::unique_ptr<unsigned char[]>> stacks;  // kept from launch to launch
 int calls_until_failure = -1;
+int device = 0;  // the current one
+cudaError_t last = cudaSuccess;
 int order = 0;  // of the threads between two barriers: 0 ascending, 1 descending, else shuffled with this seed
 
 struct Copy {
@@ -155,9 +157,21 @@ void schedule() {
 void fail_after(int calls) { calls_until_failure = calls; }
 void set_order(int value) { order = value; }
 
-cudaError_t status() {
-    if (calls_until_failure < 0 || calls_until_failure--) return cudaSuccess;
-    return cudaErrorLaunchFailure;
+int current_device() { return device; }
+void set_device(int value) { device = value; }
+int last_error() { return last; }
+void leave_error() { last = cudaErrorLaunchFailure; }
+
+cudaError_t take_last_error() {
+    const cudaError_t error = last;
+    last = cudaSuccess;
+    return error;
+}
+
+cudaError_t status(cudaError_t given) {
+    if (calls_until_failure >= 0 && !calls_until_failure--) given = cudaErrorLaunchFailure;
+    if (given != cudaSuccess) last = given;
+    return given;
 }
 
 void run(const std::function<void()>& kernel, unsigned blocks, unsigned threads, unsigned size, size_t shared) {
@@ -201,6 +215,12 @@ void cluster_wait() {
 }
 
 unsigned char* shared_memory(unsigned rank) { return cluster->shared[rank].data(); }
+
+unsigned char* reach(unsigned rank) {
+    if (rank != own() / blockDim.x && !cluster->fibers[rank * blockDim.x].cluster_arrivals)
+        throw std::runtime_error("emulated kernel: a reach into a block that may not have started");
+    return shared_memory(rank);
+}
 
 void copy_async(void* to, const void* from, size_t bytes, bool valid) {
     if ((uintptr_t)to % bytes || (valid && (uintptr_t)from % bytes))
