@@ -228,8 +228,8 @@ class Engine:
         if site.param.is_cuda and torch.cuda.is_current_stream_capturing() != self.graphing:
             if self.graphing:
                 raise RuntimeError(
-                    f"the backward of {site.name} runs outside of the graph that optimizer.graph() captures (on a stream "
-                    f"of its own?), so no replay would repeat it; keep forward and backward on the current stream"
+                    f"the backward of {site.name} runs outside of the graph that optimizer.graph() captures (on a "
+                    f"stream of its own?), so no replay would repeat it; keep forward and backward on the current one"
                 )
             raise RuntimeError(
                 "a CUDA graph of your own records a private backward, whose replays the engine would not see; use "
