@@ -86,7 +86,7 @@ class Run:
 
 def about(dry: bool) -> dict:
     import torch
-    from harness import _git
+    from harness import commit
 
     def version(name: str) -> str | None:
         try:
@@ -97,8 +97,7 @@ def about(dry: bool) -> dict:
     return {
         "device": "none: a dry run" if dry else torch.cuda.get_device_name(),
         "family": "dry" if dry else gpu.family(),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **commit(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         **{name: version(name) for name in ("triton", "peft", "transformers", "opacus")},

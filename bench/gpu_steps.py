@@ -25,12 +25,53 @@ TOLERANCE = 1e-4  # of the check: float32
 ROUND = Spec("swin-b", "qv", 16, 32, "cuda", torch.float32)  # as the paper's: float32
 STEPS_A_ROUND = 8
 CASE_SECONDS = 12  # of timing a case; at least 3 rounds
+GRAPHED = "ours, graph"
 OURS = {"flat": "ours", "per_layer": "ours, per layer"}
 PLAIN = {
     "PEFT": Peft,
     "PEFT, factors in bfloat16": lambda spec: Peft(spec, float32_factors=False),
 }
 PRIVATE = {n: kind for n, kind in CONTENDERS.items() if kind.clipping is not None and n != "torch.func vmap"}
+
+
+class LaLoraGraphed(LaLora):
+    """Forward and backward replayed as a CUDA graph, by ``optimizer.graph``."""
+
+    def __init__(self, spec: Spec):
+        super().__init__(spec)
+        self.replayed = self.optimizer.graph(lambda x, y: loss_of(self.model(x).logits, y).backward(), spec.batch)
+
+    def step(self) -> None:
+        self.replayed(*next(self.batches))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class PeftGraphed(Peft):
+    """The same for ordinary LoRA."""
+
+    def __init__(self, spec: Spec):
+        super().__init__(spec, float32_factors=False)
+        self.place = [t.clone() for t in next(self.batches)]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.backward()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.backward()
+
+    def backward(self) -> None:
+        self.sgd.zero_grad()
+        loss_of(self.model(self.place[0]).logits, self.place[1]).backward()
+
+    def step(self) -> None:
+        for place, t in zip(self.place, next(self.batches)):
+            place.copy_(t)
+        self.graph.replay()
+        self.sgd.step()
 
 
 def one_by_one(spec: Spec) -> dict[str, torch.Tensor]:
@@ -120,6 +161,8 @@ def step_rows(
     case, device, refused = f"{MODELS[spec.model][0]}, {spec.targets}", spec.device, refused or {}
     makes = {name: lambda clipping=clipping: LaLora(spec, clipping=clipping) for clipping, name in OURS.items()}
     makes |= {name: lambda kind=kind: kind(spec) for name, kind in {**PLAIN, **PRIVATE}.items()}
+    if device == "cuda":
+        makes |= {GRAPHED: lambda: LaLoraGraphed(spec), "PEFT, graph": lambda: PeftGraphed(spec)}
     right = {name: make for name, make in makes.items() if name.partition(", factors")[0] not in refused}
     entries, failures = enter(right, device)
     for name, reason in {**refused, **failures}.items():
@@ -128,7 +171,7 @@ def step_rows(
         return
     rounds = min(rounds, max(3, int(CASE_SECONDS / sum(e.seconds for e in entries.values()))))
     times = race(device, {name: e.run for name, e in entries.items()}, rounds, host=True)
-    for name in OURS.values():
+    for name in (*OURS.values(), GRAPHED):
         if name in entries:  # a cycle: one step of each factor
             times[name] = [t / len(entries[name].contender.factors) for t in times[name]]
     facts = {"seconds": medians(times), "batch": spec.batch, "r": spec.r}
@@ -140,6 +183,8 @@ def step_rows(
         small = min(plain, key=lambda name: entries[name].peak)
         floor = entries[small].peak
         yield compare_memory("step memory", case, small, ours.peak, floor, 1.0, False)
+    if GRAPHED in entries and "PEFT, graph" in entries:
+        yield row("step", case, "PEFT, graph", ratio(times[GRAPHED], times["PEFT, graph"]), 1.05, False, **facts)
     for name, kind in PRIVATE.items():
         mine = OURS[kind.clipping]  # what clips by layers is compared with ours that does
         if name in entries and mine in entries:

@@ -144,6 +144,16 @@ def cpu_name() -> str:
     return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
+def commit() -> dict:
+    """What is measured; LALORA_COMMIT where the tree is a copy of that commit, without a history of its own."""
+    if named := os.environ.get("LALORA_COMMIT"):
+        return {"commit": named, "uncommitted_changes": False}
+    return {
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
 def _git(*arguments: str) -> str:
     result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
     return result.stdout.strip() if result.returncode == 0 else ""
@@ -174,6 +184,5 @@ def machine() -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in LIBRARIES},
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **commit(),
     }

@@ -1,5 +1,6 @@
 // The one clip rule (SPEC section 4), for host and device.
 #pragma once
+#include <cfloat>
 #include <cmath>
 
 #include "lalora.h"
@@ -13,7 +14,7 @@ constexpr double kSmallestFactor = 1e-36;
 // or so large that its factor cannot be rounded safely.
 static LALORA_FN double clip_factor(double sq, double max_norm, double grad_scale) {
     const double norm = grad_scale * ::sqrt(sq);
-    if (!(norm - norm == 0.0)) return 0.0;
+    if (!(norm <= DBL_MAX)) return 0.0;  // norm - norm may be contracted with the product, and is not 0 then
     const double factor = norm > max_norm ? max_norm / norm * grad_scale : grad_scale;
     return factor >= kSmallestFactor ? factor : 0.0;
 }

@@ -65,7 +65,9 @@ def sample_grad_clip_kernel(
         tl.store(sq + n, q)
         norm = grad_scale * tl.sqrt(q)
         c = tl.where(norm > max_norm, max_norm / tl.where(norm > max_norm, norm, 1.0), 1.0) * grad_scale
-        safe = (norm - norm == 0.0) & (c >= SMALLEST)  # not NaN or Inf, and a factor that float32 can hold
+        # Not NaN or Inf (norm - norm would be contracted with the product above, and is not 0 then), and a factor that
+        # float32 can hold.
+        safe = (norm < float("inf")) & (c >= SMALLEST)
         c = tl.where(safe, c, 0.0).to(tl.float32)
         c = tl.where(i_n < valid, c, 0.0)
         b_g = tl.where(c != 0.0, c * b_g, 0.0)  # 0 * Inf must not leak
