@@ -96,11 +96,10 @@ class LoRAFunction(torch.autograd.Function):
             y = _linear(xc, weight.to(dtype), b)
             y.view(-1, y.shape[-1]).addmm_(_rows(h), B.t(), alpha=scaling)
         ctx.maker = _maker(x) if need_A and xl is x else None
-        ctx.save_for_backward(
-            h if need_B else None, xl if need_A and ctx.maker is None else None, weight, lora_A, lora_B
-        )
+        # The factors as they were cast: small beside h, and a GPU's host would cast them once more.
+        ctx.save_for_backward(h if need_B else None, xl if need_A and ctx.maker is None else None, weight, A, B)
         ctx.scaling, ctx.dtype, ctx.recorder, ctx.token = scaling, dtype, recorder, token
-        ctx.dtypes = (x.dtype, None if x_lora is None else x_lora.dtype)
+        ctx.dtypes = (x.dtype, None if x_lora is None else x_lora.dtype, lora_A.dtype, lora_B.dtype)
         if recorder is not None and token is None and (need_bias or need_A or need_B):
             recorder.note_forward()
         return y
@@ -126,9 +125,9 @@ class LoRAFunction(torch.autograd.Function):
             if through_A or need_A:
                 dz = ctx.scaling * (dy2 @ lora_B.to(dy.dtype))
             if need_A:
-                dA = (dz.t() @ _rows(xl)).to(lora_A.dtype)
+                dA = (dz.t() @ _rows(xl)).to(ctx.dtypes[2])
             if need_B:
-                dB = (ctx.scaling * (dy2.t() @ _rows(h))).to(lora_B.dtype)
+                dB = (ctx.scaling * (dy2.t() @ _rows(h))).to(ctx.dtypes[3])
             if need_bias:
                 db = dy2.sum(0)
         if need_x:
