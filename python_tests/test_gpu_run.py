@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))
 import gpu_outcomes  # noqa: E402
 import gpu_run  # noqa: E402
+import gpu_summary  # noqa: E402
 import harness  # noqa: E402
 
 OPS = {"cuda": ["chacha20_normal", "privatize"], "triton": ["chacha20_normal", "privatize", "sample_grad"]}
@@ -338,3 +339,11 @@ def test_without_a_card_it_says_what_to_do():
         text=True,
     )
     assert done.returncode == 2 and "bash bench/gpu.sh --dry" in done.stderr
+
+
+def test_the_readmes_table_is_made_from_the_committed_result():
+    table = (ROOT / "README.md").read_text().partition("<!-- gpu:begin -->")[2].partition("<!-- gpu:end -->")[0]
+    result = json.loads((ROOT / "bench/results/gpu-sm_90.json").read_text())
+    assert table.strip() == gpu_summary.summary(result).strip()
+    result["rows"][0]["met"] = not result["rows"][0]["met"]
+    assert table.strip() != gpu_summary.summary(result).strip()
