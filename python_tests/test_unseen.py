@@ -179,7 +179,9 @@ class TestTrainMode:
     def test_and_trains_in_eval_mode(self, middle):
         model = chain(middle)
         model.middle.eval()
-        step(model, *make(model))
+        optimizer, loader = make(model)
+        step(model, optimizer, loader)
+        assert optimizer.per_sample_checked and optimizer.ledger.steps == 1
 
     @pytest.mark.parametrize("middle", [nn.Dropout(0.5), Counting()])
     def test_dropout_and_counters_pass(self, middle):
