@@ -1,5 +1,6 @@
 """What the private step needs of an adapted layer, ours or PEFT's."""
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -8,6 +9,8 @@ if TYPE_CHECKING:  # these classes are mixed into modules
     from torch.nn import Module as _Mixed
 else:
     _Mixed = object
+
+FACTORS = ("", "A", "B", "AB")
 
 
 class Adapted(_Mixed):
@@ -24,3 +27,37 @@ class Adapted(_Mixed):
     def trained_rows(self) -> Tensor | None:
         """(m,1), 1 for the rows of B that the adapter has and 0 for those that stay zero; None: it has all."""
         return self._buffers.get("rows")
+
+
+def submodules(model: nn.Module) -> list[nn.Module]:
+    """``model.modules()`` in no order, at a tenth of its time: a private step walks over them."""
+    found, seen = [model], {model}
+    for module in found:  # which grows meanwhile
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
+def factor_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """("lora_A" or "lora_B", parameter) of every adapted layer, ours and PEFT's patched ones."""
+    return _factors(submodules(model))
+
+
+def _factors(modules: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    for module in modules:
+        if isinstance(module, Adapted):
+            for role, (owner, key) in module.tensors().items():
+                if role in ("lora_A", "lora_B"):
+                    yield role, owner._parameters[key]  # type: ignore[misc]  # tensors() names those that are
+
+
+def activate(modules: Iterable[nn.Module], factors: str) -> None:
+    """``set_active`` of a model whose modules these are."""
+    if factors not in FACTORS:
+        raise ValueError(f"factors is one of {FACTORS}, got {factors!r}")
+    for role, p in _factors(modules):
+        p.requires_grad_(role[-1] in factors)
+        if role[-1] not in factors:
+            p.grad = None

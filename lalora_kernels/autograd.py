@@ -11,28 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
 from lalora_kernels import opaque
-
-
-def _rows(t: Any) -> Tensor:  # a tensor; what autograd kept for it may be None elsewhere
-    return t.reshape(-1, t.shape[-1])
-
-
-def traced(recorder: Any) -> tuple:
-    """(recorder, None), or while ``torch.compile`` traces what stands for it: (its handle, its token)."""
-    if recorder is not None and torch.compiler.is_compiling():
-        return recorder.handle, recorder.token
-    return recorder, None
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # F.linear returns a view of its product where x has more than two axes, and autograd forbids changing a Function's
-    # output in place where that is a view: ReLU(inplace=True) after the layer would raise.
-    y = F.linear(_rows(x), weight, bias)
-    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
+from lalora_kernels.autograd_tools import apply, cast, once_differentiable, product, rows_of, shaped, traced
 
 
 def _merging_pays(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
@@ -83,26 +65,30 @@ class LoRAFunction(torch.autograd.Function):
         scaling: float, dtype: torch.dtype, recorder: Any, token: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         _, _, _, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
-        xc = x.to(dtype)
-        xl = xc if x_lora is None else x_lora.to(dtype)
-        b = None if bias is None else bias.to(dtype)
-        A, B, h = lora_A.to(dtype), lora_B.to(dtype), None
+        xc = cast(x, dtype)
+        xl = xc if x_lora is None else cast(x_lora, dtype)
+        b = None if bias is None else cast(bias, dtype)
+        A, B = cast(lora_A, dtype), cast(lora_B, dtype)
+        h: Any = None
+        rows = rows_of(xc)
         ctx.merged = x_lora is None and _merging_pays(xc, weight, dtype)
         if need_B or not ctx.merged:
-            h = xl @ A.t()
+            h = F.linear(rows if xl is xc else rows_of(xl), A)
         if ctx.merged:
-            y = _linear(xc, torch.addmm(weight, B, A, alpha=scaling), b)
+            y = F.linear(rows, torch.addmm(weight, B, A, alpha=scaling), b)
         else:
-            y = _linear(xc, weight.to(dtype), b)
-            y.view(-1, y.shape[-1]).addmm_(_rows(h), B.t(), alpha=scaling)
+            y = F.linear(rows, cast(weight, dtype), b)
+            y.addmm_(h, B.t(), alpha=scaling)
         ctx.maker = _maker(x) if need_A and xl is x else None
         # The factors as they were cast: small beside h, and a GPU's host would cast them once more.
-        ctx.save_for_backward(h if need_B else None, xl if need_A and ctx.maker is None else None, weight, A, B)
+        ctx.save_for_backward(
+            shaped(h, x) if need_B else None, xl if need_A and ctx.maker is None else None, weight, A, B
+        )
         ctx.scaling, ctx.dtype, ctx.recorder, ctx.token = scaling, dtype, recorder, token
         ctx.dtypes = (x.dtype, None if x_lora is None else x_lora.dtype, lora_A.dtype, lora_B.dtype)
         if recorder is not None and token is None and (need_bias or need_A or need_B):
             recorder.note_forward()
-        return y
+        return shaped(y, x)
 
     @staticmethod
     @once_differentiable
@@ -115,31 +101,31 @@ class LoRAFunction(torch.autograd.Function):
         through_A = need_xl or separate
         dx = dxl = dA = dB = db = None
         dz: Any = None  # where nothing asks for it
+        dtype, B = dy.dtype, cast(lora_B, dy.dtype)
+        dy2 = rows_of(dy)
         if ctx.token is not None:
-            B = lora_B.to(dy.dtype)
             dz = opaque.record_lora(ctx.token, dy, B, h, xl, ctx.scaling, need_bias, ctx.recorder)
         elif ctx.recorder is not None:
-            dz = ctx.recorder.record_lora(dy, lora_B.to(dy.dtype), ctx.scaling, h, xl, through_A, need_bias)
+            dz = ctx.recorder.record_lora(dy, B, ctx.scaling, h, xl, through_A, need_bias)
         else:
-            dy2 = _rows(dy)
             if through_A or need_A:
-                dz = ctx.scaling * (dy2 @ lora_B.to(dy.dtype))
+                dz = ctx.scaling * (dy2 @ B)
             if need_A:
-                dA = (dz.t() @ _rows(xl)).to(ctx.dtypes[2])
+                dA = (dz.t() @ rows_of(xl)).to(ctx.dtypes[2])
             if need_B:
-                dB = (ctx.scaling * (dy2.t() @ _rows(h))).to(ctx.dtypes[3])
+                dB = (ctx.scaling * (dy2.t() @ rows_of(h))).to(ctx.dtypes[3])
             if need_bias:
                 db = dy2.sum(0)
         if need_x:
-            w, A = weight.to(dy.dtype), lora_A.to(dy.dtype)
+            w, A = cast(weight, dtype), cast(lora_A, dtype)
             if ctx.merged:
-                w = torch.addmm(w, lora_B.to(dy.dtype), A, alpha=ctx.scaling)
-            dx = _rows(dy) @ w
+                w = torch.addmm(w, B, A, alpha=ctx.scaling)
+            dx = torch.mm(dy2, w)
             if separate:
-                dx.addmm_(_rows(dz), A)
-            dx = dx.view(*dy.shape[:-1], weight.shape[1]).to(ctx.dtypes[0])
+                dx.addmm_(rows_of(dz), A)
+            dx = cast(dx if dy2 is dy else dx.view(*dy.shape[:-1], weight.shape[1]), ctx.dtypes[0])
         if need_xl:
-            dxl = (_rows(dz) @ lora_A.to(dy.dtype)).view(*dy.shape[:-1], weight.shape[1]).to(ctx.dtypes[1])
+            dxl = (rows_of(dz) @ cast(lora_A, dtype)).view(*dy.shape[:-1], weight.shape[1]).to(ctx.dtypes[1])
         return dx, dxl, None, db, dA, dB, None, None, None, None
 
 
@@ -154,11 +140,11 @@ def lora_linear(
     """
     dtype = x.dtype
     if not torch.is_autocast_enabled(x.device.type):
-        return LoRAFunction.apply(x, x_lora, weight, bias, lora_A, lora_B, scaling, dtype, *traced(recorder))
+        return apply(LoRAFunction, x, x_lora, weight, bias, lora_A, lora_B, scaling, dtype, *traced(recorder))
     if dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     with torch.autocast(x.device.type, enabled=False):
-        return LoRAFunction.apply(x, x_lora, weight, bias, lora_A, lora_B, scaling, dtype, *traced(recorder))
+        return apply(LoRAFunction, x, x_lora, weight, bias, lora_A, lora_B, scaling, dtype, *traced(recorder))
 
 
 def _positions(t: Tensor) -> Tensor:
@@ -213,9 +199,9 @@ class LoRAConv2dFunction(torch.autograd.Function):
             if through_A or need_A:
                 dz = ctx.scaling * (rows @ B)
             if need_A:
-                dA = (_rows(dz).t() @ _rows(patches)).view_as(lora_A).to(lora_A.dtype)
+                dA = (rows_of(dz).t() @ rows_of(patches)).view_as(lora_A).to(lora_A.dtype)
             if need_B:
-                dB = (ctx.scaling * (_rows(rows).t() @ _rows(h))).view_as(lora_B).to(lora_B.dtype)
+                dB = (ctx.scaling * (rows_of(rows).t() @ rows_of(h))).view_as(lora_B).to(lora_B.dtype)
             if need_bias:
                 db = dy.sum((0, 2, 3))
         if through_A:
@@ -275,14 +261,14 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
         elif ctx.recorder is not None:
             ctx.recorder.record_embedding(dy, lora_B.to(dy.dtype), ctx.scaling, h, ids)
         else:
-            dy = _rows(dy).to(lora_B.dtype)
+            dy = rows_of(dy).to(lora_B.dtype)
             if ctx.needs_input_grad[2]:
                 dz = ctx.scaling * (dy @ lora_B)
                 if ctx.padding_idx is not None:
                     dz = torch.where((ids == ctx.padding_idx).view(-1, 1), 0.0, dz)
                 dA = torch.zeros_like(lora_A).index_add_(1, ids.flatten(), dz.t())
             if ctx.needs_input_grad[3]:
-                dB = ctx.scaling * (dy.t() @ _rows(h))
+                dB = ctx.scaling * (dy.t() @ rows_of(h))
         return None, None, dA, dB, None, None, None, None
 
 
@@ -292,7 +278,7 @@ def lora_embedding(
 ) -> Tensor:  # fmt: skip
     """The adapted table, as ``lora_linear``; ids any shape of integers -> (..., m). The factors' dtype is kept."""
     with torch.autocast(weight.device.type, enabled=False):
-        return LoRAEmbeddingFunction.apply(ids, weight, lora_A, lora_B, scaling, padding_idx, *traced(recorder))
+        return apply(LoRAEmbeddingFunction, ids, weight, lora_A, lora_B, scaling, padding_idx, *traced(recorder))
 
 
 def _record(ctx: Any, dy: Tensor, x: Tensor | None) -> None:
@@ -318,7 +304,7 @@ class LinearFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.recorder, ctx.token = recorder, token
-        return _linear(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -7,6 +7,7 @@ wherever no kernel has passed its tests on a card of their family (``gpu.py``).
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -72,13 +73,15 @@ def _load(op: str, name: str, device: str, dtype: torch.dtype) -> Callable:
         served = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise BackendError(f"{op}: backend {name!r} takes {served}, not {str(dtype).removeprefix('torch.')}")
     try:
-        loaded = importlib.import_module(module)
-        getattr(loaded, "require", lambda: None)()  # compiled backends: raises ImportError saying how to build
+        loaded = sys.modules.get(module) or importlib.import_module(module)
+        if require := getattr(loaded, "require", None):
+            require()  # compiled backends: raises ImportError saying how to build
     except ImportError as error:
         raise BackendError(f"{op}: backend {name!r} is not available here: {error}") from error
-    if not hasattr(loaded, op):
+    function = getattr(loaded, op, None)
+    if function is None:
         raise BackendError(f"{op}: backend {name!r} does not have this operation")
-    return getattr(loaded, op)
+    return function
 
 
 def get(op: str, like: Tensor | tuple[torch.device | str, torch.dtype], backend: str | None = None) -> Callable:

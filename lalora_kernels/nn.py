@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lalora_kernels.adapted import Adapted
+from lalora_kernels.adapted import Adapted, activate, submodules
+from lalora_kernels.adapted import factor_parameters as factor_parameters
 from lalora_kernels.autograd import lora_conv2d, lora_embedding, lora_linear
-
-FACTORS = ("", "A", "B", "AB")
 
 
 class LoRALayer(Adapted):
@@ -78,8 +77,13 @@ class LoRALayer(Adapted):
         layer.train(linear.training)
         return layer
 
+    def _now(self, name: str) -> Any:
+        """``getattr(self, name)``, at a sixth of its time where the parameter stands where it was registered."""
+        p = self._parameters.get(name)
+        return getattr(self, name) if p is None else p
+
     def _dropped(self, x: Tensor) -> Tensor | None:
-        drops = self.training and not isinstance(self.lora_dropout, nn.Identity)
+        drops = self.training and not isinstance(self._modules["lora_dropout"], nn.Identity)
         return self.lora_dropout(x) if drops else None
 
     def only_rows(self, *parts: slice) -> None:
@@ -94,7 +98,8 @@ class LoRALayer(Adapted):
     def masked_B(self) -> Tensor:
         """B as it acts; see ``only_rows``."""
         rows = self.trained_rows
-        return self.lora_B if rows is None else self.lora_B * rows
+        B = self._now("lora_B")
+        return B if rows is None else B * rows
 
     def _refuse_training_merged(self) -> None:
         if torch.is_grad_enabled() and (self.lora_A.requires_grad or self.lora_B.requires_grad):
@@ -160,7 +165,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
 
     def _weight_mn(self) -> Tensor:
-        return self.weight
+        return self._now("weight")
 
     def tensors(self) -> dict[str, tuple[nn.Module, str]]:
         return {key: (self, key) for key, p in self._parameters.items() if p is not None}
@@ -174,8 +179,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         return lora_linear(
             x,
             self._weight_mn(),
-            self.bias,
-            self.lora_A,
+            self._now("bias"),
+            self._now("lora_A"),
             self.masked_B(),
             self.scaling,
             x_lora=self._dropped(x),
@@ -359,35 +364,9 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
             yield name, module
 
 
-def submodules(model: nn.Module) -> Iterator[nn.Module]:
-    """``model.modules()`` in no order, at a sixth of its time: a private step walks over them."""
-    stack: list[Any] = [model]
-    seen = set()
-    while stack:
-        module = stack.pop()
-        if module is not None and module not in seen:
-            seen.add(module)
-            stack.extend(module._modules.values())
-            yield module
-
-
-def factor_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """("lora_A" or "lora_B", parameter) of every adapted layer, ours and PEFT's patched ones."""
-    for module in submodules(model):
-        if isinstance(module, Adapted):
-            for role, (owner, key) in module.tensors().items():
-                if role in ("lora_A", "lora_B"):
-                    yield role, owner._parameters[key]  # type: ignore[misc]  # tensors() names those that are
-
-
 def set_active(model: nn.Module, factors: str) -> None:
     """Make ``factors`` ("A", "B", "AB" or "") the trainable ones of every adapted layer.
 
     The inactive factor's gradient is never computed and its ``grad`` is cleared, so that no optimizer moves it.
     """
-    if factors not in FACTORS:
-        raise ValueError(f"factors is one of {FACTORS}, got {factors!r}")
-    for role, p in factor_parameters(model):
-        p.requires_grad_(role[-1] in factors)
-        if role[-1] not in factors:
-            p.grad = None
+    activate(submodules(model), factors)

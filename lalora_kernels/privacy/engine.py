@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from lalora_kernels import functional
-from lalora_kernels.nn import Adapted
+from lalora_kernels.adapted import Adapted, submodules
 from lalora_kernels.privacy.clipping import clip_weights, tensor_bound
 from lalora_kernels.privacy.distributed import Group, loud_ddp, quiet_ddp
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.nonfinite import NonfiniteCount
-from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder, Site, Undo, first_tensor
+from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder, Site, Undo, first_tensor, squared_norms
 from lalora_kernels.privacy.reduction import ReductionCheck
 from lalora_kernels.privacy.rules import ExtraRecorder, has_statistics, refuse_batch_statistics, refuse_tables
 from lalora_kernels.privacy.sampling import BatchInfo
-from lalora_kernels.privacy.sentinel import NotYet, foreign, stand_in, take_away
+from lalora_kernels.privacy.sentinel import refuse_foreign, refuse_gradients, stand_in, take_away
 from lalora_kernels.privacy.ties import tie
 from lalora_kernels.privacy.trained import Use, refuse_changes, trained_tensors
+from lalora_kernels.privacy.workspace import Workspace
 
 
 class Engine:
@@ -61,9 +62,9 @@ class Engine:
         self.nonfinite, self.graphing = NonfiniteCount(), False
         self.auto_batch: Any = None  # an AutoBatch, which measures at the first forward
         self.adaptive: Any = None  # an AdaptiveClipping, which then moves max_grad_norm between logical batches
-        self.before_logical_batch = lambda: None  # the optimizer's schedule
-        self._buffers: dict[str, Tensor] = {}
-        self._most_rows = 1
+        # the optimizer's schedule; it is given all modules
+        self.before_logical_batch: Callable[[list[nn.Module]], None] = lambda modules: None
+        self._buffers = Workspace()
         self._handles: list[Any] = []
         self._waiting = False  # sentinels stand in p.grad until the step
         self._open = False  # a logical batch has begun and is not released
@@ -109,7 +110,7 @@ class Engine:
         )
         self.sites.append(site)
         p.requires_grad_(True)  # torch takes the hook of no other tensor
-        self._handles.append(p.register_post_accumulate_grad_hook(lambda p: self._refuse_foreign(p, use.name)))
+        self._handles.append(p.register_post_accumulate_grad_hook(lambda p: refuse_foreign(p, use.name)))
         p.requires_grad_(site.trained)
         return site
 
@@ -134,14 +135,10 @@ class Engine:
         for recorder in self.recorders:
             if isinstance(recorder, ExtraRecorder):
                 recorder.detach()
-        self._handles, self.recorders, self._buffers, self.batch = [], [], {}, None
+        self._buffers.clear()
+        self._handles, self.recorders, self.batch = [], [], None
 
     # ---------------------------------------------------------------- refusals
-
-    def _refuse_foreign(self, p: nn.Parameter, name: str) -> None:
-        # None: what a private layer's own backward hands to autograd.
-        if p.grad is not None and not isinstance(p.grad, NotYet):
-            raise RuntimeError(foreign(name))
 
     def check_input(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Whatever is differentiated must be the batch that the loader announced; in eval mode as in train mode."""
@@ -176,6 +173,8 @@ class Engine:
                 f"returned, and call optimizer.step() once for each batch"
             )
         N = self.batch.rows
+        if features == 1 and t.dim() == 3 and t.shape[0] == N:
+            return t
         if t.dim() <= features or t.shape[0] % N:
             raise ValueError(
                 f"{name} saw {tuple(t.shape)}, which does not divide into the batch's {N} records along the first "
@@ -186,22 +185,12 @@ class Engine:
 
     # ---------------------------------------------------------------- workspace
 
-    def _buffer(self, kind: str, count: int) -> Tensor:
-        """A flat buffer kept from step to step; grows, never shrinks."""
-        have = self._buffers.get(kind)
-        device = self.sites[0].param.device
-        if have is None or have.numel() < count or have.device != device:
-            have = self._buffers[kind] = torch.empty(count, dtype=self.dtype, device=device)
-        return have[:count]
+    def _buffer(self, kind: str) -> Tensor:
+        count = sum(s.param.numel() for s in self.active)
+        return self._buffers.flat(kind, count, self.dtype, self.sites[0].param.device)[:count]
 
     def _carve(self, kind: str, sites: list[Site], rows: int | None) -> list[Tensor]:
-        """Laid out for the largest batch so far: addresses, of which the kernels keep tables, are the same for any."""
-        self._most_rows = max(self._most_rows, rows or 1)
-        sizes = [s.param.numel() * (1 if rows is None else self._most_rows) for s in sites]
-        parts = self._buffer(kind, sum(sizes)).split(sizes) if sizes else []
-        if rows is None:
-            return [p.view(s.param.shape) for p, s in zip(parts, sites)]
-        return [p[: rows * s.param.numel()].view(rows, *s.param.shape) for p, s in zip(parts, sites)]
+        return self._buffers.carve(kind, sites, rows, self.dtype)
 
     def gradient_of(self, site: Site) -> Tensor:
         """(N, *shape), uninitialized until the site is marked."""
@@ -244,8 +233,8 @@ class Engine:
         """Record (or add to) a small tensor's per-sample gradient (N, *shape)."""
         into = self.gradient_of(site)
         into.add_(G) if site.marked else into.copy_(G)
+        site.sq = into.double().square().flatten(1).sum(1)
         self.mark(site)
-        self.sq[site.row].copy_(into.double().square().flatten(1).sum(1))
 
     # ---------------------------------------------------------------- a step
 
@@ -263,14 +252,11 @@ class Engine:
             raise RuntimeError(
                 "a logical batch was left before its last physical batch and is lost; iterate the loader to its end"
             )
-        take_away(self.sites)
-        for s in self.sites:
-            if s.param.grad is s.released:
-                s.param.grad = None
-            self._refuse_foreign(s.param, s.name)
+        refuse_gradients(self.sites, between_steps=True)
         if batch.first:
-            refuse_changes(self.model, self.sites, self.recorders)
-            self.before_logical_batch()
+            modules = submodules(self.model)
+            refuse_changes(self.model, modules, self.sites, self.recorders)
+            self.before_logical_batch(modules)
         trainable = [s for s in self.sites if s.param.requires_grad]
         if batch.first:
             self._start(trainable)
@@ -284,7 +270,6 @@ class Engine:
 
     def _set_rows(self, rows: int) -> None:
         self.grad_scale: Any = float(rows) if self.loss_reduction == "mean" else 1.0
-        self.sq = torch.zeros(len(self.active), rows, dtype=torch.float64, device=self.sites[0].param.device)
 
     def pad(self, rows: int) -> None:
         """From now on this physical batch has ``rows`` rows; those behind the loader's are placeholders."""
@@ -302,7 +287,7 @@ class Engine:
     def clear_batch(self) -> None:
         self._waiting = self.forwarded = False
         for s in self.sites:
-            s.G, s.marked, s.fused = None, False, False
+            s.G, s.sq, s.marked, s.fused = None, None, False, False
         for r in self.recorders:
             r.reset()
 
@@ -325,20 +310,19 @@ class Engine:
                 'physical_batch_size="auto" measures the first forward of the model that make_private was given, which '
                 "was not called or is compiled; give it a number"
             )
-        take_away(self.sites)
-        for s in self.sites:
-            self._refuse_foreign(s.param, s.name)
+        refuse_gradients(self.sites, between_steps=False)
         if [s for s in self.sites if s.param.requires_grad] != sites:
             raise RuntimeError("the trainable tensors changed between the batch and optimizer.step()")
         if batch.valid and not any(s.marked for s in sites):
             raise RuntimeError("optimizer.step() before loss.backward(): no gradient was recorded for this batch")
         for s in sites:
             if s.marked and s.deferred is not None:
-                self.sq[s.row].copy_(s.deferred.squared_norms())
+                s.sq = s.deferred.squared_norms()
         if self.grad_scaler is not None:
             self.grad_scale = self.grad_scale / self._loss_scale()
+        self.sq = squared_norms(sites, batch.rows, self.sites[0].param.device)
         weights, bad = clip_weights(
-            self.sq,
+            self.sq,  # also for diagnostics, until the next one's
             clipping=self.clipping,
             max_grad_norm=self.max_grad_norm,
             grad_scale=self.grad_scale,
@@ -376,7 +360,7 @@ class Engine:
         release = self.noise.take_release()
         if self.group is not None and sites:
             self.sum_of(sites[0])
-            self.group.add_up(self._buffer("S", sum(s.param.numel() for s in sites)))
+            self.group.add_up(self._buffer("S"))
         noisy = self.noise_std if self.group is None or self.group.rank == 0 else 0.0
         functional.privatize(
             [s.G if s.materialized else None for s in sites],
@@ -392,7 +376,7 @@ class Engine:
             backend=self.backend,
         )
         if self.group is not None and sites:
-            self.group.send_released(self._buffer("grad", sum(s.param.numel() for s in sites)))
+            self.group.send_released(self._buffer("grad"))
         for s, grad in zip(sites, out):
             rows = s.module.trained_rows if s.role == "lora_B" and isinstance(s.module, Adapted) else None
             if rows is not None:

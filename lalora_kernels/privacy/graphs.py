@@ -22,8 +22,7 @@ class Graph(NamedTuple):
 
     replay: Callable[[], None]
     batch: list[Tensor]  # where the next batch is copied to
-    sq: Tensor
-    gradients: list[tuple[Site, Tensor | None]]  # of marked sites
+    gradients: list[tuple[Site, Tensor | None, Tensor | None]]  # of marked sites, and their squared norms
     pairs: list[tuple[Recorder, list]]
     forwarded: bool  # the model itself was called
 
@@ -101,10 +100,10 @@ class GraphedBackward:
         for place, t in zip(graph.batch, filled, strict=True):
             place.copy_(t)
         graph.replay()
-        e.sq, e.forwarded = graph.sq, graph.forwarded
-        for site, G in graph.gradients:
+        e.forwarded = graph.forwarded
+        for site, G, sq in graph.gradients:
             e.mark(site)
-            site.G = G
+            site.G, site.sq = G, sq
         for recorder, pairs in graph.pairs:
             recorder.pairs = pairs
 
@@ -120,15 +119,14 @@ class GraphedBackward:
         for _ in range(WARM_UP):
             warm_up(lambda: self.backward(*batch), device)
             e.clear_batch()
-        e.sq.zero_()
         batch = [t.clone() for t in batch]
         e.graphing = True
         try:
             replay, self._pool = record(lambda: self.backward(*batch), self._pool, device)
         finally:
             e.graphing = False
-        marked = [(s, s.G) for s in e.active if s.marked]
+        marked = [(s, s.G, s.sq) for s in e.active if s.marked]
         pairs = [(r, r.pairs) for r in e.recorders if getattr(r, "pairs", None)]
-        graph = Graph(replay, batch, e.sq, marked, pairs, e.forwarded)
+        graph = Graph(replay, batch, marked, pairs, e.forwarded)
         e.clear_batch()
         return graph

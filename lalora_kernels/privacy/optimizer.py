@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
-from lalora_kernels.nn import set_active
+from lalora_kernels.adapted import activate, submodules
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.graphs import GraphedBackward
 from lalora_kernels.privacy.ledger import Ledger
@@ -130,11 +131,12 @@ class PrivateOptimizer(Optimizer):
         self.round, self.local_step = round, 1
         self._activate()
 
-    def _activate(self) -> None:
-        set_active(self.engine.model, self.schedule.active(self.round, self.local_step))
-        inside = {p for group in self.param_groups for p in group["params"]}
+    def _activate(self, modules: list[nn.Module] | None = None) -> None:
+        modules = submodules(self.engine.model) if modules is None else modules
+        activate(modules, self.schedule.active(self.round, self.local_step))
+        inside = {id(p) for group in self.param_groups for p in group["params"]}
         for site in self.engine.sites:
-            if site.param.requires_grad and site.param not in inside:
+            if site.param.requires_grad and id(site.param) not in inside:
                 raise ValueError(f"{site.name}{STRAY}")
 
     def _refuse_strays(self) -> None:
@@ -169,10 +171,10 @@ class PrivateOptimizer(Optimizer):
 
     def _refuse_raw(self) -> None:
         """The wrapped optimizer steps on whatever gradient it finds: there must be none that no release made."""
-        private = {site.param for site in self.engine.sites}
+        private = {id(site.param) for site in self.engine.sites}
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and p not in private:
+                if p.grad is not None and id(p) not in private:
                     raise RuntimeError(
                         f"{self._name_of(p)} has a gradient that nothing clips or noises (it was unfrozen or added "
                         f"after make_private), and the step would release it; freeze it and set its grad to None, or "
@@ -225,7 +227,7 @@ class PrivateOptimizer(Optimizer):
 
     def _verify_moves(self, before: list[tuple[int, torch.Tensor | None]]) -> None:
         """The silent no-op of a factor that never moves while ε grows, and a frozen factor that moves, are errors."""
-        rates = {p: group.get("lr", 1.0) for group in self.param_groups for p in group["params"]}
+        rates = {id(p): group.get("lr", 1.0) for group in self.param_groups for p in group["params"]}
         counted, name = True, type(self.original_optimizer).__name__
         for site, (version, probe) in zip(self.engine.sites, before):
             stepped = site.param._version != version
@@ -236,7 +238,7 @@ class PrivateOptimizer(Optimizer):
                 # Optimizers that write to p.data leave the version alone; a rate of 0 (warm-up) leaves the value alone.
                 counted = False
                 still = probe is None or torch.equal(probe, site.param.detach().flatten()[:8])
-                if still and float(rates[site.param]) != 0.0:
+                if still and float(rates[id(site.param)]) != 0.0:
                     raise RuntimeError(f"{site.name} was released but {name} did not move it")
         self._versions_count = counted
 

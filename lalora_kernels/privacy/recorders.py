@@ -36,6 +36,7 @@ class Site:
     deferred: Deferring | TiedWeight | None = None  # holds a full weight's factors, from which no G is made
     row: int = -1  # row of the squared norms while active
     G: Tensor | None = None  # (N, *shape) of this physical batch
+    sq: Tensor | None = None  # (N,) float64: the squared norms of this physical batch's per-sample gradients
     S: Tensor | None = None  # running clipped sum over physical batches
     released: Tensor | None = None  # the gradient last put into param.grad
     not_yet: Tensor | None = None  # what param.grad is between backward and step
@@ -82,6 +83,17 @@ class Site:
         """S, of an active site."""
         assert self.S is not None
         return self.S
+
+
+def squared_norms(active: list[Site], rows: int, device: torch.device) -> Tensor:
+    """(L,N) float64 of the active tensors' per-sample gradients; 0 where nothing was recorded."""
+    found: list[Any] = [s.sq for s in active]
+    if not all(s.marked for s in active):
+        zero = torch.zeros(rows, dtype=torch.float64, device=device)
+        found = [s.sq if s.marked else zero for s in active]
+    if not found:
+        return torch.zeros(0, rows, dtype=torch.float64, device=device)
+    return torch.stack([sq if sq.device == device else sq.to(device) for sq in found])
 
 
 class Recorder:
@@ -163,7 +175,6 @@ class LoRARecorder(Recorder):
     ) -> Tensor | None:
         """Per-sample gradients of the active factors from dy (..., m), h (..., r), x (..., n); returns dz (..., r)."""
         e = self.engine
-        lead = dy.shape[:-1]
         dy3 = e.fold(dy, self.name)
         assert e.batch is not None  # or fold has refused
         rows = self.layer.trained_rows
@@ -175,12 +186,12 @@ class LoRARecorder(Recorder):
             for role, scale in (("bias", 1.0), ("lora_bias", scaling)):
                 if (site := self.active(role)) is not None:
                     e.add(site, scale * dy3.sum(1, dtype=e.dtype))
+        again = shared = False
         for s in (a, b):
             if s is not None:
                 e.refuse_idle(s)
-        again = any(s is not None and s.marked for s in (a, b))
+                again, shared = again or s.marked, shared or s.shared
         # The one-pass kernel clips during backward, when a GradScaler's scale is not the engine's to know yet.
-        shared = any(s is not None and s.shared for s in (a, b))
         if e.clipping == "per_layer" and self.calls == 1 and e.grad_scaler is None and not shared:
             if again:
                 raise RuntimeError(self.TWICE.format(self.name))
@@ -215,17 +226,17 @@ class LoRARecorder(Recorder):
                 h=h3,
                 x=x3,
                 need_dz=need_dz,
-                G_B=None if b is None else e.gradient_of(b).flatten(2),
-                G_A=None if a is None else e.gradient_of(a).flatten(2),
+                G_B=None if b is None else _matrices(e.gradient_of(b)),
+                G_A=None if a is None else _matrices(e.gradient_of(a)),
                 accumulate=again,
                 backend=e.backend or self.asked,
             )
         for site, sq in ((a, sq_a), (b, sq_b)):
             if site is not None:
                 assert sq is not None  # what was asked for
+                site.sq = sq
                 e.mark(site)
-                e.sq[site.row].copy_(sq)
-        return None if dz is None else dz.view(*lead, -1)
+        return dz if dz is None or dy3 is dy else dz.view(*dy.shape[:-1], -1)
 
     def record_embedding(self, dy: Tensor, B: Tensor, scaling: float, h: Tensor | None, ids: Tensor) -> None:
         """An adapted table's: dy (..., m), h (..., r), ids (...). A (r,V) is deferred: few of V tokens are named."""
@@ -267,6 +278,11 @@ class LoRARecorder(Recorder):
     def slack(self) -> Tensor:
         """What rounding may add to a sample's share of a sum that is added up in several parts, (N,) float64."""
         return SLACK * torch.stack([dz.double().norm(dim=2).sum(1) for dz, _ in self.pairs]).sum(0)
+
+
+def _matrices(G: Tensor) -> Tensor:
+    """(N, rows, columns) of a factor's per-sample gradients: a convolution's kernel lies along the columns."""
+    return G if G.dim() == 3 else G.flatten(2)
 
 
 def token_sums(dy: Tensor, ids: Tensor, vocabulary: int, padding_idx: int | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -59,6 +59,25 @@ def foreign(name: str) -> str:
     )
 
 
+def refuse_foreign(p: Tensor, name: str) -> None:
+    """Raise RuntimeError where another gradient than a NotYet stands."""
+    # None: what a private layer's own backward hands to autograd.
+    if p.grad is not None and not isinstance(p.grad, NotYet):
+        raise RuntimeError(foreign(name))
+
+
+def refuse_gradients(sites: list[Site], between_steps: bool) -> None:
+    """None again where a NotYet stands and, between steps, the last release; any other gradient is refused."""
+    for s in sites:
+        grad = s.param.grad
+        if grad is None:
+            continue
+        if grad is s.not_yet or between_steps and grad is s.released:
+            s.param.grad = None
+        else:
+            refuse_foreign(s.param, s.name)
+
+
 def stand_in(sites: list[Site]) -> None:
     """Put a NotYet where a gradient is missing, once this backward is through."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lalora_kernels.nn import Adapted, submodules
+from lalora_kernels.nn import Adapted
 from lalora_kernels.privacy.recorders import Recorder, Site
 from lalora_kernels.privacy.rules import rule_of
 from lalora_kernels.privacy.ties import kind_of
@@ -56,23 +56,27 @@ def trained_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Use
         yield name, module, uses
 
 
-def refuse_changes(model: nn.Module, sites: Sequence[Site], recorders: Sequence[Recorder]) -> None:
-    """Raise RuntimeError where the model is no longer the one that these were made for."""
-    for verify in [*(s.verify for s in sites), *(r.verify for r in recorders)]:
-        verify()
-    modules = set(submodules(model))
+def refuse_changes(
+    model: nn.Module, modules: list[nn.Module], sites: Sequence[Site], recorders: Sequence[Recorder]
+) -> None:
+    """Raise RuntimeError where the model, of these ``modules``, is no longer the one that the others were made for."""
+    for s in sites:
+        s.verify()
     for r in recorders:
-        if r.module not in modules:
+        r.verify()
+    inside = set(modules)
+    for r in recorders:
+        if r.module not in inside:
             raise RuntimeError(
                 f"{r.name} was taken out of the model after make_private (merged, unloaded or replaced); detach() the "
                 f"optimizer first, and call make_private again to go on"
             )
-    known = {s.param for s in sites}
-    parameters = (p for m in modules for p in m._parameters.values())
-    if all(p is None or not p.requires_grad or p in known for p in parameters):
+    known = {id(s.param) for s in sites}  # which the sites hold, so no other tensor has one of these
+    held = [p for m in modules if m._parameters for p in m._parameters.values() if p is not None and p.requires_grad]
+    if known.issuperset(map(id, held)):
         return
     for name, p in model.named_parameters():
-        if p.requires_grad and p not in known:
+        if p.requires_grad and id(p) not in known:
             raise RuntimeError(
                 f"{name} was added or unfrozen after make_private, so nothing clips or noises it; freeze it, or "
                 f"detach() the optimizer and call make_private again"
