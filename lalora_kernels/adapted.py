@@ -1,6 +1,6 @@
 """What the private step needs of an adapted layer, ours or PEFT's."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ else:
     _Mixed = object
 
 FACTORS = ("", "A", "B", "AB")
+Tensors = dict[str, tuple[nn.Module, str]]  # what Adapted.tensors() tells
+NONE: Mapping[nn.Module, Tensors] = {}
 
 
 class Adapted(_Mixed):
@@ -19,7 +21,7 @@ class Adapted(_Mixed):
     recorder: Any = None  # set by the engine (privacy/recorders.py)
     is_table = False  # whether its inputs are ids, and A has a column for each
 
-    def tensors(self) -> dict[str, tuple[nn.Module, str]]:
+    def tensors(self) -> Tensors:
         """Role -> (module, name in it) of what a forward uses: "lora_A", "lora_B", "weight", "bias", "lora_bias"."""
         raise NotImplementedError
 
@@ -42,22 +44,25 @@ def submodules(model: nn.Module) -> list[nn.Module]:
 
 def factor_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """("lora_A" or "lora_B", parameter) of every adapted layer, ours and PEFT's patched ones."""
-    return _factors(submodules(model))
+    yield from _factors(submodules(model), NONE)
 
 
-def _factors(modules: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+def _factors(modules: Iterable[nn.Module], known: Mapping[nn.Module, Tensors]) -> list[tuple[str, nn.Parameter]]:
+    found: list[Any] = []
     for module in modules:
         if isinstance(module, Adapted):
-            for role, (owner, key) in module.tensors().items():
-                if role in ("lora_A", "lora_B"):
-                    yield role, owner._parameters[key]  # type: ignore[misc]  # tensors() names those that are
+            tensors = known.get(module)
+            for role, (owner, key) in (module.tensors() if tensors is None else tensors).items():
+                if role == "lora_A" or role == "lora_B":
+                    found.append((role, owner._parameters[key]))
+    return found
 
 
-def activate(modules: Iterable[nn.Module], factors: str) -> None:
-    """``set_active`` of a model whose modules these are."""
+def activate(modules: Iterable[nn.Module], factors: str, known: Mapping[nn.Module, Tensors] = NONE) -> None:
+    """``set_active`` of a model whose modules these are; ``known``: what some of them tell of their tensors."""
     if factors not in FACTORS:
         raise ValueError(f"factors is one of {FACTORS}, got {factors!r}")
-    for role, p in _factors(modules):
+    for role, p in _factors(modules, known):
         p.requires_grad_(role[-1] in factors)
         if role[-1] not in factors:
             p.grad = None

@@ -40,6 +40,9 @@ def clip_weights(
     else:
         factor = (bound / norm).clamp(max=1.0)
     finite = (norm.isfinite() & (factor * grad_scale >= SMALLEST_FACTOR)).all(0)
-    real = torch.arange(N, device=sq.device) < valid
-    weights = torch.where(finite & real, factor * grad_scale, 0.0).to(dtype)
-    return weights.expand(L, N), (real & ~finite).sum()
+    kept, bad = finite, ~finite
+    if valid < N:
+        real = torch.arange(N, device=sq.device) < valid
+        kept, bad = finite & real, real & bad
+    weights = torch.where(kept, factor * grad_scale, 0.0).to(dtype)
+    return weights.expand(L, N), bad.sum()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lalora_kernels import functional
+from lalora_kernels import dispatch, functional
 from lalora_kernels.adapted import Adapted, submodules
 from lalora_kernels.privacy.clipping import clip_weights, tensor_bound
 from lalora_kernels.privacy.distributed import Group, loud_ddp, quiet_ddp
@@ -62,8 +62,8 @@ class Engine:
         self.nonfinite, self.graphing = NonfiniteCount(), False
         self.auto_batch: Any = None  # an AutoBatch, which measures at the first forward
         self.adaptive: Any = None  # an AdaptiveClipping, which then moves max_grad_norm between logical batches
-        # the optimizer's schedule; it is given all modules
-        self.before_logical_batch: Callable[[list[nn.Module]], None] = lambda modules: None
+        # The optimizer's schedule: returns what is called with all modules and what refuse_changes returns.
+        self.next_factors: Callable[[], Callable[[list, dict], None]] = lambda: lambda modules, known: None
         self._buffers = Workspace()
         self._handles: list[Any] = []
         self._waiting = False  # sentinels stand in p.grad until the step
@@ -192,6 +192,14 @@ class Engine:
     def _carve(self, kind: str, sites: list[Site], rows: int | None) -> list[Tensor]:
         return self._buffers.carve(kind, sites, rows, self.dtype)
 
+    def operation(self, op: str, like: Tensor, backend: str | None) -> Callable:
+        """``dispatch.get``, asked once a physical batch: the answer may change from batch to batch, not within one."""
+        key = (op, like.device, like.dtype, backend or dispatch.asked())
+        found = self._operations.get(key)
+        if found is None:
+            found = self._operations[key] = dispatch.get(op, like, backend)
+        return found
+
     def gradient_of(self, site: Site) -> Tensor:
         """(N, *shape), uninitialized until the site is marked."""
         if site.G is None:
@@ -254,9 +262,8 @@ class Engine:
             )
         refuse_gradients(self.sites, between_steps=True)
         if batch.first:
-            modules = submodules(self.model)
-            refuse_changes(self.model, modules, self.sites, self.recorders)
-            self.before_logical_batch(modules)
+            activate, modules = self.next_factors(), submodules(self.model)
+            activate(modules, refuse_changes(self.model, modules, self.sites, self.recorders))
         trainable = [s for s in self.sites if s.param.requires_grad]
         if batch.first:
             self._start(trainable)
@@ -286,6 +293,7 @@ class Engine:
 
     def clear_batch(self) -> None:
         self._waiting = self.forwarded = False
+        self._operations: dict[tuple, Callable] = {}
         for s in self.sites:
             s.G, s.sq, s.marked, s.fused = None, None, False, False
         for r in self.recorders:
@@ -332,7 +340,7 @@ class Engine:
         self.nonfinite.add(bad)
         if self.adaptive is not None:
             self.adaptive.count(self.sq, self.grad_scale, batch, self.max_grad_norm)
-        self.overflowed = bad > 0
+        self.left_out = bad
         for s in sites:
             if s.marked and s.deferred is not None:
                 s.deferred.add_weighted_sum(weights[s.row], self.sum_of(s))

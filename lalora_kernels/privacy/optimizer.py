@@ -1,13 +1,14 @@
 """A torch optimizer whose ``step`` is a private step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lalora_kernels.adapted import activate, submodules
+from lalora_kernels.adapted import NONE, Tensors, activate, submodules
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.graphs import GraphedBackward
 from lalora_kernels.privacy.ledger import Ledger
@@ -49,7 +50,7 @@ class PrivateOptimizer(Optimizer):
         self.postprocess: Callable | None = None  # of released gradients; see postprocess.py
         self._refuse_strays()
         self._activate()
-        engine.before_logical_batch = self._activate
+        engine.next_factors = self._next_factors
 
     # ---------------------------------------------------------------- the wrapped optimizer
 
@@ -131,9 +132,16 @@ class PrivateOptimizer(Optimizer):
         self.round, self.local_step = round, 1
         self._activate()
 
-    def _activate(self, modules: list[nn.Module] | None = None) -> None:
-        modules = submodules(self.engine.model) if modules is None else modules
-        activate(modules, self.schedule.active(self.round, self.local_step))
+    def _activate(self) -> None:
+        self._next_factors()(submodules(self.engine.model))
+
+    def _next_factors(self) -> Callable[..., None]:
+        """What makes them the active ones. The schedule, which may be anybody's code, is asked here: of what is seen of
+        the model from now on, nothing is out of date when that is called."""
+        return partial(self._train, self.schedule.active(self.round, self.local_step))
+
+    def _train(self, factors: str, modules: list[nn.Module], known: Mapping[nn.Module, Tensors] = NONE) -> None:
+        activate(modules, factors, known)
         inside = {id(p) for group in self.param_groups for p in group["params"]}
         for site in self.engine.sites:
             if site.param.requires_grad and id(site.param) not in inside:
@@ -213,7 +221,7 @@ class PrivateOptimizer(Optimizer):
         """GradScaler.update lowers its scale where a record overflowed."""
         scaler = self.engine.grad_scaler
         if scaler is not None and scaler.is_enabled():
-            overflowed = self.engine.overflowed.float()
+            overflowed = (self.engine.left_out > 0).float()
             scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = {overflowed.device: overflowed}
         elif getattr(self, "grad_scale", None) is not None:
             raise RuntimeError("GradScaler.step needs make_private(grad_scaler=...), or clipping sees scaled gradients")

@@ -12,7 +12,7 @@ from lalora_kernels import dispatch, functional, opaque
 from lalora_kernels.privacy.ties import TABLE, Deferring, TiedWeight, defer
 
 if TYPE_CHECKING:
-    from lalora_kernels.nn import Adapted
+    from lalora_kernels.adapted import Adapted, Tensors
     from lalora_kernels.privacy.engine import Engine
 
 
@@ -129,8 +129,10 @@ class Recorder:
     def reset(self) -> None:
         """A physical batch begins or is done."""
 
-    def verify(self) -> None:
-        """Raises RuntimeError where the module no longer uses the tensors that were attached."""
+    def verify(self) -> Tensors | None:
+        """Raises RuntimeError where the module no longer uses the tensors that were attached. An adapted layer's are
+        returned."""
+        return None
 
 
 class LoRARecorder(Recorder):
@@ -152,15 +154,15 @@ class LoRARecorder(Recorder):
         if sites["lora_A"].kind == TABLE:
             defer(sites["lora_A"], self)
 
-    def verify(self) -> None:
-        now = self.layer.tensors()
+    def verify(self) -> Tensors:
+        now: Tensors = self.layer.tensors()
         for role in ("lora_A", "lora_B"):
-            site, (module, key) = self.sites[role], now.get(role, (None, ""))
-            if not any((module, key) == place[1:] for place in site.places):
+            if now.get(role) not in [place[1:] for place in self.sites[role].places]:
                 raise RuntimeError(
                     f"{self.name} uses another adapter than when make_private was called; set that one again, or "
                     f"detach() the optimizer and call make_private again"
                 )
+        return now
 
     def note_forward(self) -> None:
         self.calls += 1
@@ -219,7 +221,7 @@ class LoRARecorder(Recorder):
             for s in (a, b):
                 if again and s is not None and not s.marked:  # the other one holds another layer's part
                     e.gradient_of(s).zero_()
-            dz, _, sq_b, _, sq_a = functional.sample_grad(
+            dz, _, sq_b, _, sq_a = e.operation("sample_grad", dyB, e.backend or self.asked)(
                 dyB,
                 B,
                 scaling,
@@ -229,7 +231,6 @@ class LoRARecorder(Recorder):
                 G_B=None if b is None else _matrices(e.gradient_of(b)),
                 G_A=None if a is None else _matrices(e.gradient_of(a)),
                 accumulate=again,
-                backend=e.backend or self.asked,
             )
         for site, sq in ((a, sq_a), (b, sq_b)):
             if site is not None:

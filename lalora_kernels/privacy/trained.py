@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lalora_kernels.nn import Adapted
+from lalora_kernels.adapted import Adapted, Tensors
 from lalora_kernels.privacy.recorders import Recorder, Site
 from lalora_kernels.privacy.rules import rule_of
 from lalora_kernels.privacy.ties import kind_of
@@ -58,12 +58,14 @@ def trained_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Use
 
 def refuse_changes(
     model: nn.Module, modules: list[nn.Module], sites: Sequence[Site], recorders: Sequence[Recorder]
-) -> None:
-    """Raise RuntimeError where the model, of these ``modules``, is no longer the one that the others were made for."""
+) -> dict[nn.Module, Tensors]:
+    """Raise RuntimeError where the model, of these ``modules``, is no longer the one that the others were made for.
+
+    Returns what the adapted layers have just told of their tensors.
+    """
     for s in sites:
         s.verify()
-    for r in recorders:
-        r.verify()
+    told = {r.module: r.verify() for r in recorders}
     inside = set(modules)
     for r in recorders:
         if r.module not in inside:
@@ -74,13 +76,14 @@ def refuse_changes(
     known = {id(s.param) for s in sites}  # which the sites hold, so no other tensor has one of these
     held = [p for m in modules if m._parameters for p in m._parameters.values() if p is not None and p.requires_grad]
     if known.issuperset(map(id, held)):
-        return
+        return {module: tensors for module, tensors in told.items() if tensors is not None}
     for name, p in model.named_parameters():
         if p.requires_grad and id(p) not in known:
             raise RuntimeError(
                 f"{name} was added or unfrozen after make_private, so nothing clips or noises it; freeze it, or "
                 f"detach() the optimizer and call make_private again"
             )
+    return {}
 
 
 def _tensors(name: str, layer: Adapted) -> dict[str, tuple[nn.Module, str]]:

@@ -41,12 +41,12 @@ class Workspace(dict[str, Tensor]):
         sizes = [most * shape.numel() for shape in shapes]
         flat = self.flat(kind, sum(sizes), dtype, sites[0].param.device)
         # Places follow from the buffer, the most rows and the shapes: they are forgotten with the former two, and found
-        # by the last. What is released is the user's to keep or to change, and gets views of its own.
-        places = self._places.get((kind, shapes)) if kind != "grad" else None
+        # by the last.
+        places = self._places.get((kind, shapes))
         if places is None:
             parts = flat[: sum(sizes)].split(sizes)
             lead = () if rows is None else (most,)
-            places = [part.view(*lead, *shape) for part, shape in zip(parts, shapes)]
-            if kind != "grad":
-                self._places[kind, shapes] = places
+            places = self._places[kind, shapes] = [part.view(*lead, *shape) for part, shape in zip(parts, shapes)]
+        if kind == "grad":  # a tensor that is the user's, to keep or to change, each time
+            return [place.detach() for place in places]
         return places if rows is None or rows == most else [place[:rows] for place in places]
