@@ -59,6 +59,8 @@ def main() -> int:
         print(f"{op:<17}" + "".join(cells) + ", ".join(row["available"]))
     for error in errors:
         print(error)
+    if any("/cuda" in row[column] for row in dispatch.explain(devices).values() for column in columns):
+        print("triton/cuda: cuda serves layers that are small (docs/gpu.md)")
     print("unproven: no committed result of bench/gpu.sh shows that it passed its tests on a card; chosen only by name")
     return 1 if errors else 0
 

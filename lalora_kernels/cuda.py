@@ -1,7 +1,7 @@
 """GPU backend "cuda": checks, allocates outputs, hands device pointers to ``lalora_kernels._cuda``.
 
 Signatures and meaning are the reference's (SPEC section 9). Everything runs on torch's current stream; nothing waits
-for the device. ``sample_grad_clip`` needs thread-block clusters (sm_90) and a rank of at most 64.
+for the device. ``sample_grad`` and ``sample_grad_clip`` need thread-block clusters (sm_90) and a rank of at most 64.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lalora_kernels.gpu import layer_inputs, refuse_capture, sums
+from lalora_kernels.gpu import gradient_out, layer_inputs, refuse_capture, sums
 from lalora_kernels.reference.chacha20_normal import MAX_ELEMENTS
 from lalora_kernels.segments import Release
 
@@ -45,7 +45,8 @@ def _place(t: Tensor) -> Iterator[tuple[int, int]]:
         if t.device.type != "cuda":
             yield 0, 0  # the emulated machine of the tests
         else:
-            yield t.device.index, torch.cuda.current_stream(t.device).cuda_stream
+            # torch.cuda.current_stream makes an object around this number, at the price of a launch.
+            yield t.device.index, torch._C._cuda_getCurrentRawStream(t.device.index)
 
 
 def _pointers(release: Release) -> tuple[tuple, tuple]:
@@ -139,13 +140,90 @@ def chacha20_words(
     return out
 
 
-def _rows(t: Tensor | None) -> tuple[int, int, int]:
-    return _NONE if t is None else (t.data_ptr(), t.stride(0), t.stride(1))
+def _rows(t: Tensor) -> tuple[int, int, int]:
+    return t.data_ptr(), t.stride(0), t.stride(1)
 
 
-def _dense_rows(t: Tensor | None) -> Tensor | None:
+def _inputs(
+    op: str, dy: Tensor, B: Tensor, h: Tensor | None, x: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The kernel reads rows of features without gaps, any distance apart."""
-    return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    rows: list[Any] = [
+        t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+        for t in layer_inputs(op, dy, B, h, x)
+    ]
+    dy, B, h, x = rows
+    return dy, B.contiguous(), h, x
+
+
+def _planned(
+    op: str, factor: str, dy: Tensor, B: Tensor, other: Tensor, scaling: float, dz: Tensor | None, sq: Tensor,
+    index: int,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(one factor's gradient as the kernel is told of it, how it is launched); ``other``: h of B, x of A."""
+    (N, T, m), r = dy.shape, B.shape[1]
+    n = other.shape[2] if factor == "A" else 0
+    grad = require().LayerGrad(
+        (N, T, m, n, r), _DTYPES[dy.dtype], scaling, factor, _rows(dy), _rows(other), B.data_ptr(),
+        0 if dz is None else dz.data_ptr(), sq.data_ptr(),
+    )  # fmt: skip
+    key = (op, N, T, m, n, r, dy.dtype, factor, dz is None, index)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = getattr(require(), f"plan_{op}")(grad, index)
+    return grad, plan
+
+
+def _product(dy: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """dz alone is a plain product, which is torch's; rounded once."""
+    rows = dy.reshape(-1, dy.shape[2])
+    dz = torch.addmm(rows.new_empty(()), rows, B, beta=0, alpha=scaling)
+    return dz.view(*dy.shape[:2], B.shape[1])
+
+
+def sample_grad(
+    dy: Tensor,
+    B: Tensor,
+    scaling: float,
+    *,
+    h: Tensor | None = None,
+    x: Tensor | None = None,
+    need_dz: bool = True,
+    G_B: Tensor | None = None,
+    G_A: Tensor | None = None,
+    accumulate: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See ``lalora_kernels.reference.sample_grad``. Gradients are float32; needs sm_90.
+
+    With both factors active dy is read twice, once for each.
+    """
+    op, dtype = "sample_grad", dy.dtype
+    dy, B, h, x = _inputs(op, dy, B, h, x)
+    (N, T, m), r, device = dy.shape, B.shape[1], dy.device
+    unwritten = need_dz
+    dz = torch.empty(N, T, r, dtype=dy.dtype, device=device) if need_dz and (h is not None or x is not None) else None
+    results: list[Tensor | None] = []
+    for factor, given, other in (("B", G_B, h), ("A", G_A, x)):
+        if other is None:
+            results += [None, None]
+            continue
+        shape = (N, m, r) if factor == "B" else (N, r, other.shape[2])
+        out = gradient_out(op, f"G_{factor}", given, shape, device)
+        sq = torch.empty(N, dtype=torch.float64, device=device)
+        if out.numel():
+            with _place(dy) as place:
+                grad, plan = _planned(op, factor, dy, B, other, scaling, dz if unwritten else None, sq, place[0])
+                require().sample_grad(
+                    grad, plan, out.data_ptr(), out.stride(0), accumulate and given is not None, *place
+                )
+            unwritten = False
+        else:
+            sq.zero_()
+        results += [out if given is None or out is given else given.copy_(out), sq]
+    if unwritten:
+        dz = _product(dy, B, scaling)
+    g_b, sq_b, g_a, sq_a = results
+    return (dz if dz is None else dz.to(dtype)), g_b, sq_b, g_a, sq_a
 
 
 def sample_grad_clip(
@@ -166,41 +244,34 @@ def sample_grad_clip(
 
     With both factors active dy is read twice, once for each.
     """
-    op, dtype, module = "sample_grad_clip", dy.dtype, require()
+    op, dtype = "sample_grad_clip", dy.dtype
     if h is None and x is None:
         raise ValueError(f"{op}: backend 'cuda' needs h or x; sample_grad gives dz alone")
-    checked = [_dense_rows(t) for t in layer_inputs(op, dy, B, h, x)]
-    assert checked[0] is not None and checked[1] is not None
-    dy, B, h, x = checked[0], checked[1].contiguous(), checked[2], checked[3]
+    dy, B, h, x = _inputs(op, dy, B, h, x)
     (N, T, m), r, device = dy.shape, B.shape[1], dy.device
+    unwritten = need_dz
     dz = torch.empty(N, T, r, dtype=dy.dtype, device=device) if need_dz else None
-    if dz is not None and not m:
-        dz.zero_()
     results: list[Tensor | None] = []
-    for given, name, wide, features in ((S_B, "S_B", h, m), (S_A, "S_A", x, 0 if x is None else x.shape[2])):
-        if wide is None:
+    for factor, given, other in (("B", S_B, h), ("A", S_A, x)):
+        if other is None:
             results += [None, None]
             continue
-        factor = name[-1]
-        S, target = sums(op, given, name, (m, r) if factor == "B" else (r, features), device)
+        features = m if factor == "B" else other.shape[2]
+        S, target = sums(op, given, f"S_{factor}", (m, r) if factor == "B" else (r, features), device)
         sq = torch.zeros(N, dtype=torch.float64, device=device)
         if N and features and m:
-            write = None if factor == "A" and h is not None else dz
-            call = module.ClipGrad(
-                (N, T, m, features if factor == "A" else 0, r), _DTYPES[dy.dtype], scaling, max_norm, grad_scale,
-                N if valid is None else valid, factor, _rows(dy), _rows(h) if factor == "B" else _NONE,
-                _rows(x) if factor == "A" else _NONE, B.data_ptr(), 0 if write is None else write.data_ptr(),
-                target.data_ptr(), sq.data_ptr(),
-            )  # fmt: skip
-            key = (N, T, m, features, r, dy.dtype, factor, write is None, device)
             with _place(dy) as place:
-                plan = _plans.get(key)
-                if plan is None:
-                    plan = _plans[key] = module.plan_sample_grad_clip(call, place[0])
+                grad, plan = _planned(op, factor, dy, B, other, scaling, dz if unwritten else None, sq, place[0])
                 partial = torch.empty(plan.clusters, features * r, dtype=torch.float32, device=device)
-                module.sample_grad_clip(call, plan, partial.data_ptr(), *place)
+                require().sample_grad_clip(
+                    grad, plan, max_norm, grad_scale, N if valid is None else valid, target.data_ptr(),
+                    partial.data_ptr(), *place,
+                )  # fmt: skip
+            unwritten = False
         if target.data_ptr() != S.data_ptr():
             S.copy_(target)
         results += [S, sq]
+    if unwritten:
+        dz = _product(dy, B, scaling)
     S_B, sq_b, S_A, sq_a = results
     return (dz if dz is None else dz.to(dtype)), S_B, sq_b, S_A, sq_a

@@ -55,9 +55,19 @@ def _kind(device: torch.device | str) -> str:
     return device.type if isinstance(device, torch.device) else torch.device(device).type  # which takes a microsecond
 
 
+def _named(backend: str | None) -> str | None:
+    return backend or asked() or os.environ.get("LALORA_BACKEND")
+
+
+def _by_size(op: str, device: torch.device | str, dtype: torch.dtype, backend: str | None) -> bool:
+    """Whether nobody named a backend and small work has one of its own; see ``gpu.by_size``."""
+    fits = op in gpu.CLUSTERED and dtype in HALF[1:] and _kind(device) == "cuda"
+    return fits and not _named(backend) and gpu.proven_on("cuda", op, device)
+
+
 def choose(device: torch.device | str, dtype: torch.dtype, backend: str | None = None, op: str = "") -> str:
     """Name of the backend that serves ``dtype`` on ``device``; on a GPU it depends on the operation and the card."""
-    if name := backend or asked() or os.environ.get("LALORA_BACKEND"):
+    if name := _named(backend):
         return _known(name)
     kind = _kind(device)
     if kind == "cuda" and dtype in HALF:
@@ -85,15 +95,22 @@ def _load(op: str, name: str, device: str, dtype: torch.dtype) -> Callable:
 
 
 def get(op: str, like: Tensor | tuple[torch.device | str, torch.dtype], backend: str | None = None) -> Callable:
-    """The function that serves ``op`` for tensors like ``like``. Raises BackendError where the choice cannot."""
+    """The function that serves ``op`` for tensors like ``like``. Raises BackendError where the choice cannot.
+
+    On a GPU, unless somebody names a backend, a layer's small work goes to one of its own: ``gpu.by_size``.
+    """
     device, dtype = (like.device, like.dtype) if isinstance(like, Tensor) else like
-    return _load(op, choose(device, dtype, backend, op), _kind(device), dtype)
+    found = _load(op, choose(device, dtype, backend, op), _kind(device), dtype)
+    return gpu.by_size(_load(op, "cuda", "cuda", dtype), found) if _by_size(op, device, dtype, backend) else found
 
 
 def explain(
     devices: tuple[str, ...] = ("cpu", "cuda"), dtypes: tuple[torch.dtype, ...] = SMALL + (torch.float64,)
 ) -> dict[str, dict[Any, Any]]:
-    """op -> {"available": [backend, ...], (device, dtype): the backend chosen now or "error: why"}."""
+    """op -> {"available": [backend, ...], (device, dtype): the backend chosen now or "error: why"}.
+
+    "triton/cuda": cuda serves small work.
+    """
     table: dict[str, dict[Any, Any]] = {op: {"available": []} for op in OPS}
     for op, row in table.items():
         for name, (_, kinds, _) in BACKENDS.items():
@@ -103,6 +120,8 @@ def explain(
         for device in devices:
             for dtype in dtypes:
                 row[device, dtype] = choose(device, dtype, op=op)
+                if _by_size(op, device, dtype, None):
+                    row[device, dtype] += "/cuda"
                 try:
                     get(op, (device, dtype))
                 except BackendError as error:

@@ -24,12 +24,13 @@ from gpu_suite import (
     check_outputs,
     check_privatize,
     check_repeats,
+    check_sample_grad,
     check_sample_grad_clip,
     check_scales,
     check_words,
 )
 
-from lalora_kernels import cuda
+from lalora_kernels import cuda, gpu
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 TARGET = Target(cuda, "cpu")
@@ -59,6 +60,11 @@ def held(case: GradCase) -> bool:
 
 
 @pytest.mark.parametrize("case", [*filter(held, GRAD_CASES), *HALVES], ids=str)
+def test_sample_grad(case):
+    check_sample_grad(TARGET, case)
+
+
+@pytest.mark.parametrize("case", [*filter(held, GRAD_CASES), *HALVES], ids=str)
 def test_sample_grad_clip(case):
     check_sample_grad_clip(TARGET, case)
 
@@ -70,6 +76,11 @@ def test_sample_grad_clip_of_a_large_cluster(case):
     assert {p.cluster for p in plans} == {8} and {p.positions for p in plans} <= {32, 64}
 
 
+@pytest.mark.parametrize("case", [GradCase(3, 7, 11, 13, 5), GradCase(2, 65, 97, 31, 8)], ids=str)
+def test_sample_grad_outputs(case):
+    check_outputs(TARGET, case)
+
+
 ORDERED = [GradCase(1, 70, 460, 260, 17, F16), GradCase(23, 40, 90, 70, 5, BF16), GradCase(5, 40, 300, 170, 17, BF16)]
 
 
@@ -78,8 +89,9 @@ ORDERED = [GradCase(1, 70, 460, 260, 17, F16), GradCase(23, 40, 90, 70, 5, BF16)
 def test_the_order_of_threads_changes_no_bit(case, order, emulation):
     """A missing barrier shows as a difference between orders."""
     for need_dz in (True, False):
-        emulation.set_order(0)
-        check_repeats(TARGET, case, "sample_grad_clip", 2, lambda: emulation.set_order(order), need_dz=need_dz)
+        for op in ("sample_grad", "sample_grad_clip"):
+            emulation.set_order(0)
+            check_repeats(TARGET, case, op, 2, lambda: emulation.set_order(order), need_dz=need_dz)
     check_privatize(TARGET, 2, 0.6, "reflect")
 
 
@@ -94,20 +106,20 @@ def test_which_factor_is_asked_for_is_no_matter_of_addresses(emulation):
     assert inputs["h"].data_ptr() == 0
     got, want = call(TARGET, "sample_grad_clip", inputs, "h", max_norm=1.0, S_B=torch.ones(300, 3))
     assert torch.equal(got[1].double(), want[1].double()) and got[2].tolist() == [0.0, 0.0]
-    (plan,) = cuda._plans.values()
-    assert plan.cluster == 4  # of B's 300 features; A's none would have taken one
+    G = torch.full((2, 300, 3), float("nan"))
+    got, want = call(TARGET, "sample_grad", inputs, "h", G_B=G)
+    assert got[1] is G and torch.equal(G, torch.zeros(2, 300, 3)), "A's features are none: it would have been left"
     for N, n in ((0, 7), (2, 0)):
         rows, sq = (0, 0, 0), torch.zeros(2, dtype=torch.float64)
-        grad = emulation.ClipGrad((N, 1, 5, n, 3), 0, 1.0, 1.0, 1.0, N, "A", rows, rows, rows, 0, 0, 0, sq.data_ptr())
-        emulation.sample_grad_clip(grad, emulation.plan_sample_grad_clip(grad, 0), 0, 0, 0)
+        grad = emulation.LayerGrad((N, 1, 5, n, 3), 0, 1.0, "A", rows, rows, 0, 0, sq.data_ptr())
+        emulation.sample_grad_clip(grad, emulation.plan_sample_grad_clip(grad, 0), 1.0, 1.0, N, 0, 0, 0, 0)
+        emulation.sample_grad(grad, emulation.plan_sample_grad(grad, 0), 0, 0, False, 0, 0)
 
 
-def test_results_repeat():
-    check_repeats(TARGET, GradCase(23, 40, 90, 70, 5), "sample_grad_clip")
-
-
-def test_every_scale():
-    check_scales(TARGET, GradCase(3, 5, 17, 19, 4), "sample_grad_clip")
+@pytest.mark.parametrize("op", ["sample_grad", "sample_grad_clip"])
+def test_results_repeat_and_hold_every_scale(op):
+    check_repeats(TARGET, GradCase(23, 40, 90, 70, 5), op)
+    check_scales(TARGET, GradCase(3, 5, 17, 19, 4), op)
 
 
 def test_half_precision_keeps_dz_beyond_its_range():
@@ -124,7 +136,8 @@ def test_half_precision_keeps_dz_beyond_its_range():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, F16])
 def test_a_bad_record_spoils_no_other(bad, dtype):
-    check_bad_record(TARGET, GradCase(12, 5, 17, 19, 4, dtype), "sample_grad_clip", bad)
+    for op in ("sample_grad", "sample_grad_clip"):
+        check_bad_record(TARGET, GradCase(12, 5, 17, 19, 4, dtype), op, bad)
 
 
 def test_what_no_cluster_holds_is_refused():
@@ -137,6 +150,21 @@ def test_what_no_cluster_holds_is_refused():
         ask(40_000, 16)
     with pytest.raises(ValueError, match="needs h or x"):
         cuda.sample_grad_clip(torch.zeros(1, 1, 4), torch.zeros(4, 2), 1.0, max_norm=1.0)
+
+
+def test_a_cluster_holds_whatever_the_dispatch_gives_it(emulation):
+    """At the corners of ``gpu.small``; the emulated machine has the shared memory of sm_90."""
+    for wide in (1, 63, 64, 1000, 4096):
+        for T in (1, 63, 256):
+            for r in (1, 16):
+                N = min(256 // -(-T // 64), (1 << 24) // (T * wide))
+                dy, B, h = (torch.empty(s, dtype=BF16, device="meta") for s in ((N, T, wide), (wide, r), (N, T, r)))
+                assert gpu.small(dy, B, h, dy) and not gpu.small(dy, B, None, None)
+                for factor in "AB":
+                    sizes, rows = (N, T, wide, wide if factor == "A" else 0, r), (16, T * wide, wide)
+                    grad = emulation.LayerGrad(sizes, 1, 1.0, factor, rows, rows, 16, 16, 16)
+                    for plan in (emulation.plan_sample_grad(grad, 0), emulation.plan_sample_grad_clip(grad, 0)):
+                        assert plan.clusters >= 1 and plan.shared <= 227 * 1024
 
 
 def test_words_are_the_same_bit_for_bit():
@@ -182,6 +210,7 @@ OPERATIONS = {
     "clip_reduce": lambda: cuda.clip_reduce([torch.zeros(2, 8)], torch.zeros(1, 2), [torch.zeros(8)]),
     "chacha20_normal": lambda: cuda.chacha20_normal(8, key=bytes(32), release=0, tensor_index=0, device="cpu"),
     "chacha20_words": lambda: cuda.chacha20_words(bytes(32), (0, 0, 0), 0, 2, device="cpu"),
+    "sample_grad": lambda: cuda.sample_grad(torch.zeros(1, 1, 8), torch.zeros(8, 2), 1.0, h=torch.zeros(1, 1, 2)),
     "sample_grad_clip": lambda: cuda.sample_grad_clip(
         torch.zeros(1, 1, 8), torch.zeros(8, 2), 1.0, h=torch.zeros(1, 1, 2), max_norm=1.0
     ),

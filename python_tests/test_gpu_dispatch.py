@@ -12,7 +12,7 @@ import torch
 from lalora_kernels import dispatch, gpu
 
 ROOT = Path(__file__).resolve().parent.parent
-GPU_OPS = {"triton": set(dispatch.OPS), "cuda": set(dispatch.OPS) - {"sample_grad"}}
+GPU_OPS = {"triton": set(dispatch.OPS), "cuda": set(dispatch.OPS)}
 
 
 @pytest.fixture
@@ -45,6 +45,30 @@ def test_a_result_counts_for_its_operation_and_family(proofs):
     assert dispatch.choose("cuda", torch.bfloat16, op="sample_grad_clip") == "reference"  # it does not hold every shape
     with dispatch.use_backend("reference"):
         assert dispatch.choose("cuda", torch.float32, op="privatize") == "reference"
+
+
+def test_small_layers_take_the_cluster_kernel_where_it_is_proven_and_nobody_asks(proofs, monkeypatch):
+    monkeypatch.setattr(dispatch, "_load", lambda op, name, *_: lambda *args, **kwargs: name)
+    half = torch.device("cuda"), torch.bfloat16
+
+    def serves(N=32, T=128, m=768, n=768, r=16, dtype=torch.bfloat16, like=half, backend=None):
+        make = dict(dtype=dtype, device="meta")
+        dy, B, x = torch.empty(N, T, m, **make), torch.empty(m, r, **make), torch.empty(N, T, n, **make)
+        return dispatch.get("sample_grad", like, backend)(dy, B, 1.0, h=None, x=x)
+
+    proofs["triton"] = {"sample_grad": {"sm_90": "gpu-sm_90.json"}}
+    assert serves() == "triton"
+    proofs["cuda"] = {"sample_grad": {"sm_90": "gpu-sm_90.json"}}
+    assert serves() == "cuda" and serves(N=0) == "cuda"
+    for large in (dict(T=257), dict(N=129, T=65), dict(m=4104), dict(n=4104), dict(N=64, n=2304), dict(r=17)):
+        assert serves(**large) == "triton", large
+    assert serves(dtype=torch.float32) == "triton"
+    assert serves(like=(half[0], torch.float32)) == "triton" and serves(like=(half[0], torch.float64)) == "reference"
+    assert serves(backend="triton") == "triton" and serves(backend="reference") == "reference"
+    with dispatch.use_backend("triton"):
+        assert serves() == "triton"
+    monkeypatch.setattr(gpu, "family", lambda device=None: "sm_80")
+    assert serves() == "reference"
 
 
 def test_the_tensors_card_is_asked_about_not_the_current_one(proofs, monkeypatch):

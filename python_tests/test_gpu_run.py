@@ -291,7 +291,7 @@ def test_what_fails_is_a_row_and_the_run_goes_on(run, monkeypatch):
     reason = "failed: ValueError: no such layer"
     assert notes.pop(("first", "x")) == "note" and set(notes.values()) == {reason}
     assert {("a group", "all"), ("privatize", "broken"), ("privatize", "broken, no noise")} <= set(notes)
-    assert {("sample_grad", "ours"), ("chacha20_normal", "broken")} <= set(notes)
+    assert {("sample_grad", "triton"), ("chacha20_normal", "broken")} <= set(notes)
     figures = {(r["what"], r["backend"]) for r in rows if r["median"] is not None}
     assert figures == {("privatize", "good"), ("chacha20_normal", "good")}
     assert run.result["broken"] == ["a group"]

@@ -105,33 +105,39 @@ PYBIND11_MODULE(LALORA_MODULE, module) {
         cuda::chacha20_words(p, device, pointer<void>(stream));
     });
 
-    py::class_<cuda::ClipGrad>(module, "ClipGrad", py::module_local())
+    py::class_<cuda::LayerGrad>(module, "LayerGrad", py::module_local())
         .def(py::init([](std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> shape, int dtype, float scaling,
-                         double max_norm, double grad_scale, int64_t valid, char factor, const Rows& dy, const Rows& h,
-                         const Rows& x, uintptr_t B, uintptr_t dz, uintptr_t S, uintptr_t sq) {
-            cuda::ClipGrad g = {};
+                         char factor, const Rows& dy, const Rows& thin_or_x, uintptr_t B, uintptr_t dz, uintptr_t sq) {
+            cuda::LayerGrad g = {};
             g.is_A = factor == 'A';
             std::tie(g.N, g.T, g.m, g.n, g.r) = shape;
-            g.dtype = dtype, g.scaling = scaling, g.max_norm = max_norm, g.grad_scale = grad_scale, g.valid = valid;
+            g.dtype = dtype, g.scaling = scaling;
             g.dy = pointer<void>(std::get<0>(dy)), g.dy_n = std::get<1>(dy), g.dy_t = std::get<2>(dy);
-            g.h = pointer<void>(std::get<0>(h)), g.h_n = std::get<1>(h), g.h_t = std::get<2>(h);
-            g.x = pointer<void>(std::get<0>(x)), g.x_n = std::get<1>(x), g.x_t = std::get<2>(x);
-            g.B = pointer<void>(B), g.dz = pointer<void>(dz);
-            g.S = pointer<float>(S), g.sq = pointer<double>(sq);
+            (g.is_A ? g.x : g.h) = pointer<void>(std::get<0>(thin_or_x));
+            (g.is_A ? g.x_n : g.h_n) = std::get<1>(thin_or_x), (g.is_A ? g.x_t : g.h_t) = std::get<2>(thin_or_x);
+            g.B = pointer<void>(B), g.dz = pointer<void>(dz), g.sq = pointer<double>(sq);
             return g;
         }));
-    py::class_<cuda::ClipPlan>(module, "ClipPlan", py::module_local())
-        .def_readonly("cluster", &cuda::ClipPlan::cluster)
-        .def_readonly("positions", &cuda::ClipPlan::positions)
-        .def_readonly("stages", &cuda::ClipPlan::stages)
-        .def_readonly("clusters", &cuda::ClipPlan::clusters)
-        .def_readonly("shared", &cuda::ClipPlan::shared);
-    module.def("plan_sample_grad_clip",
-               [](const cuda::ClipGrad& g, int device) { return cuda::plan_sample_grad_clip(g, device); });
-    module.def("sample_grad_clip", [](cuda::ClipGrad& g, const cuda::ClipPlan& plan, uintptr_t partial, int device,
-                                      uintptr_t stream) {
-        g.partial = pointer<float>(partial);
-        py::gil_scoped_release unlocked;
-        cuda::sample_grad_clip(g, plan, device, pointer<void>(stream));
+    py::class_<cuda::ClusterPlan>(module, "ClusterPlan", py::module_local())
+        .def_readonly("cluster", &cuda::ClusterPlan::cluster)
+        .def_readonly("positions", &cuda::ClusterPlan::positions)
+        .def_readonly("stages", &cuda::ClusterPlan::stages)
+        .def_readonly("span", &cuda::ClusterPlan::span)
+        .def_readonly("clusters", &cuda::ClusterPlan::clusters)
+        .def_readonly("shared", &cuda::ClusterPlan::shared);
+    module.def("plan_sample_grad", cuda::plan_sample_grad);
+    module.def("sample_grad", [](cuda::LayerGrad& g, const cuda::ClusterPlan& plan, uintptr_t G, int64_t G_n,
+                                 bool accumulate, int device, uintptr_t stream) {
+        g.G = pointer<float>(G), g.G_n = G_n, g.accumulate = accumulate;
+        cuda::sample_grad(g, plan, device, pointer<void>(stream));
     });
+    module.def("plan_sample_grad_clip", cuda::plan_sample_grad_clip);
+    module.def("sample_grad_clip",
+               [](cuda::LayerGrad& g, const cuda::ClusterPlan& plan, double max_norm, double grad_scale, int64_t valid,
+                  uintptr_t S, uintptr_t partial, int device, uintptr_t stream) {
+                   g.max_norm = max_norm, g.grad_scale = grad_scale, g.valid = valid;
+                   g.S = pointer<float>(S), g.partial = pointer<float>(partial);
+                   py::gil_scoped_release unlocked;
+                   cuda::sample_grad_clip(g, plan, device, pointer<void>(stream));
+               });
 }

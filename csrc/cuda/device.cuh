@@ -95,21 +95,25 @@ LALORA_DEVICE void copy_wait() {  // until at most kPending of this thread's gro
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Where in shared memory; a pointer takes twice the registers and a conversion at every use.
+using Place = uint32_t;
+LALORA_DEVICE Place place_of(const void* p) { return shared_address(p); }
+
 // Four 8x8 matrices of 16-bit values; lane l names row l % 8 of matrix l / 8.
-LALORA_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+LALORA_DEVICE void load_matrices(uint32_t (&r)[4], Place row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
-LALORA_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+LALORA_DEVICE void load_matrices_transposed(uint32_t (&r)[4], Place row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
 #define LALORA_MMA(type)                                                                            \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                            \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                            \
                  ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"            \
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                  \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))

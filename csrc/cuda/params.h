@@ -22,6 +22,7 @@ struct Release {
     int64_t w_row, w_step, N;
     float noise_std, factor;  // factor: 1 / divisor
     int32_t padding;
+    uint32_t multiprocessors;
     ChaChaStream stream;
 };
 
@@ -42,31 +43,39 @@ enum Half : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
 // One factor of one layer: G[f, r] = sum_t wide[t, f] thin[t, r], (wide, thin) = (dy, h) for B and (x, dz) for A. No
 // address tells which: torch's are null where a tensor is empty.
-struct ClipGrad {
+struct LayerGrad {
     bool is_A;
-    int64_t N, T, m, n, r, valid;  // n: features of x; 0 for B
+    int64_t N, T, m, n, r;  // n: features of x; 0 for B
     int32_t dtype;
     float scaling;
-    double max_norm, grad_scale;
     const void *dy, *h, *x, *B;  // last axis without gaps; B (m, r) contiguous
     int64_t dy_n, dy_t, h_n, h_t, x_n, x_t;
-    void* dz;        // (N, T, r) contiguous, or null
+    void* dz;  // (N, T, r) contiguous, or null
+    double* sq;
+    // sample_grad: (N, m, r) or (N, r, n), a sample without gaps
+    float* G;
+    int64_t G_n;
+    bool accumulate;
+    // sample_grad_clip
+    int64_t valid;
+    double max_norm, grad_scale;
     float* partial;  // (clusters, m r or r n)
     float* S;        // (m, r) or (r, n) contiguous, added to
-    double* sq;
 };
 
-struct ClipPlan {
-    int32_t cluster, positions, stages, clusters;  // CTAs a cluster, BT, buffers, clusters launched
-    int32_t shared;                                // bytes a CTA
+struct ClusterPlan {
+    int32_t cluster, positions, stages, span;  // CTAs a cluster; positions a tile; buffers; positions between barriers
+    int32_t clusters, shared;                  // launched; bytes a CTA
 };
 
 void privatize(const Release&, int device, void* stream);
 void clip_reduce(const Release&, int device, void* stream);
 void chacha20_normal(const Normals&, int device, void* stream);
 void chacha20_words(const Words&, int device, void* stream);
-ClipPlan plan_sample_grad_clip(const ClipGrad&, int device);
-void sample_grad_clip(const ClipGrad&, const ClipPlan&, int device, void* stream);
+ClusterPlan plan_sample_grad(const LayerGrad&, int device);
+void sample_grad(const LayerGrad&, const ClusterPlan&, int device, void* stream);
+ClusterPlan plan_sample_grad_clip(const LayerGrad&, int device);
+void sample_grad_clip(const LayerGrad&, const ClusterPlan&, int device, void* stream);
 
 }  // namespace cuda
 }  // namespace lalora

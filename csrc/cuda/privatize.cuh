@@ -32,10 +32,8 @@ LALORA_DEVICE int pad_index(int i, int length, int padding) {
     return i < length ? i : (padding == kSymmetric ? 2 * length - 1 : period) - i;
 }
 
-template <bool kNoise, bool kAligned>
-LALORA_DEVICE Four summed(const Release& p, const SegmentRow& s, int64_t l, int64_t e) {
-    Four total = {{0.0f, 0.0f, 0.0f, 0.0f}};
-    if (s.S) total = load_four<kAligned>((const float*)s.S, e, s.numel, false);
+template <bool kAligned>
+LALORA_DEVICE void add_samples(Four& total, const Release& p, const SegmentRow& s, int64_t l, int64_t e) {
     constexpr int kSamples = kAligned ? 8 : 2;  // loads of 16 bytes in flight
     const int64_t samples = s.G ? p.N : 0;
     const float* weight = p.weights + l * p.w_row;
@@ -52,15 +50,33 @@ LALORA_DEVICE Four summed(const Release& p, const SegmentRow& s, int64_t l, int6
 #pragma unroll
             for (int j = 0; j < 4; ++j) total.v[j] += w[k] * g[k].v[j];
     }
-    if (kNoise) {
-        uint32_t x[16];
-        chacha20_state<uint32_t>(x, p.stream.key, (uint32_t)(e >> 2), (uint32_t)s.tensor_index, p.stream.release_low,
-                                 p.stream.release_high);
-        chacha20_block(x);
+}
+
+LALORA_DEVICE Four noise_of(const Release& p, const SegmentRow& s, int64_t e) {
+    uint32_t x[16];
+    chacha20_state<uint32_t>(x, p.stream.key, (uint32_t)(e >> 2), (uint32_t)s.tensor_index, p.stream.release_low,
+                             p.stream.release_high);
+    chacha20_block(x);
+    Four noise;
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-            total.v[j] += p.noise_std * normal_from_words<DeviceOps>(x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]);
-    }
+    for (int j = 0; j < 4; ++j)
+        noise.v[j] = p.noise_std * normal_from_words<DeviceOps>(x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]);
+    return noise;
+}
+
+// Every other block draws before it reads, so that a multiprocessor's integer units and its loads are busy together.
+template <bool kNoise, bool kAligned>
+LALORA_DEVICE Four summed(const Release& p, const SegmentRow& s, int64_t l, int64_t e, bool draws_first) {
+    Four total = {{0.0f, 0.0f, 0.0f, 0.0f}}, noise = total;
+    if (s.S) total = load_four<kAligned>((const float*)s.S, e, s.numel, false);
+#pragma unroll 1
+    for (int turn = 0; turn < (kNoise ? 2 : 1); ++turn)
+        if (kNoise && (turn == 0) == draws_first)
+            noise = noise_of(p, s, e);
+        else
+            add_samples<kAligned>(total, p, s, l, e);
+#pragma unroll
+    for (int j = 0; kNoise && j < 4; ++j) total.v[j] += noise.v[j];
     return total;
 }
 
@@ -78,6 +94,7 @@ template <bool kNoise, bool kSmooth, bool kAligned>
 __global__ void __launch_bounds__(ReleaseTraits::kThreads, ReleaseTraits::kBlocks)
     release_kernel(const Release p) {
     float* tile = reinterpret_cast<float*>(shared_memory());  // kSmooth: p.tile values
+    const bool draws_first = blockIdx.x / p.multiprocessors % 2;
     for (int64_t index = blockIdx.x; index < p.tile_count; index += gridDim.x) {
         const int64_t l = p.tiles[index];
         const SegmentRow s = p.rows[l];
@@ -86,7 +103,7 @@ __global__ void __launch_bounds__(ReleaseTraits::kThreads, ReleaseTraits::kBlock
         float* out = (float*)s.out;
         for (int v = 4 * threadIdx.x; v < p.tile; v += 4 * ReleaseTraits::kThreads) {
             if (begin + v >= s.numel) break;
-            Four total = summed<kNoise, kAligned>(p, s, l, begin + v);
+            Four total = summed<kNoise, kAligned>(p, s, l, begin + v, draws_first);
             if (kSmooth && s.smooth) {
                 *reinterpret_cast<Four*>(tile + v) = total;
                 continue;
@@ -131,8 +148,10 @@ void launch_release(const char* op, const Release& p, int device, void* stream) 
         LALORA_CHECK(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     int blocks = 0;
     LALORA_CHECK(op, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, ReleaseTraits::kThreads, shared));
-    const int64_t fill = (int64_t)blocks * device_attribute(op, cudaDevAttrMultiProcessorCount, device);
-    launch(op, kernel, p.tile_count < fill ? p.tile_count : fill, ReleaseTraits::kThreads, shared, 0, stream, p);
+    Release told = p;
+    told.multiprocessors = device_attribute(op, cudaDevAttrMultiProcessorCount, device);
+    const int64_t fill = (int64_t)blocks * told.multiprocessors;
+    launch(op, kernel, p.tile_count < fill ? p.tile_count : fill, ReleaseTraits::kThreads, shared, 0, stream, told);
 }
 
 template <bool kNoise, bool kSmooth>

@@ -212,8 +212,10 @@ class Engine:
     def sum_of(self, site: Site) -> Tensor:
         """The running sum, zero at the start of a logical batch."""
         if site.S is None:
-            for s, S in zip(self.active, self._carve("S", self.active, None)):
-                s.S = S.zero_()
+            places = self._carve("S", self.active, None)
+            self._buffers["S"][: sum(s.param.numel() for s in self.active)].zero_()  # one launch, not one a tensor
+            for s, S in zip(self.active, places):
+                s.S = S
         return site.summed()
 
     def refuse_idle(self, site: Site) -> None:

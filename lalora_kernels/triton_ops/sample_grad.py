@@ -125,7 +125,8 @@ def add_up_kernel(
 @triton.jit
 def finish_kernel(
     dz_partial, dz, dz_wide, size, tiles, sq_partial, sq, parts, z_programs,
-    WANT_Z: tl.constexpr, WANT_WIDE: tl.constexpr, WANT_Q: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
+    WANT_Z: tl.constexpr, WANT_WIDE: tl.constexpr, WANT_Q: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Programs below ``z_programs`` add up dz over the feature tiles; the others, one a sample, the squared norm."""
     i_p = tl.program_id(0)
@@ -133,8 +134,10 @@ def finish_kernel(
         o_e = i_p.to(tl.int64) * C + tl.arange(0, C)
         m_e = o_e < size
         b_z = tl.zeros([C], dtype=tl.float32)
-        for i_f in range(0, tiles):
-            b_z += tl.load(dz_partial + tl.cast(i_f, tl.int64) * size + o_e, mask=m_e, other=0.0)
+        for i_f in range(0, tiles, TILES):  # all of one turn's loads are under way at once
+            o_f = i_f + tl.arange(0, TILES)
+            p_z = dz_partial + o_f.to(tl.int64)[:, None] * size + o_e[None, :]
+            b_z += tl.sum(tl.load(p_z, mask=(o_f < tiles)[:, None] & m_e[None, :], other=0.0), 0)
         if WANT_Z:
             tl.store(dz + o_e, b_z.to(dz.dtype.element_ty), mask=m_e)
         if WANT_WIDE:
@@ -233,7 +236,9 @@ def finish(
     """Add up dz over z_partial's first axis and squared norms over their ``parts``; None: nothing to add."""
     like = dz if dz_wide is None else dz_wide
     size = 0 if z_partial is None else like.numel()
-    blocks, samples = cdiv(size, FINISH), 0 if sq is None else len(sq)
+    # Few elements in many programs, which load all tiles at once; many in programs that are long enough.
+    c = 256 if size <= 256 * FINISH else FINISH
+    blocks, samples = cdiv(size, c), 0 if sq is None else len(sq)
     if not blocks + samples:
         return
     # What a kernel will not touch is any tensor.
@@ -243,7 +248,7 @@ def finish(
     finish_kernel[(blocks + samples,)](
         z, z if dz is None else dz, z if dz_wide is None else dz_wide, size, len(z), q_partial, q, parts, blocks,
         WANT_Z=blocks > 0 and dz is not None, WANT_WIDE=blocks > 0 and dz_wide is not None, WANT_Q=samples > 0,
-        C=FINISH, PARTS=128,
+        C=c, TILES=min(4 * FINISH // c, next_power_of_2(len(z))), PARTS=128,
     )  # fmt: skip
 
 

@@ -47,14 +47,16 @@ LALORA_DEVICE void copy_wait() {
 
 LALORA_DEVICE int lane_id() { return (int)(threadIdx.x % 32); }
 
-LALORA_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+using Place = uintptr_t;
+LALORA_DEVICE Place place_of(const void* p) { return (Place)p; }
+LALORA_DEVICE void load_matrices(uint32_t (&r)[4], Place row) {
     const void* const* rows = emulate::warp_exchange(&row, sizeof row);
     for (int k = 0; k < 4; ++k) {
         const auto* from = *(const uint16_t* const*)rows[8 * k + lane_id() / 4] + 2 * (lane_id() % 4);
         r[k] = from[0] | (uint32_t)from[1] << 16;
     }
 }
-LALORA_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+LALORA_DEVICE void load_matrices_transposed(uint32_t (&r)[4], Place row) {
     const void* const* rows = emulate::warp_exchange(&row, sizeof row);
     for (int k = 0; k < 4; ++k) {
         r[k] = 0;
