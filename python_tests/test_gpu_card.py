@@ -46,7 +46,8 @@ if not DRY:
 card = pytest.mark.skipif(DRY, reason="needs a card")
 
 HALVES = [GradCase(3, 19, 41, 35, 6, F16), GradCase(2, 70, 300, 130, 20, F16), GradCase(2, 130, 40, 600, 5, BF16)]
-REAL = [GradCase(2, 512, 4096, 4096, 16), GradCase(3, 197, 768, 3072, 16), GradCase(1, 2048, 4096, 1024, 64)]
+REAL = [GradCase(2, 512, 4096, 4096, 16), GradCase(2, 256, 4096, 1000, 16)]
+REAL += [GradCase(3, 197, 768, 3072, 16), GradCase(1, 2048, 4096, 1024, 64)]
 # Of a card's full turn every case in every dtype; of a dry one a few.
 SHAPES = GRAD_CASES[3::16] if DRY else [c for c in GRAD_CASES + REAL if c.dtype == F32]
 GRADS = [replace(c, dtype=d) for c in SHAPES for d in ((F32,) if DRY else (F32, BF16, F16))] + HALVES[: 1 if DRY else 3]
@@ -81,7 +82,8 @@ def proves(op: str, *backends: str):
 
 
 def held(of: Target, case: GradCase) -> bool:
-    largest = 32_768 if case.dtype == F32 else 65_536
+    # Beyond T = 256 the matrix unit's sums, which truncate, are less exact than float16's tolerance.
+    largest = 65_536 if case.dtype == BF16 or (case.dtype == F16 and case.T <= 256) else 32_768
     return not of.ops.__name__.endswith("cuda") or (case.r <= 64 and max(case.m, case.n) * case.r <= largest)
 
 
