@@ -46,7 +46,7 @@ def summary(result: dict) -> str:
         else:
             unit = "times less than" if "memory" in what else "times faster than"
             figure = f"{unit} {other}" if at_least else f"over that of {other}"
-            figure += f" ({backend})" if backend and what == "chacha20_normal" else ""
+            figure += f" ({backend})" if backend else ""
         wanted = target.replace("≥", "at least").replace("≤", "at most")
         figures = f"{statistics.median(values):.3g} | {worst:.3g}"
         lines.append(f"| {MEANS[what]}: {figure} | {figures} | {wanted} | {met} of {len(rows)} |")
