@@ -61,7 +61,7 @@ def held(case: GradCase) -> bool:
 
 @pytest.mark.parametrize("case", [*filter(held, GRAD_CASES), *HALVES], ids=str)
 def test_sample_grad(case):
-    check_sample_grad(TARGET, case)
+    check_sample_grad(TARGET, case, ("h", "x", "hx", "") if case.N * case.T * max(case.m, case.n) < 1_500 else ("hx",))
 
 
 @pytest.mark.parametrize("case", [*filter(held, GRAD_CASES), *HALVES], ids=str)

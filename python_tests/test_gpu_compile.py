@@ -35,7 +35,7 @@ def test_cuda_kernels():
     pytest.importorskip("lalora_kernels._cuda", reason="csrc/cuda was not built: no nvcc")
     done = run(str(ROOT / "bench/gpu_compile.py"), "--only", "cuda")
     assert done.returncode == 0, done.stdout + done.stderr
-    for kernel in ("release_kernel<true, true, true>", "chacha20_normal_kernel<true>", "Traits<BF16, 2, false>"):
+    for kernel in ("release_kernel<true, true, true>", "chacha20_normal_kernel<true>", "Traits<BF16, 2, false, false>"):
         assert kernel in done.stdout
 
 
