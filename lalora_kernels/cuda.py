@@ -170,6 +170,8 @@ def _planned(
     key = (op, N, T, m, n, r, dy.dtype, factor, dz is None, index)
     plan = _plans.get(key)
     if plan is None:
+        if len(_plans) >= 4096:  # Poisson batches of texts of any length have ever new shapes
+            _plans.clear()
         plan = _plans[key] = getattr(require(), f"plan_{op}")(grad, index)
     return grad, plan
 

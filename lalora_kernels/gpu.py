@@ -58,8 +58,8 @@ def by_size(cluster: Callable, otherwise: Callable) -> Callable:
 def small(dy: Tensor, B: Tensor, h: Tensor | None, x: Tensor | None) -> bool:
     """Whether a layer is so small that the card waits for its host, which one launch from C++ keeps a third as long.
 
-    Measured on an H200: 31 microseconds against 90 (B) and 125 to 160 (A) of Triton's two to four launches, for at most
-    9 more of the card. Half precision, rank 16, features that a cluster holds.
+    Measured on an H200: 31 microseconds against 90 (B) and 125 to 160 (A) of Triton's two to four launches, for up to 9
+    more of the card in the shapes measured. Half precision, rank 16, features that a cluster holds.
     """
     N, T, m = dy.shape
     wide = m if x is None else max(m, x.shape[2])

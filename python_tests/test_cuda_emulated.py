@@ -167,6 +167,19 @@ def test_a_cluster_holds_whatever_the_dispatch_gives_it(emulation):
                         assert plan.clusters >= 1 and plan.shared <= 227 * 1024
 
 
+def test_more_positions_than_the_kernel_counts_are_refused(emulation):
+    grad = emulation.LayerGrad((1, 2**31, 1, 0, 1), 1, 1.0, "B", (16, 16, 1), (16, 16, 1), 16, 16, 16)
+    for op in ("sample_grad", "sample_grad_clip"):
+        with pytest.raises(RuntimeError, match=f"{op}: backend 'cuda' takes fewer than 2.31 positions, got 2147483648"):
+            getattr(emulation, f"plan_{op}")(grad, 0)
+
+
+def test_shapes_without_end_do_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(cuda, "_plans", {i: None for i in range(4096)})
+    check_sample_grad(TARGET, GradCase(2, 3, 4, 4, 2), ("h",))
+    assert len(cuda._plans) < 4096
+
+
 def test_words_are_the_same_bit_for_bit():
     check_words(TARGET)
 

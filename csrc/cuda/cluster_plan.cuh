@@ -37,6 +37,9 @@ ClusterPlan tiles_of(const LayerGrad& g, int cluster, int limit) {
 template <class Tr>
 ClusterPlan plan_of(const LayerGrad& g, int device) {
     const int64_t features = Tr::kA ? g.n : g.m;
+    if (g.T > INT32_MAX - 64)  // the kernel's positions are 32 bits wide
+        throw std::runtime_error(std::string(Tr::kOp) + ": backend 'cuda' takes fewer than 2^31 positions, got " +
+                                 std::to_string(g.T));
     const int limit = device_attribute(Tr::kOp, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     const auto kernel = cluster_grad_kernel<Tr>;
     // The most that any plan takes: it is the kernel's, not the launch's.

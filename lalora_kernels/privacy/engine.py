@@ -212,10 +212,9 @@ class Engine:
     def sum_of(self, site: Site) -> Tensor:
         """The running sum, zero at the start of a logical batch."""
         if site.S is None:
-            places = self._carve("S", self.active, None)
-            self._buffers["S"][: sum(s.param.numel() for s in self.active)].zero_()  # one launch, not one a tensor
-            for s, S in zip(self.active, places):
+            for s, S in zip(self.active, self._carve("S", self.active, None)):
                 s.S = S
+            self._buffer("S").zero_()  # one launch, not one a tensor
         return site.summed()
 
     def refuse_idle(self, site: Site) -> None:
