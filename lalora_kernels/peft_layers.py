@@ -4,6 +4,7 @@ Each class adds a forward to one of PEFT's and is swapped in as ``module.__class
 merging) stays PEFT's code on PEFT's parameters.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ class Patched(Adapted):
     lora_dropout: Mapping[str, nn.Module]
     lora_variant: Mapping[str, object]
     scaling: Mapping[str, float]
+    base_is_called = False  # or its weight alone is used
 
     def _names(self) -> list[str]:
         """The active adapters that this layer has."""
@@ -73,7 +75,7 @@ class Patched(Adapted):
             why = "several adapters, or one that is not plain LoRA, are active"
         elif args or any(value is not None for value in kwargs.values()):
             why = f"it was called with {', '.join(kwargs) or 'further arguments'}"
-        elif watched(self.base_layer):
+        elif not self.base_is_called and watched(self.base_layer):
             why = "its base layer has hooks or a replaced forward"
         if why is None:
             return self._forward(x, names[0])
@@ -153,6 +155,15 @@ CLASSES: dict[type[nn.Module], type[Patched]] = {
     lora.Conv2d: Conv2d,
     lora.Embedding: Embedding,
 }
+
+
+def classes() -> dict[type[nn.Module], type[Patched]]:
+    """PEFT's class -> ours; with those over quantized layers where PEFT has made one."""
+    if "peft.tuners.lora.bnb" not in sys.modules:
+        return CLASSES
+    from lalora_kernels.peft_quantized import CLASSES as quantized
+
+    return {**CLASSES, **quantized}
 
 
 def watched(base: nn.Module) -> bool:

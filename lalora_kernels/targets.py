@@ -20,6 +20,7 @@ from lalora_kernels.nn import (
     conv2d_refusal,
     embedding_refusal,
 )
+from lalora_kernels.quantized import bits
 
 # Query and value by the names of each family. Both names of a pair belong to the same parent; a fused projection
 # (GPT-2, timm, Bloom, Phi-3, MPT) holds query, key and value, and is adapted whole, as PEFT does.
@@ -77,6 +78,8 @@ def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
         return "it is adapted already; call unadapt(model) or merge_and_unload(model) first"
     if isinstance(parent, nn.MultiheadAttention) or _bypasses(type(parent), child):  # type: ignore[arg-type]  # a class is hashable
         return f"{type(parent).__name__} uses its weight without calling it, so an adapter would do nothing"
+    if bits(module):
+        return "it is quantized; PEFT adapts it, and patch_peft(get_peft_model(model, LoraConfig(...))) makes that ours"
     if lora_class(module) is None:
         return (
             f"its type is {kind.__name__}; nn.Linear, nn.Conv2d, nn.Embedding and transformers' Conv1D can be adapted. "

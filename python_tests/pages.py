@@ -78,10 +78,12 @@ def interfaces(monkeypatch) -> dict:
     records = [
         {"input_ids": i, "attention_mask": torch.ones_like(i), "labels": torch.tensor(n % 2)} for n, i in enumerate(ids)
     ]
+    _tiny_bert().save_pretrained("base")
     images = TensorDataset(torch.randn(32, 3, 32, 32), torch.arange(32) % 10)
     return {
-        "model": _tiny_bert(), "fresh_model": lambda: _adapted_bert(), "loader": DataLoader(records, batch_size=16),
-        "records": records, "images": DataLoader(images, batch_size=16),
+        "model": _tiny_bert(), "fresh_model": lambda: _adapted_bert(), "folder": "base",
+        "loader": DataLoader(records, batch_size=16), "records": records,
+        "images": DataLoader(images, batch_size=16),
         "image_records": [{"pixel_values": x, "labels": y} for x, y in images],
     }  # fmt: skip
 

@@ -12,6 +12,7 @@ from lalora_kernels.nn import factor_parameters, set_active
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.sampling import BatchInfo
+from lalora_kernels.quantized import dequantize_
 
 # Two evaluations of one gradient in different orders: float64, but for models that compute norms in float32 whatever
 # they are (Llama and its kin: 1e-7). What mixes records is off by its share of a record.
@@ -52,7 +53,9 @@ def _leaves(tree: Any) -> list[Tensor]:
 def _double(model: nn.Module) -> nn.Module:
     """A float64 copy in eval mode whose factors are not zero, so that no factor's gradient is."""
     try:
-        twin = copy.deepcopy(model).double().eval()
+        twin = copy.deepcopy(model)
+        dequantize_(twin)
+        twin = twin.double().eval()
     except RuntimeError as error:
         raise RuntimeError(
             f"the check of the first batch works on a copy of the model, which cannot be copied ({error}). A module "

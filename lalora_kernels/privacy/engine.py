@@ -20,7 +20,7 @@ from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.nonfinite import NonfiniteCount
 from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder, Site, Undo, first_tensor, squared_norms
 from lalora_kernels.privacy.reduction import ReductionCheck
-from lalora_kernels.privacy.rules import ExtraRecorder, has_statistics, refuse_batch_statistics, refuse_tables
+from lalora_kernels.privacy.rules import ExtraRecorder, may_mix, refuse_mixing, refuse_tables
 from lalora_kernels.privacy.sampling import BatchInfo
 from lalora_kernels.privacy.sentinel import refuse_foreign, refuse_gradients, stand_in, take_away
 from lalora_kernels.privacy.ties import tie
@@ -78,8 +78,8 @@ class Engine:
     # ---------------------------------------------------------------- attaching
 
     def _attach(self) -> None:
-        self._norms = [(n, m) for n, m in self.model.named_modules() if has_statistics(m)]
-        refuse_batch_statistics(self._norms)
+        self._mixers = [(n, m) for n, m in self.model.named_modules() if may_mix(m)]
+        refuse_mixing(self._mixers)
         refuse_tables(self.model)
         seen: dict[nn.Parameter, Site] = {}
         for name, module, uses in trained_tensors(self.model):
@@ -144,7 +144,7 @@ class Engine:
         """Whatever is differentiated must be the batch that the loader announced; in eval mode as in train mode."""
         if self.batch is None or not torch.is_grad_enabled():
             return
-        refuse_batch_statistics(self._norms)
+        refuse_mixing(self._mixers)
         first = first_tensor(args, kwargs)
         self.check_rows(self.batch.rows if first is None else first.shape[0])
         if self.auto_batch is not None:

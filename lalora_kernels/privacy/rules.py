@@ -17,6 +17,7 @@ from lalora_kernels.autograd import EmbeddingFunction, LayerNormFunction, Linear
 from lalora_kernels.nn import embedding_refusal
 from lalora_kernels.privacy.recorders import SLACK, Recorder, token_sums, weighted
 from lalora_kernels.privacy.ties import WEIGHT, defer
+from lalora_kernels.quantized import bits, mixing_refusal
 
 if TYPE_CHECKING:
     from lalora_kernels.privacy.engine import Engine
@@ -116,15 +117,18 @@ def rule_of(module: nn.Module) -> Rule | None:
     return RULES.get(kind) or RULES_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
-def has_statistics(m: nn.Module) -> bool:
-    """Whether it is a norm over the records of a batch (BatchNorm and its kin)."""
-    return isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats
+def may_mix(m: nn.Module) -> bool:
+    """Whether it is a layer that mixes the records of a batch in one of its states: BatchNorm and its kin, LLM.int8."""
+    return (isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats) or bits(m) == 8
 
 
-def refuse_batch_statistics(norms: list[tuple[str, nn.Module]]) -> None:
-    """Raise ValueError for one in train mode."""
-    for name, m in norms:
-        if m.training:
+def refuse_mixing(layers: list[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError for one in that state."""
+    for name, m in layers:
+        if bits(m):
+            if why := mixing_refusal(m):
+                raise ValueError(f"{name} ({type(m).__name__}) mixes the records of a batch: {why}")
+        elif m.training:
             raise ValueError(
                 f"{name} ({type(m).__name__}) mixes the records of a batch in train mode; replace it by GroupNorm or "
                 f"LayerNorm, or keep it in eval mode"

@@ -121,4 +121,18 @@ LAYERS = (
         "                pass\n",
         "adaptive",
     ),
+    fault(
+        "LLM.int8's outliers of the whole batch let through",
+        RULES,
+        " or bits(m) == 8",
+        "",
+        "quantized",
+    ),
+    fault(
+        "a quantized layer's adapter recorded without its scaling",
+        "lalora_kernels/quantized.py",
+        "ctx.recorder.record_lora(g, B, ctx.scaling, h, x, need_x, need_bias)",
+        "ctx.recorder.record_lora(g, B, 1.0, h, x, need_x, need_bias)",
+        "quantized",
+    ),
 )  # fmt: skip
