@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from test_private_step import KEY
 from tolerances import SPLIT_F32
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -92,3 +93,48 @@ def test_a_group_that_is_not_there():
     loader = DataLoader(TensorDataset(torch.randn(8, 4)), batch_size=4)
     with pytest.raises(RuntimeError, match="init_process_group"):
         lk.make_private(model, optimizer, loader, noise_multiplier=1.0, distributed=True)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def sharded(how: str) -> nn.Module:
+    model = lk.adapt(nn.Sequential(nn.Linear(4, 4)), r=2, target_modules=["0"], verbose=False)
+    if how == "fully_shard":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (1,)))
+    elif how == "FSDP":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    elif how == "tensor parallel":
+        from torch.distributed.tensor import distribute_module
+
+        distribute_module(model, init_device_mesh("cpu", (1,)))
+    else:
+        model = nn.DataParallel(model)
+        model.device_ids = [0, 1]  # as on a machine with two cards
+    return model
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("fully_shard", r"0 \(FSDPLoRALinear\) cannot train privately: its tensors are sharded"),
+        ("FSDP", r"the model \(FullyShardedDataParallel\) cannot train privately: its tensors are sharded"),
+        ("tensor parallel", r"0 \(LoRALinear\) cannot train privately: its tensors are sharded"),
+        ("DataParallel", r"the model \(DataParallel\) cannot train privately: nn.DataParallel cuts the batch"),
+    ],
+)
+def test_sharded_models_are_refused_by_name(alone, how, message):
+    model = sharded(how)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    loader = DataLoader(TensorDataset(torch.randn(8, 4)), batch_size=4)
+    with pytest.raises(ValueError, match=message + ".*Use DistributedDataParallel"):
+        lk.make_private(model, optimizer, loader, noise_multiplier=1.0)

@@ -61,6 +61,26 @@ def find_group(distributed: bool | None) -> Group | None:
     return Group() if distributed or several else None
 
 
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise ValueError where a tensor or the batch is cut in parts in a way that the private step does not know of."""
+    for name, m in model.named_modules():
+        kind = type(m)
+        if isinstance(m, nn.DataParallel) and len(m.device_ids) > 1:
+            how = "nn.DataParallel cuts the batch over devices in threads"
+        elif kind.__module__.startswith("deepspeed."):
+            how = "DeepSpeed keeps gradients and steps of its own"
+        elif kind.__module__.startswith("torch.distributed.fsdp.") or any(
+            type(p).__name__ == "DTensor" for p in m._parameters.values()
+        ):
+            how = "its tensors are sharded (FSDP or tensor parallel)"
+        else:
+            continue
+        raise ValueError(
+            f"{name or 'the model'} ({kind.__name__}) cannot train privately: {how}, and per-record gradients need "
+            f"whole tensors and whole batches. Use DistributedDataParallel, and a quantized base where the model does not fit"
+        )
+
+
 def loud_ddp(model: nn.Module) -> None:
     """Undo ``quiet_ddp``."""
     assert isinstance(model, nn.parallel.DistributedDataParallel)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lalora_kernels.privacy.accountant import get_noise_multiplier
 from lalora_kernels.privacy.adaptive import AdaptiveClipping
 from lalora_kernels.privacy.clipping import CLIPPING
-from lalora_kernels.privacy.distributed import find_group
+from lalora_kernels.privacy.distributed import find_group, refuse_sharded
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.privacy.microbatch import AutoBatch
@@ -110,7 +110,8 @@ def make_private(
     Returns (optimizer, loader). The guarantee: record-level (ε, δ)-DP, add or remove one record, of everything computed
     from the stepped parameters, by the composition in ``optimizer.ledger``.
     Raises ValueError for arguments out of range, a trainable parameter that no rule covers, a BatchNorm in train mode,
-    a parameter that trains but is not in the optimizer, and an ε that no σ reaches.
+    a parameter that trains but is not in the optimizer, a model in shards (FSDP, DeepSpeed, tensor parallel), and an ε
+    that no σ reaches.
     """
     schedule = get_schedule(method)
     _one_of("smoothing", smoothing, SMOOTHING)
@@ -132,6 +133,7 @@ def make_private(
             "the state of a private training was loaded into the plain optimizer, so what that training spent is "
             "forgotten; call make_private first and load the state into the optimizer that it returns"
         )
+    refuse_sharded(model)
     noise = NoiseSource() if noise is None else noise
     group = find_group(distributed)
     ranks: dict[str, Any] = {}
