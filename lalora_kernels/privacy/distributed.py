@@ -77,7 +77,7 @@ def refuse_sharded(model: nn.Module) -> None:
             continue
         raise ValueError(
             f"{name or 'the model'} ({kind.__name__}) cannot train privately: {how}, and per-record gradients need "
-            f"whole tensors and batches. Use DistributedDataParallel; a model too large for it may fit quantized (QLoRA)"
+            f"whole tensors and batches. Use DistributedDataParallel; a model too large for it may fit quantized"
         )
 
 
