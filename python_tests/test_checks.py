@@ -124,3 +124,18 @@ def test_an_uncovered_parameter_is_refused_by_name():
     model = chain(nn.PReLU())
     with pytest.raises(ValueError, match="middle.weight is trainable, but no rule.*PReLU.*freeze"):
         per_sample_gradients(model, records(), classify)
+
+
+class TestModelsThatCannotBeCopied:
+    def test_a_kept_activation(self):
+        model = chain(nn.GELU())
+        model.kept = model.first(records()[0])
+        with pytest.raises(RuntimeError, match=r"cannot be copied \(Only Tensors created .*should keep h\.detach\(\)"):
+            check_per_sample(model, records(), classify)
+
+    def test_no_memory_for_float64(self):
+        """2^50 numbers that take the memory of one, until they are converted."""
+        model = chain(nn.GELU())
+        model.register_buffer("table", torch.zeros(1).expand(2**50))
+        with pytest.raises(RuntimeError, match="in float64, 8 bytes a weight, for which there is no memory"):
+            check_per_sample(model, records(), classify)

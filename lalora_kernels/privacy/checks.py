@@ -57,6 +57,12 @@ def _double(model: nn.Module) -> nn.Module:
         dequantize_(twin)
         twin = twin.double().eval()
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise RuntimeError(
+                "the check of the first batch works on a copy of the model in float64, 8 bytes a weight, for which "
+                "there is no memory. Let it pass on a smaller model of the same family and loss (check_per_sample, on "
+                "a CPU), then pass make_private check=False for this one"
+            ) from error
         raise RuntimeError(
             f"the check of the first batch works on a copy of the model, which cannot be copied ({error}). A module "
             f"that keeps an activation (self.last = h) should keep h.detach(); or pass make_private check=False"
