@@ -186,6 +186,18 @@ def test_the_private_step_is_the_dequantized_models(kind, clipping):
     )
 
 
+def test_a_compiled_model_trains_the_same():
+    ours, _, _ = trio("nf4")
+    trained = []
+    for compiled in (False, True):
+        model = copy.deepcopy(ours)
+        optimizer, loader = private(model, batch(12), sample_rate=0.5, check=False)
+        train(torch.compile(model, backend="aot_eager") if compiled else model, loss_of, optimizer, loader, 3)
+        trained.append(torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_" in n]).detach())
+    torch.testing.assert_close(*trained, **LAYER_F32)
+    assert (trained[0] - torch.cat([p.flatten() for n, p in ours.named_parameters() if "lora_" in n])).norm() > 0.1
+
+
 def test_the_check_is_in_float64_also_where_the_base_computes_in_bfloat16():
     """... and keeps its codes as bfloat16, as FSDP wants them: a copy in float64 would convert the codes."""
     ours = lk.patch_peft(adapted(Net("nf4 bfloat16")))
