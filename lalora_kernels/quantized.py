@@ -14,12 +14,12 @@ from lalora_kernels import opaque
 from lalora_kernels.autograd_tools import apply, cast, once_differentiable, rows_of, shaped, traced
 
 
+BITS = {"bitsandbytes.nn.modules.Linear4bit": 4, "bitsandbytes.nn.modules.Linear8bitLt": 8}  # and their subclasses
+
+
 def bits(module: nn.Module) -> int:
     """4 or 8 for a linear layer of bitsandbytes', 0 for any other module."""
-    bnb = sys.modules.get("bitsandbytes")
-    if bnb is None:
-        return 0
-    return 4 if isinstance(module, bnb.nn.Linear4bit) else 8 if isinstance(module, bnb.nn.Linear8bitLt) else 0
+    return next((BITS[name] for k in type(module).__mro__ if (name := f"{k.__module__}.{k.__qualname__}") in BITS), 0)
 
 
 def mixing_refusal(module: Any) -> str | None:
