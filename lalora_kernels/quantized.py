@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lalora_kernels import opaque
 from lalora_kernels.autograd_tools import apply, cast, once_differentiable, rows_of, shaped, traced
 
-
 BITS = {"bitsandbytes.nn.modules.Linear4bit": 4, "bitsandbytes.nn.modules.Linear8bitLt": 8}  # and their subclasses
 
 
