@@ -32,7 +32,7 @@ def require() -> ModuleType:
         except ImportError as error:
             raise ImportError(
                 f"lalora_kernels._cuda is not built for this Python ({error}); install the CUDA toolkit (nvcc) and run "
-                f"`pip install .` in the source folder"
+                f"`pip install .` in the source folder, or take backend 'triton'"
             ) from error
         _module = _cuda
     return _module

@@ -1,8 +1,8 @@
 """Which backend serves an operation: explicit argument > ``use_backend`` > ``LALORA_BACKEND`` > the device's default.
 
 Nothing falls back silently: a backend that was asked for and lacks the operation, device or dtype is an error, and so
-is a default whose compiled module is missing. The reference is the default for float64, by design, and for CUDA tensors
-wherever no kernel has passed its tests on a card of their family (``gpu.py``).
+is the CPU's default whose compiled module is missing. The reference is the default for float64, by design, and for CUDA
+tensors wherever no installed kernel has passed its tests on a card of their family (``gpu.py``).
 """
 
 import importlib
@@ -62,7 +62,7 @@ def _named(backend: str | None) -> str | None:
 def _by_size(op: str, device: torch.device | str, dtype: torch.dtype, backend: str | None) -> bool:
     """Whether nobody named a backend and small work has one of its own; see ``gpu.by_size``."""
     fits = op in gpu.CLUSTERED and dtype in HALF[1:] and _kind(device) == "cuda"
-    return fits and not _named(backend) and gpu.proven_on("cuda", op, device)
+    return fits and not _named(backend) and gpu.serves("cuda", op, device)
 
 
 def choose(device: torch.device | str, dtype: torch.dtype, backend: str | None = None, op: str = "") -> str:

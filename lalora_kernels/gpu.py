@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("cuda", "triton")  # in order of preference, once proven
 # Their kernel of backend "cuda", a thread-block cluster's, holds not every shape.
 CLUSTERED = ("sample_grad", "sample_grad_clip")
+_NEEDS = {"cuda": "lalora_kernels._cuda", "triton": "triton"}
 _PROVEN = Path(__file__).with_name("proven.json")
 
 
@@ -33,17 +35,24 @@ def family(device: torch.device | str | None = None) -> str | None:
     return props.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{props.major}{props.minor}"
 
 
-def proven_on(name: str, op: str, device: torch.device | str) -> bool:
-    """Whether backend ``name``'s kernel has passed its tests on a card like this one."""
-    return family(device) in proven().get(name, {}).get(op, {})
+@cache
+def installed(name: str) -> bool:
+    """Whether backend ``name`` is there: wheels hold no CUDA module, and Triton is not on every platform."""
+    return find_spec(_NEEDS[name]) is not None
+
+
+def serves(name: str, op: str, device: torch.device | str) -> bool:
+    """Whether backend ``name`` is installed and its kernel has passed its tests on a card like this one."""
+    return family(device) in proven().get(name, {}).get(op, {}) and installed(name)
 
 
 def default_backend(op: str, device: torch.device | str) -> str:
-    """What serves ``op`` on this GPU when nobody asks for more: a kernel proven on its family, or the reference.
+    """What serves ``op`` on this GPU when nobody asks for more: an installed kernel proven on its family, or the
+    reference.
 
     Of ``CLUSTERED`` operations that is what serves all but small work; see ``by_size``.
     """
-    return next((name for name in BACKENDS[op in CLUSTERED :] if proven_on(name, op, device)), "reference")
+    return next((name for name in BACKENDS[op in CLUSTERED :] if serves(name, op, device)), "reference")
 
 
 def by_size(cluster: Callable, otherwise: Callable) -> Callable:

@@ -20,6 +20,7 @@ def proofs(monkeypatch):
     shown: dict = {}
     monkeypatch.setattr(gpu, "proven", lambda: shown)
     monkeypatch.setattr(gpu, "family", lambda device=None: "sm_90")
+    monkeypatch.setattr(gpu, "installed", lambda name: True)
     monkeypatch.delenv("LALORA_BACKEND", raising=False)
     return shown
 
@@ -45,6 +46,23 @@ def test_a_result_counts_for_its_operation_and_family(proofs):
     assert dispatch.choose("cuda", torch.bfloat16, op="sample_grad_clip") == "reference"  # it does not hold every shape
     with dispatch.use_backend("reference"):
         assert dispatch.choose("cuda", torch.float32, op="privatize") == "reference"
+
+
+def test_a_proven_kernel_that_is_not_installed_is_passed_over(proofs, monkeypatch):
+    """A wheel holds no CUDA module: Triton's, proven on the same card, serves."""
+    proofs["triton"] = {op: {"sm_90": "gpu-sm_90.json"} for op in dispatch.OPS}
+    proofs["cuda"] = dict(proofs["triton"])
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu, "proven", lambda: proofs)
+    monkeypatch.setattr(gpu, "family", lambda device=None: "sm_90")
+    monkeypatch.delenv("LALORA_BACKEND", raising=False)
+    for missing, chosen in (("lalora_kernels._cuda", "triton"), ("triton", "cuda")):
+        gpu.installed.cache_clear()
+        monkeypatch.setattr(gpu, "find_spec", lambda name, missing=missing: None if name == missing else name)
+        assert dispatch.choose("cuda", torch.float32, op="privatize") == chosen
+        small = dispatch._by_size("sample_grad", "cuda", torch.bfloat16, None)
+        assert small == (chosen == "cuda")
+    gpu.installed.cache_clear()
 
 
 def test_small_layers_take_the_cluster_kernel_where_it_is_proven_and_nobody_asks(proofs, monkeypatch):
@@ -76,6 +94,7 @@ def test_the_tensors_card_is_asked_about_not_the_current_one(proofs, monkeypatch
     cards = {0: SimpleNamespace(major=8, minor=0), 1: SimpleNamespace(major=9, minor=0)}
     monkeypatch.undo()
     monkeypatch.setattr(gpu, "proven", lambda: proofs)
+    monkeypatch.setattr(gpu, "installed", lambda name: True)
     monkeypatch.delenv("LALORA_BACKEND", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
