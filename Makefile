@@ -5,7 +5,8 @@ JOBS   ?= 2
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 BUILD  := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 API    := lalora_kernels $(addprefix lalora_kernels., functional nn dispatch schedule data reference federated.methods \
-          federated.config $(addprefix privacy., make_private optimizer ledger accountant sampling noise checks))
+          federated.config $(addprefix privacy., make_private optimizer ledger accountant sampling noise checks \
+          graphs adaptive))
 
 .PHONY: train test table bench gpu-compile lint audit planted sanitize fuzz kill-test docs dist clean
 .PHONY: flower-demo flower-test peft-tests

@@ -71,7 +71,7 @@ def clip_reduce(G: Sequence[Tensor], weights: Tensor) -> dict[str, Callable]:
 
 
 def smooth(t: Tensor, dim: int) -> Tensor:
-    """The filter of SPEC section 3 by conv1d, symmetric padding; t (a,b)."""
+    """The 5-tap filter by conv1d, symmetric padding; t (a,b)."""
     rows = t if dim == 1 else t.t()
     padded = torch.cat((rows[:, :2].flip(1), rows, rows[:, -2:].flip(1)), 1)
     rows = F.conv1d(padded.unsqueeze(1), KERNEL.to(t.device)).squeeze(1)

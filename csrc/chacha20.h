@@ -1,4 +1,4 @@
-// The one noise generator (SPEC section 6): ChaCha20 words and the sum of four Gaussians, for a scalar on host or
+// The one noise generator (docs/privacy.md): ChaCha20 words and the sum of four Gaussians, for a scalar on host or
 // device and for a vector of blocks on the CPU. `Ops` supplies the types and the four operations that differ.
 #pragma once
 #include <cmath>

@@ -1,4 +1,4 @@
-// The one clip rule (SPEC section 4), for host and device.
+// The one clip rule, for host and device.
 #pragma once
 #include <cfloat>
 #include <cmath>

@@ -1,5 +1,5 @@
 // Plain parameter structs and one declaration per operation, shared by the CPU and the CUDA code. Strides count
-// elements, shapes are SPEC section 1's, a null pointer means "not asked for".
+// elements, shapes are docs/ops.md's, a null pointer means "not asked for".
 #pragma once
 #include <cstdint>
 

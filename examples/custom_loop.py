@@ -17,15 +17,17 @@ parser.add_argument("--data", default="digits", help="digits, mnist or FILE.npz"
 parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--epsilon", type=float, default=3.0)
 parser.add_argument("--checkpoint", default="custom-loop.pt")
+parser.add_argument("--ledger", default="custom-loop.json", help="of these records: continued, never replaced")
 args = parser.parse_args()
 
 data = load_data(args.data)
 scale = 255 if data.train.inputs.dtype == torch.uint8 else 1
-x, y = data.train.inputs.flatten(1) / scale, data.train.labels
-loader = DataLoader(TensorDataset(x, y), batch_size=128)
+x = data.train.inputs.flatten(1) / scale
+loader = DataLoader(TensorDataset(x, data.train.labels), batch_size=128)
 
 
 def network():
+    ledger = lk.Ledger.at(args.ledger, target_epsilon=args.epsilon, target_delta=1e-5)  # written before every release
     torch.manual_seed(0)  # the start of A is public
     model = nn.Sequential(nn.Linear(x.shape[1], 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, len(data.classes)))
     lk.adapt(model, r=8, target_modules=["0"], modules_to_save=["2", "3"], verbose=False)  # "2": scale and bias train
@@ -33,7 +35,7 @@ def network():
     b_twice = lk.Schedule("b-twice", lambda round, step: "A" if step % 3 == 0 else "B")
     return model, *lk.make_private(
         model, optimizer, loader, method=b_twice, clipping="automatic", max_grad_norm=1.0,
-        target_epsilon=args.epsilon, target_delta=1e-5, steps=args.steps)
+        target_epsilon=args.epsilon, target_delta=1e-5, ledger=ledger, steps=args.steps - ledger.steps)
 
 
 def train(model, optimizer, private, steps):
@@ -45,7 +47,7 @@ def train(model, optimizer, private, steps):
 
 model, optimizer, private = network()
 train(model, optimizer, private, args.steps // 2)
-torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, args.checkpoint)  # ledger, no key
+torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, args.checkpoint)  # no key
 
 model, optimizer, private = network()  # as after a crash: what was spent stays spent, the key is a fresh one
 state = torch.load(args.checkpoint)

@@ -51,7 +51,7 @@ for x, y in loader.steps(args.steps):
     torch.nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
     optimizer.zero_grad()
-    if optimizer.ledger.steps > decay.last_epoch:  # once for each logical batch
+    if optimizer.stepped:  # once for each logical batch
         decay.step()
 with torch.no_grad():
     model.eval()

@@ -37,11 +37,11 @@ def adapt(
     ``lora_alpha`` is r where it is not given, so that s = 1. ``target_modules`` means what it means in PEFT: a list of
     names, each the whole name of a module or the end of one after a dot; ``"all-linear"``, every linear layer but the
     output head; any other string a regular expression that matches the whole name. ``"qv"`` is the query and value
-    projections by the names that this model's family gives them. ``modules_to_save``, a list of such names, stay
-    trainable as they are and are saved with the adapter; nothing inside them is adapted. A layer that is reachable
-    under two names becomes one LoRA layer in both places. ``fused`` says what is adapted of a fused projection (timm's
-    qkv, GPT-2's c_attn): all of it, as PEFT does, or with "qv" its query and value outputs; B's rows for the keys then
-    stay zero, also in the file, so PEFT loads the same function. ``verbose`` prints what was done.
+    projections by the names that this model's family gives them, a fused one whole (see ``fused``).
+    ``modules_to_save``, a list of such names, stay trainable as they are and are saved with the adapter; nothing inside
+    them is adapted. A layer that is reachable under two names becomes one LoRA layer in both places.
+    ``fused`` says what is adapted of a fused projection (timm's qkv, GPT-2's c_attn): all of it, as PEFT does, or with
+    "qv" its query and value outputs; B's rows for the keys then stay zero, also in the file, so PEFT loads the same function. ``verbose`` prints what was done.
 
     ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding`` and transformers' ``Conv1D`` can be adapted. Raises ValueError,
     before anything is changed, for names that no module has, for a target that matches nothing, is adapted already or

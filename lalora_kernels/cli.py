@@ -1,4 +1,4 @@
-"""The command ``lalora``: plan, train, flower, table, report, ledger, audit.
+"""The command ``lalora``: plan, train, flower, table, report, ledger, audit, reproduce.
 
 Exit codes: 0 done; 2 the input or the settings do not fit (one line says what); 130 interrupted; 1 anything else.
 """
@@ -52,7 +52,7 @@ FLAGS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         ("smoothing", "filter of the noisy gradient; at no privacy; auto: the method's own; others are experimental"),
         ("rank", "r of the adapters"),
         ("lora_alpha", "the adapter's output is scaled by lora_alpha / r (default: r)"),
-        ("targets", "layers to adapt: all-linear, qv, names with commas, or a regular expression"),
+        ("targets", "layers to adapt: all-linear, qv (a fused qkv whole), names with commas, or a regular expression"),
         ("train_head", "train the classifier in full too; auto: only if it has no trained weights"),
     )),
     ("federation", (
@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--json", action="store_true", help="one JSON object a line: start, every round, end")
     run.add_argument("--tensorboard", action="store_true", help="also log to RUN/tensorboard")
     run.add_argument("--wandb", action="store_true", help="also log to Weights & Biases (WANDB_MODE=offline: to disk)")
-    run.add_argument("--log-private", action="store_true", help="log what is computed on private data too")
+    run.add_argument("--log-private", action="store_true", help="log private figures too: ε does not cover them")
     run.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _add_settings(train)
 
@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
         "deviation of the test accuracy as a Markdown table. Runs that are there already are not repeated.",
     )
     sweep = table.add_argument_group("the table")
-    sweep.add_argument("--methods", nargs="+", metavar="METHOD", default=list(METHODS), help="(default: the four)")
+    sweep.add_argument("--methods", nargs="+", metavar="METHOD", default=list(METHODS), help="(default: %(default)s)")
     both = ["none", "binomial5"]
     sweep.add_argument("--smoothings", nargs="+", metavar="FILTER", default=both, help="(default: both)")
     sweep.add_argument("--epsilons", nargs="+", type=float, metavar="E", default=[1.0, 3.0], help="(default: 1 3)")

@@ -1,6 +1,6 @@
 """GPU backend "cuda": checks, allocates outputs, hands device pointers to ``lalora_kernels._cuda``.
 
-Signatures and meaning are the reference's (SPEC section 9). Everything runs on torch's current stream; nothing waits
+Signatures and meaning are the reference's. Everything runs on torch's current stream; nothing waits
 for the device. ``sample_grad`` and ``sample_grad_clip`` need thread-block clusters (sm_90) and a rank of at most 64.
 """
 

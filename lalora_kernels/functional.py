@@ -1,6 +1,6 @@
 """The public operations. Each runs on the backend that ``dispatch`` chooses; ``backend=`` forces one.
 
-All take and return plain tensors and record no autograd history. SPEC sections 2 to 6 define them; the reference
+All take and return plain tensors and record no autograd history. docs/ops.md defines them; the reference
 (``lalora_kernels.reference``) is the oracle that every backend is tested against. It leaves shapes that do not fit to
 torch, which raises RuntimeError or IndexError; the compiled backends raise ValueError, and TypeError for dtypes.
 """
@@ -149,7 +149,7 @@ def privatize(
         weights: (L, N), clip factors; read only where G[l] is given.
         out: per tensor shape_l; written.
         noise_std: sigma C. 0 releases without noise, and then no epsilon holds.
-        key, release, tensor_index: the noise stream, SPEC section 6. One (key, release) pair serves one call, ever.
+        key, release, tensor_index: the noise stream (docs/privacy.md). One (key, release) pair serves one call, ever.
         smooth_dim: per tensor the feature axis (0 for lora_B, 1 for lora_A), or None: not smoothed.
         divisor: the expected batch size.
         padding: "symmetric" or "reflect", as NumPy names them.
@@ -209,7 +209,7 @@ def smooth(t: Tensor, dim: int, padding: str = "symmetric", *, backend: str | No
     """The low-pass filter [1,4,6,4,1]/16 along ``dim``; same shape. DC gain 1; white noise keeps 70/256 of its power.
 
     Only ever applied after noise (post-processing): filtering before it would change the sensitivity that the noise
-    was scaled to. Source: Muhammad et al. 2026 (LA-LoRA, 2602.19926); SPEC section 3.
+    was scaled to. Source: Muhammad et al. 2026 (LA-LoRA, 2602.19926).
     """
     return dispatch.get("smooth", t, backend)(t, dim, padding)
 

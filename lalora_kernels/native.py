@@ -1,6 +1,6 @@
 """CPU backend "cpp": checks, allocates outputs, hands pointers to ``lalora_kernels._C``.
 
-Signatures and meaning are the reference's (SPEC section 9). float32 and bfloat16 inputs of any strides, float32
+Signatures and meaning are the reference's. float32 and bfloat16 inputs of any strides, float32
 accumulation, squared norms in float64, gradients and sums always float32. Results do not depend on the number of
 threads, bit for bit. ``LALORA_CPU_ISA`` = avx512bf16, avx512, avx2 or baseline forces an instruction set.
 """

@@ -140,7 +140,8 @@ class LoRALinear(LoRALayer, nn.Linear):
     """``nn.Linear`` plus a low-rank update: y = x W0^T + b + s (dropout(x) A^T) B^T.
 
     Parameters: ``weight`` (m,n) and ``bias`` (m,), frozen; ``lora_A`` (r,n); ``lora_B`` (m,r), zero at start.
-    s = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora`` (2312.03732). Input (..., n), output (..., m).
+    ``lora_alpha`` is 1 here where it is not given, and r in ``adapt``. s = lora_alpha / r, or lora_alpha / sqrt(r) with
+    ``use_rslora`` (2312.03732). Input (..., n), output (..., m).
 
     Raises ValueError for r < 1 or a dropout outside [0, 1).
     """
@@ -288,8 +289,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     Parameters, as PEFT names and shapes them: ``weight`` (V,m), frozen; ``lora_embedding_A`` (r,V);
     ``lora_embedding_B`` (m,r), zero at start. PEFT starts the other way round, A zero and B normal; a method that
     freezes A would then train nothing, so A is normal here, with zeros at ``padding_idx``. Dropout does not act, as in
-    PEFT. The filter of a private step runs along V of A (SPEC section 3, "along n") and along m of B; neighbours in a
-    vocabulary have little in common, so ``smoothing=None`` is worth a try where A trains. Input ids, output (..., m).
+    PEFT. The filter of a private step runs along V of A and along m of B; neighbours in a vocabulary have little in
+    common, so ``smoothing=None`` is worth a try where A trains. Input ids, output (..., m).
 
     Raises ValueError for r < 1, and for ``max_norm`` or ``scale_grad_by_freq``, which tie records together.
     """

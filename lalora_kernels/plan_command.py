@@ -40,7 +40,7 @@ def add_plan(commands: Any, add_settings: Callable[..., None]) -> None:
     ask = plan.add_argument_group("the plan")
     ask.add_argument("--records", type=int, metavar="N", help="training records of all clients; no data set is read")
     ask.add_argument("--classes", type=int, metavar="N", help="how many there are, with --records (default: 10)")
-    ask.add_argument("--methods", nargs="+", metavar="METHOD", default=list(METHODS), help="(default: the four)")
+    ask.add_argument("--methods", nargs="+", metavar="METHOD", default=list(METHODS), help="(default: %(default)s)")
     ask.add_argument("--ranks", nargs="+", type=int, metavar="R", help=f"(default: {Config().rank})")
     ask.add_argument("--no-dry-run", action="store_true", help="leave out what has to be measured")
     ask.add_argument("--json", action="store_true", help="one JSON object instead of tables")

@@ -52,7 +52,7 @@ SCHEDULES = {
     "la-lora-unfiltered": Schedule("la-lora-unfiltered", _by_step),
 }
 DEFAULT = "la-lora-unfiltered"  # docs/reproduce.md: under true per-sample DP the filter buys nothing
-# LA-LoRA with other periods, k_B-k_A (SPEC section 7); 5-5, 10-10 and 25-25 are halves of a round of K = 10, 20 and 50.
+# LA-LoRA with other periods, k_B-k_A; 5-5, 10-10 and 25-25 are halves of a round of K = 10, 20 and 50.
 for _b, _a in ((2, 1), (4, 1), (1, 2), (5, 5), (10, 10), (25, 25)):
     SCHEDULES[f"la-lora-{_b}-{_a}"] = Schedule(f"la-lora-{_b}-{_a}", periods(_b, _a), "binomial5")
 SCHEDULES["la-lora-a-first"] = Schedule("la-lora-a-first", periods(1, 1, first="A"), "binomial5")

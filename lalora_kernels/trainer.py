@@ -152,14 +152,8 @@ class PrivateTrainerMixin(_Mixed):
             self._private.engine.noise.load_state_dict({"next_release": last.first_release + last.count})
         assert isinstance(loader, PrivateLoader)
         self._batches.bind(loader)
-        charge = self._private.engine.charge
-
-        def charge_and_write() -> None:
-            charge()
-            if self.is_world_process_zero():  # which adds the noise
-                ledger.save(Path(self.args.output_dir, LEDGER))
-
-        self._private.engine.charge = charge_and_write
+        if self.is_world_process_zero():  # which adds the noise
+            ledger.path = Path(self.args.output_dir, LEDGER)
         self.optimizer = self._private
         return self.optimizer
 

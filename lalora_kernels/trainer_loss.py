@@ -17,13 +17,14 @@ IGNORED = -100  # transformers' label of positions that do not count
 def record_losses(logits: Tensor, labels: Tensor, *, shift: bool, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of each record, (N,): logits (N,K) with labels (N,), or (N,T,K) with (N,T).
 
-    ``shift``: position t predicts label t + 1 (causal models). A record without a label that counts has loss 0.
-    Raises ValueError for other shapes.
+    ``shift``: position t predicts label t + 1 (causal models). Labels of -100 do not count; a record's loss is the mean
+    over those that do, 0 without any. ``label_smoothing`` is torch's. Raises ValueError for other shapes.
     """
     if labels.dim() not in (1, 2) or logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)} are no classification of "
-            f"records or of positions; pass compute_loss_func=..., the mean over records of each record's own loss"
+            f"records, (N, K) for (N,), or of positions, (N, T, K) for (N, T): classes go last. For another loss take "
+            f"each record's own and their mean (PrivateTrainer: compute_loss_func=...)"
         )
     if shift and labels.dim() == 2:
         logits, labels = logits[:, :-1], labels[:, 1:]

@@ -45,7 +45,7 @@ def our_layer(dtype=torch.float64, kind=LoRALinear, bias=True, **settings):
 
 
 def written_out(layer, x, x_lora=None):
-    """SPEC section 1, with the weight as m x n."""
+    """The definition, with the weight as m x n."""
     weight = layer.weight.t() if layer.fan_in_fan_out else layer.weight
     h = (x if x_lora is None else x_lora) @ layer.lora_A.T
     return F.linear(x, weight, layer.bias) + layer.scaling * h @ layer.lora_B.T

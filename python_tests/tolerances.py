@@ -12,7 +12,7 @@ SPLIT_F32 = 1e-5
 LAYER_F64 = {"rtol": 1e-10, "atol": 1e-12}
 # One layer in float32: sums of under 100 products of order 1.
 LAYER_F32 = {"rtol": 1e-5, "atol": 1e-5}
-# SPEC: evaluation equals merged weights to 1e-5.
+# Guarantee: evaluation equals merged weights to 1e-5.
 MERGED_F32 = {"rtol": 1e-5, "atol": 1e-5}
 # Norm of the error of a chain of three bfloat16 products, relative: a few roundings of 2^-9 each.
 BFLOAT16 = 1.5e-2
@@ -25,9 +25,9 @@ KERNEL_F32 = 1e-6
 KERNEL_SQ = 2e-6
 # One rounding to bfloat16, at most 2^-9 relative each.
 BFLOAT16_ROUNDED = 2.0**-8
-# SPEC issue: the vector logarithm and sine give normals to 1e-6 absolute against float64.
+# Guarantee: the vector logarithm and sine give normals to 1e-6 absolute against float64.
 NORMAL_F32 = 1e-6
-# SPEC section 4: the sensitivity holds to 1e-5 in float32.
+# Guarantee: the sensitivity holds to 1e-5 in float32.
 SENSITIVITY_F32 = 1e-5
 # Statistics of a fixed stream: KS test that must accept, and ones that must reject.
 KS_ACCEPT, KS_REJECT = 1e-2, 1e-9
@@ -55,5 +55,5 @@ BFLOAT16_CUT = 2.0**-7
 # A gradient whose float32 factor entered the matrix units as the sum of two bfloat16: 2^-16 relative where the halves
 # are cut off (the interpreter), 2^-18 where they are rounded; errors add up at random. Measured: 1e-5 and 3e-6.
 GRADIENT_OF_HALVES = 2.0**-16
-# SPEC section 6: the same normals to 1e-5 on every backend. Measured: 5e-7.
+# Guarantee: the same normals to 1e-5 on every backend. Measured: 5e-7.
 NORMAL_GPU = 1e-5

@@ -24,6 +24,8 @@ def show_ledger(run: str | Path, *, accountant: str = "pld", delta: float | None
     and where the ε that the run wrote beside a ledger is not the ledger's.
     """
     path = Path(run)
+    if not path.exists():
+        raise BadInput(f"{path}: there is no such run folder or ledger file")
     if path.is_dir() and not (path / LEDGERS).exists() and (homes := _homes(path)):
         return _show_homes(path, homes, accountant, delta)
     path = path / LEDGERS if path.is_dir() else path

@@ -77,7 +77,7 @@ def make_optimizer(model: nn.Module, config: Config, lr: float) -> torch.optim.O
 def base_rate(config: Config) -> float:
     """``lr``, or where it is left open 0.5 for SGD and 1.0 behind the filter, 0.01 for AdamW.
 
-    The filter leaves 0.523 of the noise's deviation (SPEC section 3), so twice the rate makes steps of equal noise.
+    The filter leaves 0.523 of the noise's deviation, so twice the rate makes steps of equal noise.
     """
     if config.lr is not None:
         return config.lr

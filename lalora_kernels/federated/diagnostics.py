@@ -77,7 +77,7 @@ def noise_variance(shape: Sequence[int], smooth_dim: int | None) -> float:
     """Expected squared norm of a released tensor that holds nothing but noise of standard deviation 1.
 
     The filter leaves 70/256 of the variance, and by its symmetric padding more at the two ends of each line: 126 and
-    78 of 256 in the first and second place from either (SPEC section 3).
+    78 of 256 in the first and second place from either.
     """
     count = math.prod(shape)
     if smooth_dim is None:

@@ -201,7 +201,7 @@ FURTHER = {
               down=lambda m, n, r, k: k * r * (m + n)),
         # both trained as in DP-LoRA; what all have in common is A
         _both("fedsa-lora", sends="A", source="arXiv 2410.01463", keeps="B"),
-        *(Method(name, get_schedule(name), "AB", weighted_mean, "LA-LoRA, other periods; SPEC section 7")
+        *(Method(name, get_schedule(name), "AB", weighted_mean, "LA-LoRA, other periods")
           for name in ("la-lora-2-1", "la-lora-4-1", "la-lora-1-2", "la-lora-5-5", "la-lora-10-10", "la-lora-25-25",
                        "la-lora-a-first")),
     )

@@ -153,14 +153,20 @@ def check_per_sample(
 ) -> None:
     """Compare every trainable tensor's per-sample gradient with N single-sample backwards, in float64, on a copy.
 
-    ``loss(model, batch)`` is the scalar that training would backpropagate. Two records are enough. Dropout is off in
-    the copy; B factors are moved away from zero there.
+    ``loss(model, batch)`` is the scalar that training would backpropagate, for ``batch`` = (x, y) for instance
+    ``lambda m, b: criterion(m(b[0]), b[1])``. Two records are enough. Dropout is off in the copy; B factors are moved
+    away from zero there.
     Raises ValueError that names the first layer whose output for a record depends on the others, or, where the layers
     are clean, the tensors whose gradient does (a loss that couples records, a wrong ``loss_reduction``, an axis that is
     not the batch). Source: the microbatch oracle of Opacus' GradSampleModule tests.
     """
     batch = tree_map(lambda t: t.double() if t.is_floating_point() else t, batch)
-    rows = _leaves(batch)[0].shape[0]
+    leaves = _leaves(batch)
+    if not leaves or not leaves[0].dim():
+        raise ValueError(f"a {type(batch).__name__} is no batch; give two records' tensors, such as (x[:2], y[:2])")
+    if isinstance(loss, nn.Module):
+        raise ValueError("loss is called as loss(model, batch); wrap it: lambda m, b: criterion(m(b[0]), b[1])")
+    rows = leaves[0].shape[0]
     if rows < 2:
         raise ValueError("check_per_sample needs two records or more; one cannot show mixing")
     twin = _double(model)

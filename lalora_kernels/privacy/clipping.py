@@ -1,4 +1,4 @@
-"""Clip factors from squared norms (SPEC section 4)."""
+"""Clip factors from squared norms."""
 
 import math
 

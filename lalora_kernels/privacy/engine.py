@@ -1,4 +1,4 @@
-"""The private step: what model, loader and optimizer share between a batch and its release (SPEC section 2).
+"""The private step: what model, loader and optimizer share between a batch and its release.
 
 ``begin`` (from the loader) announces a physical batch; the layers' backward record per-sample gradients; ``finish``
 (from ``optimizer.step``) clips them and, on the last physical batch of a logical one, charges the ledger and releases

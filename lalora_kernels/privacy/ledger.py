@@ -118,9 +118,31 @@ class Ledger:
         self.target_epsilon, self.target_delta = target_epsilon, target_delta
         self.neighboring_relation = neighboring_relation
         self.id = secrets.token_hex(8)  # tells two runs with equal entries apart
+        self.path: Path | None = None  # where every charge is stored before its release; see ``at``
         self._entries: list[LedgerEntry] = []
         self._refusals: list[str] = []
         self._allowance: tuple[tuple, int] | None = None  # (σ, q, budget) and how many more such steps it bears
+
+    @classmethod
+    def at(
+        cls, path: str | os.PathLike, *, target_epsilon: float | None = None, target_delta: float | None = None
+    ) -> "Ledger":
+        """The ledger of the file ``path``, or a new one: every charge is stored there before ``charge`` returns.
+
+        So what a loop of your own releases is on record, whatever becomes of the process. Pass it to ``make_private``,
+        in one process of several. Raises LedgerError for a file that ``load`` refuses or that names another budget.
+        """
+        ledger = cls(target_epsilon=target_epsilon, target_delta=target_delta)
+        if Path(path).exists():
+            asked, ledger = ledger._budget(), cls.load(path)
+            if target_epsilon is not None and asked != ledger._budget():
+                raise LedgerError(
+                    f"{path} has the budget {_show(ledger._budget())} and was asked for with {_show(asked)}; go on "
+                    f"with the stored one, or raise it knowingly: Ledger.at without a budget, then set target_epsilon"
+                )
+        ledger.path = Path(path)
+        ledger.save(path)
+        return ledger
 
     # ---------------------------------------------------------------- what was spent
 
@@ -222,6 +244,8 @@ class Ledger:
             self._entries[-1] = replace(last, count=last.count + 1)
         else:
             self._entries.append(entry)
+        if self.path is not None:
+            self.save(self.path)
 
     def _draw_allowance(self, entry: LedgerEntry) -> None:
         kind = entry.noise_multiplier, entry.sample_rate, *self._budget()
@@ -355,6 +379,8 @@ HEADER = ("format", "version", "id", "target_epsilon", "target_delta", "neighbor
 
 
 def _show(budget: tuple[float | None, float | None, str]) -> str:
+    if budget[0] is None:
+        return "none"
     return f"(epsilon {budget[0]:g}, delta {budget[1]:g}, {budget[2]})"
 
 

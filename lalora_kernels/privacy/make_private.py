@@ -72,12 +72,13 @@ def make_private(
 
     Args:
         method: which factor trains at which step: "la-lora-unfiltered", "la-lora", "rolora", "ffa-lora", "dp-lora", or
-            a ``Schedule``.
+            a ``Schedule``. "rolora" changes with the round: ``optimizer.start_round(t)``, without which only B trains.
         smoothing: "binomial5" filters the noisy adapter gradients along their feature axis; None does not; "auto" does
             what the method's source does: "la-lora" and its periods filter, every other method does not.
             Experimental, slower and in plain torch: "permuted", "temporal", "laplacian", "projected"
             (privacy/postprocess.py).
-        clipping: "flat", "per_layer" or "automatic" (SPEC section 4; AUTO-S, 2206.07136).
+        clipping: "flat", all tensors together to C; "per_layer", each of L to C / √L; "automatic", divided by the norm,
+            so that it is C at most (AUTO-S, 2206.07136).
         max_grad_norm: C, the L2 bound of one record's contribution, in units of the gradient of its own loss.
         noise_multiplier: σ in units of C; 0 trains without noise and reports ε = ∞. Either this, or
         target_epsilon, target_delta, steps: σ is calibrated so that ``steps`` releases spend at most ``target_epsilon``
@@ -171,6 +172,11 @@ def make_private(
     q, b = loader.sample_rate, loader.expected_batch_size
     if (noise_multiplier is None) == (target_epsilon is None):
         raise ValueError("give either noise_multiplier, or target_epsilon with target_delta and steps")
+    if noise_multiplier is not None and not steps is epochs is None:
+        raise ValueError(
+            "steps and epochs calibrate the noise to target_epsilon; beside noise_multiplier they would limit nothing. "
+            "Leave them out, and iterate loader.steps(n)"
+        )
     if epochs is not None:
         if steps is not None or type(epochs) is not int or epochs < 1:
             raise ValueError(f"epochs is a whole number >= 1, and given instead of steps; got {epochs!r}")

@@ -1,6 +1,6 @@
 """Secret randomness: the noise key with its release numbers, and the keyed uniform stream behind Poisson sampling.
 
-Both are ChaCha20 (RFC 8439; SPEC section 6) under 256-bit keys from the operating system. ε rests on nobody else
+Both are ChaCha20 (RFC 8439) under 256-bit keys from the operating system. ε rests on nobody else
 knowing a key and on no (key, nonce, block) being used twice, so keys cannot be printed, pickled, copied or saved,
 numbers only move forward, and a forked process draws new keys.
 """
@@ -101,7 +101,7 @@ class _KeyedSource:
 class NoiseSource(_KeyedSource):
     """The noise of a run: a key from ``os.urandom`` and the number of the next release.
 
-    Element e of tensor t in release n is the ChaCha20 stream (key, nonce = (t, n), block = e/4), SPEC section 6; so one
+    Element e of tensor t in release n is the ChaCha20 stream (key, nonce = (t, n), block = e/4); so one
     release number serves all tensors of one release, and no number is handed out twice under one key.
     """
 

@@ -192,7 +192,11 @@ class PrivateOptimizer(Optimizer):
     # ---------------------------------------------------------------- stepping
 
     def graph(self, backward: Callable[..., None], rows: int) -> GraphedBackward:
-        """``backward(*batch)``, the loop's forward and backward, as a CUDA graph; see ``privacy/graphs.py``."""
+        """``backward(*batch)``, the loop's forward and backward, as a CUDA graph for batches of up to ``rows`` records.
+
+        Call what is returned on every batch, then ``step``. Tensors of ``batch`` have a row for each record; the loss
+        is not returned. Raises ValueError for clipping="per_layer" and for rows < 1; see ``privacy/graphs.py``.
+        """
         return GraphedBackward(self.engine, backward, rows)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

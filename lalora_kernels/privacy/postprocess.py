@@ -2,7 +2,7 @@
 
 Each reads released gradients only, after the noise, and so costs no privacy. Plain torch in float32, outside the fused
 kernels; ``binomial5`` stays inside them. All but "projected" leave white noise 70/256 of its variance, as the filter
-does (SPEC section 3), so that they differ in what they do to the signal alone.
+does, so that they differ in what they do to the signal alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,7 +58,7 @@ class Temporal:
 
 
 def projected(grad: Tensor, other: Tensor, role: str, scaling: float, ridge: float = RIDGE) -> Tensor:
-    """SPEC section 3: B: grad (A Aᵀ + λI)⁻¹ / s²; A: (Bᵀ B + λI)⁻¹ grad / s². ``other`` is the factor that rests."""
+    """B: grad (A Aᵀ + λI)⁻¹ / s²; A: (Bᵀ B + λI)⁻¹ grad / s². ``other`` is the factor that rests."""
     gram = other @ other.T if role == "lora_B" else other.T @ other
     gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     solved = torch.linalg.solve(gram, grad.T if role == "lora_B" else grad)

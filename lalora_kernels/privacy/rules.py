@@ -1,4 +1,4 @@
-"""Per-sample gradients of what trains beside the adapters: heads, scales, biases and embeddings (SPEC section 5).
+"""Per-sample gradients of what trains beside the adapters: heads, scales, biases and embeddings.
 
 A rule replaces a module's forward by an autograd Function that hands (dy, input) to its recorder. Small tensors
 (scales, biases) are written to the workspace like a LoRA factor; a full weight is never materialized per sample: its

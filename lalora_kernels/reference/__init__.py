@@ -1,6 +1,6 @@
 """The oracle: every operation in plain PyTorch, float64-capable, importing nothing but torch.
 
-Whatever another backend computes is compared with what stands here; see SPEC section 9.
+Whatever another backend computes is compared with what stands here.
 """
 
 from lalora_kernels.reference.chacha20_normal import chacha20_normal, chacha20_words

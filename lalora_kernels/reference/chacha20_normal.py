@@ -91,7 +91,7 @@ def chacha20_normal(
     """Elements ``start .. start + count - 1`` of the noise stream (key, release, tensor_index); shape (count,).
 
     Nonce word 0 is the tensor index, words 1 and 2 are the release number, low word first; the block counter is
-    element / 4 and element e takes words 4(e mod 4) .. +3 of its block (SPEC section 6). Evaluated in float64, then
+    element / 4 and element e takes words 4(e mod 4) .. +3 of its block. Evaluated in float64, then
     rounded to ``dtype``.
     """
     if count < 0 or start < 0 or start + count > MAX_ELEMENTS:

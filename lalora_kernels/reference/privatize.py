@@ -27,7 +27,7 @@ def pad_index(length: int, padding: str, device: torch.device | str = "cpu") -> 
 
 
 def smooth(t: Tensor, dim: int, padding: str = "symmetric") -> Tensor:
-    """The 5-tap binomial low-pass filter [1,4,6,4,1]/16 along ``dim`` (SPEC section 3); same shape and dtype.
+    """The 5-tap binomial low-pass filter [1,4,6,4,1]/16 along ``dim``; same shape and dtype.
 
     DC gain 1; white noise keeps 70/256 of its variance away from the edges.
     """

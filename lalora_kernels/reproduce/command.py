@@ -45,7 +45,7 @@ def add_reproduce(commands: Any) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="(default: the preset's)")
     parser.add_argument("--epsilons", type=float, nargs="+", metavar="E", help="(default: the question's)")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms of the question (default: all)")
-    parser.add_argument("--further", action="store_true", help="question 1: also FedSVD, FedEx-LoRA, FLoRA")
+    parser.add_argument("--further", action="store_true", help="question 1: also FedSVD, FedEx-LoRA, FLoRA, FedSA-LoRA")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="(default: runs/reproduce/PRESET-TASK-SCALE)")
     parser.add_argument(
         "--publish", type=Path, metavar="FOLDER",
