@@ -16,7 +16,6 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--data", default="digits", help="digits, mnist or FILE.npz")
 parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--epsilon", type=float, default=3.0)
-parser.add_argument("--checkpoint", default="custom-loop.pt")
 parser.add_argument("--ledger", default="custom-loop.json", help="of these records: continued, never replaced")
 args = parser.parse_args()
 
@@ -47,10 +46,10 @@ def train(model, optimizer, private, steps):
 
 model, optimizer, private = network()
 train(model, optimizer, private, args.steps // 2)
-torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, args.checkpoint)  # no key
+torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "custom-loop.pt")  # no key
 
 model, optimizer, private = network()  # as after a crash: what was spent stays spent, the key is a fresh one
-state = torch.load(args.checkpoint)
+state = torch.load("custom-loop.pt")
 model.load_state_dict(state["model"])
 optimizer.load_state_dict(state["optimizer"])
 train(model, optimizer, private, args.steps - args.steps // 2)

@@ -41,7 +41,8 @@ def adapt(
     ``modules_to_save``, a list of such names, stay trainable as they are and are saved with the adapter; nothing inside
     them is adapted. A layer that is reachable under two names becomes one LoRA layer in both places.
     ``fused`` says what is adapted of a fused projection (timm's qkv, GPT-2's c_attn): all of it, as PEFT does, or with
-    "qv" its query and value outputs; B's rows for the keys then stay zero, also in the file, so PEFT loads the same function. ``verbose`` prints what was done.
+    "qv" its query and value outputs; B's rows for the keys then stay zero, also in the file, so PEFT loads the same
+    function. ``verbose`` prints what was done.
 
     ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding`` and transformers' ``Conv1D`` can be adapted. Raises ValueError,
     before anything is changed, for names that no module has, for a target that matches nothing, is adapted already or

@@ -68,9 +68,13 @@ class Patched(Adapted):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's. Raises RuntimeError in a private step where only PEFT's forward would do."""
         names = self._names()
+        why = None
+        private = self.recorder is not None and torch.is_grad_enabled()
+        if private and self.merged and not self.disable_adapters:
+            why = "it is merged; call unmerge_adapter() first, or evaluate under torch.no_grad()"
+            raise RuntimeError(f"{self.recorder.name} cannot train privately: {why}")
         if self.disable_adapters or self.merged or not names:
             return super().forward(x, *args, **kwargs)
-        why = None
         if len(names) > 1 or names[0] in self.lora_variant:
             why = "several adapters, or one that is not plain LoRA, are active"
         elif args or any(value is not None for value in kwargs.values()):
@@ -79,9 +83,16 @@ class Patched(Adapted):
             why = "its base layer has hooks or a replaced forward"
         if why is None:
             return self._forward(x, names[0])
-        if self.recorder is not None and torch.is_grad_enabled():
+        if private:
             raise RuntimeError(f"{self.recorder.name} cannot train privately: {why}")
         return super().forward(x, *args, **kwargs)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As PEFT's; within a private training which factors train is left to the schedule."""
+        if self.recorder is None:
+            super().enable_adapters(enabled)  # type: ignore[misc]  # of PEFT's class beside this one
+        else:
+            self._disable_adapters = not enabled
 
     def _bias(self, name: str) -> Tensor | None:
         """b + s b_B, b_B being the bias that PEFT's lora_bias gives B."""

@@ -68,6 +68,9 @@ def _refusal(module: Any, classes: dict) -> str | None:
     if module.lora_variant:
         return variant_refusal(module, next(iter(module.lora_variant)))
     if bits(base):
+        if not kind.__module__.endswith(".bnb"):
+            flag = f"is_loaded_in_{bits(base)}bit"
+            return f"PEFT took its quantized base for a plain one; set model.{flag} = True before get_peft_model"
         return mixing_refusal(base)
     plain = {"Linear": lora_class(base) is not None, "Conv2d": type(base) is nn.Conv2d}
     if not plain.get(kind.__name__, type(base) is nn.Embedding):

@@ -262,6 +262,23 @@ def test_a_patched_model_takes_the_step_of_an_adapted_one():
     assert moved > 1
 
 
+def test_the_reference_model_within_a_step():
+    """KL to the model without its adapter, as PEFT's users write it: the factor that trains stays the schedule's."""
+    _, patched = pair()
+    opt, loader, _ = private(patched, noise_multiplier=0.5)
+    trained = [n for n, p in patched.named_parameters() if p.requires_grad]
+    for x, _ in loader.steps(2):
+        with torch.no_grad(), patched.disable_adapter():
+            reference = patched(x).softmax(-1)
+        F.kl_div(patched(x).log_softmax(-1), reference, reduction="batchmean").backward()
+        opt.step()
+        opt.zero_grad()
+    opt.detach()
+    assert trained and opt.ledger.steps == 2
+    with patched.disable_adapter():  # PEFT's own again
+        assert not any(p.requires_grad for n, p in patched.named_parameters() if "lora_" in n)
+
+
 def test_epsilon_and_saving(tmp_path):
     _, patched = pair(dtype=torch.float32)
     opt, loader, _ = private(
@@ -338,6 +355,16 @@ class TestRefusals:
         model.base_model.model.fc1.base_layer.register_forward_hook(lambda *a: None)
         with pytest.raises(ValueError, match=r"model\.fc1 cannot be patched: its base layer has hooks"):
             lk.patch_peft(model)
+
+    def test_merged_in_mid_training(self):
+        """The head would train on, and noise alone would move the adapter."""
+        _, patched = pair()
+        opt, loader, _ = private(patched)
+        patched.merge_adapter()
+        with pytest.raises(RuntimeError, match=r"cannot train privately: it is merged; call unmerge_adapter\(\) first"):
+            patched(next(loader.steps(1))[0])
+        with torch.no_grad():
+            patched(batch()[0])
 
     def test_another_adapter_after_make_private(self):
         _, patched = pair(adapters=2, dtype=torch.float32)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.nn import set_active
 from lalora_kernels.privacy.checks import single_sample_gradients
+from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.privacy.make_private import make_private
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.reference import chacha20_normal
@@ -352,6 +353,6 @@ def test_epsilon_is_reported_only_where_it_is_true():
         opt.get_epsilon(1e-5)
     opt.detach()
     fresh = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    opt, loader = make_private(model, fresh, DataLoader(data, batch_size=4), noise_multiplier=0.0)
+    opt, loader = make_private(model, fresh, DataLoader(data, batch_size=4), noise_multiplier=0.0, ledger=Ledger())
     train(model, loss, opt, loader, 1)
     assert opt.get_epsilon(1e-5) == math.inf

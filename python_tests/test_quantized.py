@@ -288,6 +288,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"fc1\.base_layer\.bias is trainable, but no rule .*\(Linear4bit\)"):
             private(ours, batch(12))
 
+    @pytest.mark.parametrize("kind", ["nf4", "int8"])
+    def test_a_base_that_peft_took_for_a_plain_one(self, kind):
+        """Without the model's flag PEFT wraps it as nn.Linear, whose weight would be read: codes, without a scale."""
+        net = Net(kind)
+        net.is_loaded_in_8bit = net.is_loaded_in_4bit = False
+        flag = "8bit" if kind == "int8" else "4bit"
+        with pytest.raises(ValueError, match=f"set model.is_loaded_in_{flag} = True before get_peft_model"):
+            lk.patch_peft(get_peft_model(net, LoraConfig(**CONFIG)))
+
     def test_dora(self):
         with pytest.raises(ValueError, match="fc1 cannot be patched: its adapter 'default' is a DoraLinearVariant"):
             lk.patch_peft(adapted(Net("nf4"), use_dora=True))

@@ -100,16 +100,18 @@ class Tagger(nn.Module):
         return {"hidden": (h := self.body(x).tanh()), "logits": self.head(h)}
 
 
-def loop(loss, reduction="mean", check=True, steps=2, **kwargs):
+def loop(loss, reduction="mean", check=True, steps=2, sample_rate=1.0, split_after=None, **kwargs):
     torch.manual_seed(0)
     model = Tagger()
     data = TensorDataset(torch.randn(N, T, 4), ragged())
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     optimizer, loader = make_private(
-        model, optimizer, DataLoader(data, batch_size=N), noise_multiplier=1.0, sample_rate=1.0, check=check,
+        model, optimizer, DataLoader(data, batch_size=N), noise_multiplier=1.0, sample_rate=sample_rate, check=check,
         loss_reduction=reduction, noise=NoiseSource.fixed(KEY), **kwargs,
     )  # fmt: skip
-    for x, y in loader.steps(steps):
+    for i, (x, y) in enumerate(loader.steps(steps)):
+        if i == split_after:
+            loader.batch_sampler.physical_batch_size = 4
         loss(model(x)["logits"], y).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -153,6 +155,41 @@ class TestTheLoop:
 
     def test_a_loss_that_shows_nothing_passes_and_says_so(self):
         assert not loop(lambda z, y: z.square().mean()).loss_reduction_checked
+
+    @pytest.mark.parametrize(
+        "loss, claimed, cure",
+        [
+            (lambda z, y: token_sum(z, y) / 64, "mean", "sum"),
+            (lambda z, y: own_mean(z, y) / 3, "sum", "mean"),
+        ],
+        ids=["sum", "mean"],
+    )
+    def test_a_loss_times_a_number_is_told_by_batches_of_other_sizes(self, loss, claimed, cure):
+        with pytest.raises(ValueError, match=f"loss_reduction='{claimed}'; pass loss_reduction='{cure}'"):
+            loop(loss, claimed, steps=6, sample_rate=0.5)
+        assert loop(loss, cure, steps=6, sample_rate=0.5).loss_reduction_checked
+
+    def test_shares_times_a_number_are_told_by_batches_of_other_counts(self):
+        with pytest.raises(ValueError, match="divides by a count over the whole batch"):
+            loop(lambda z, y: token_mean(z, y) / 3, steps=6, sample_rate=0.5)
+
+    def test_sizes_that_are_equal_for_long_do_not_hide_it(self):
+        calls = []
+
+        def scaled(z, y):
+            calls.append(1)
+            return token_sum(z, y) / 64
+
+        with pytest.raises(ValueError, match="pass loss_reduction='sum'"):
+            loop(scaled, steps=20, split_after=10)
+        assert len(calls) == 12
+
+    def test_the_loss_alone(self):
+        """check="loss" copies no model, and refuses what the logits show."""
+        with pytest.raises(ValueError, match="count over the whole batch"):
+            loop(token_mean, check="loss")
+        optimizer = loop(own_mean, check="loss")
+        assert optimizer.loss_reduction_checked and not optimizer.per_sample_checked
 
     def test_without_checks_nothing_is_looked_at(self):
         assert not loop(token_mean, check=False).loss_reduction_checked

@@ -328,7 +328,7 @@ class TestOneLedger:
         plain.load_state_dict(stored)
         with pytest.raises(ValueError, match="forgotten; call make_private first and load the state into"):
             lk.make_private(model, plain, DataLoader(data, batch_size=4), noise_multiplier=1.0)
-        opt, loader = private(model, data, noise_multiplier=1.0)
+        opt, loader = private(model, data, noise_multiplier=1.0, ledger=lk.Ledger())
         opt.load_state_dict(stored)
         assert opt.ledger.steps == 3 and list(opt.param_groups[0]) == list(plain.defaults | {"params": 0})
 
@@ -349,7 +349,7 @@ def test_epochs_are_passes_of_the_private_loader():
     opt.detach()
     for wrong in ({"epochs": 0}, {"epochs": 2, "steps": 8}):
         with pytest.raises(ValueError, match="epochs is a whole number >= 1, and given instead of steps"):
-            lk.make_private(model, optimizer, plain, **asked, **wrong)
+            lk.make_private(model, optimizer, plain, ledger=opt.ledger, **asked, **wrong)
 
 
 def test_the_loader_of_a_detached_optimizer_says_so():

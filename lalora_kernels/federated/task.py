@@ -15,7 +15,7 @@ from lalora_kernels.federated.methods import Update, get_method
 from lalora_kernels.federated.plan import deal, partition_digest
 from lalora_kernels.files import tensor_digest
 from lalora_kernels.models import Classifier, load_model
-from lalora_kernels.privacy.checks import check_inputs
+from lalora_kernels.privacy.first_batch import check_inputs
 
 
 def _nothing(*_: Any) -> None:

@@ -61,7 +61,7 @@ def _double(model: nn.Module) -> nn.Module:
             raise RuntimeError(
                 "the check of the first batch works on a copy of the model in float64, 8 bytes a weight, for which "
                 "there is no memory. Let it pass on a smaller model of the same family and loss (check_per_sample, on "
-                "a CPU), then pass make_private check=False for this one"
+                "a CPU), then pass make_private check='loss' for this one"
             ) from error
         raise RuntimeError(
             f"the check of the first batch works on a copy of the model, which cannot be copied ({error}). A module "
@@ -74,6 +74,9 @@ def _double(model: nn.Module) -> nn.Module:
     for _, p in factor_parameters(twin):
         noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
         p.data.add_(0.1 * noise.to(p.device))
+    for p in twin.parameters():
+        if p.requires_grad and not p.any():  # a new head, behind which nothing would show
+            p.data.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device))
     return twin
 
 
@@ -245,16 +248,6 @@ def _watch(twin: nn.Module, calls: list[tuple[str, list[Tensor]]]) -> list[Any]:
     ]
 
 
-def _same(whole: list[Tensor], other: list[Tensor], i: int) -> bool:
-    """Whether the outputs agree in record i of two, where they have a row for each."""
-    for a, b in zip(whole, other):
-        if a.dim() and a.shape == b.shape and a.shape[0] % 2 == 0:
-            x, y = a.chunk(2)[i], b.chunk(2)[i]
-            if not torch.allclose(x, y, rtol=RTOL, atol=1e-10, equal_nan=True):
-                return False
-    return True
-
-
 def _cards(model: nn.Module) -> list[torch.device]:
     return list({p.device for p in model.parameters() if p.is_cuda})
 
@@ -267,83 +260,3 @@ def _is_share(whole: Tensor, alone: Tensor, i: int, rows: int) -> bool:
         return False
     k = alone.shape[0]
     return torch.allclose(whole[i * k : (i + 1) * k], alone, rtol=RTOL, atol=1e-10)
-
-
-def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> bool:
-    """``check_per_sample`` of a forward's arguments, on their first two finite records; False where there are not two.
-
-    What make_private runs at the first private step. The loss is a random projection of every output that has a row for
-    each record, so it shows what the model mixes, not what the user's criterion couples. Raises as check_per_sample;
-    warns of adapters that the two records never reached, which would train on noise alone.
-    """
-    finite = torch.ones(rows, dtype=torch.bool)
-    for t in _leaves((args, kwargs)):
-        if t.dim() and t.shape[0] == rows and t.is_floating_point():
-            finite &= t.isfinite().flatten(1).all(1).cpu() if t.dim() > 1 else t.isfinite().cpu()
-    chosen = finite.nonzero().flatten()[:2]
-    if len(chosen) < 2:
-        return False
-    two = tree_map(lambda t: t[chosen.to(t.device)] if t.dim() and t.shape[0] == rows else t, (args, kwargs))
-
-    def project(m: nn.Module, inputs: tuple) -> Tensor:
-        outputs = [t for t in _leaves(m(*inputs[0], **inputs[1])) if t.is_floating_point() and t.dim()]
-        generator = torch.Generator().manual_seed(1)
-        terms = []
-        for t in outputs:
-            direction = torch.randn(t.shape[1:], generator=generator, dtype=torch.float64).to(t.device, t.dtype)
-            terms.append((t * direction).sum())
-        return torch.stack(terms).sum()
-
-    check_outputs(model, two)
-    check_per_sample(model, two, project, loss_reduction="sum")
-    return True
-
-
-def check_outputs(model: nn.Module, two: tuple) -> None:
-    """Raise ValueError where a record's output or a buffer depends on another record, in float64 and the model's mode.
-
-    ``two``: (args, kwargs) with two records along the first axis. The gradients of a projection that is the same for
-    both would not show what is the same in both, such as a mean that is taken off. What (a, b) gives for a must be what
-    (a, a) does, and for b what (b, b) does, dropout drawn alike. A buffer that follows activations (running statistics,
-    a centre) would leave the training without noise.
-    """
-    twin = _double(model)
-    for (_, m), (_, t) in zip(model.named_modules(), twin.named_modules()):
-        t.training = m.training
-    two = tree_map(lambda t: t.double() if t.is_floating_point() else t, two)
-    before = {n: b.clone() for n, b in twin.named_buffers()}
-    after: list[dict[str, Tensor]] = []
-    calls: list[tuple[str, list[Tensor]]] = []
-
-    def run(*order: int) -> list[tuple[str, list[Tensor]]]:
-        calls.clear()
-        with torch.no_grad(), torch.random.fork_rng(devices=_cards(twin)):
-            inputs = tree_map(lambda t: t[list(order)] if t.dim() and t.shape[0] == 2 else t, two)
-            twin(*inputs[0], **inputs[1])
-            after.append({n: b.clone() for n, b in twin.named_buffers()})
-            for n, b in twin.named_buffers():
-                if n in before:
-                    b.copy_(before[n])
-        return list(calls)
-
-    handles = _watch(twin, calls)
-    try:
-        together, alone = run(0, 1), [run(0, 0), run(1, 1)]
-    finally:
-        for h in handles:
-            h.remove()
-    for name, value in after[0].items():
-        if any(not torch.equal(value, other.get(name, value)) for other in after[1:]):
-            raise ValueError(
-                f"the buffer {name} follows the records of a batch, which nothing clips or noises; keep its module in "
-                f"eval mode, or replace it"
-            )
-    if all(_same(together[-1][1], one[-1][1], i) for i, one in enumerate(alone)):
-        return
-    for k, (name, outputs) in enumerate(together):
-        if any(k < len(one) and not _same(outputs, one[k][1], i) for i, one in enumerate(alone)):
-            raise ValueError(
-                f"{name or type(twin).__name__}: the output for one record depends on the other records of the batch; "
-                f"per-sample clipping cannot bound such a layer. Replace it, or keep it in eval mode where it mixes in "
-                f"train mode alone"
-            )

@@ -18,7 +18,7 @@ from lalora_kernels.privacy.clipping import clip_weights, tensor_bound
 from lalora_kernels.privacy.distributed import Group, loud_ddp, quiet_ddp
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.nonfinite import NonfiniteCount
-from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder, Site, Undo, first_tensor, squared_norms
+from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder, Site, Undo, batch_tensor, squared_norms
 from lalora_kernels.privacy.reduction import ReductionCheck
 from lalora_kernels.privacy.rules import ExtraRecorder, may_mix, refuse_mixing, refuse_tables
 from lalora_kernels.privacy.sampling import BatchInfo
@@ -44,7 +44,7 @@ class Engine:
         loss_reduction: str,
         charge: Callable[[], None],
         backend: str | None = None,
-        check: bool = False,
+        check: bool | str = False,
         grad_scaler: torch.amp.GradScaler | None = None,
         group: Group | None = None,
     ):
@@ -53,7 +53,7 @@ class Engine:
         self.smoothing, self.loss_reduction, self.charge, self.backend = smoothing, loss_reduction, charge, backend
         self.grad_scaler, self.group = grad_scaler, group
         self._ddp = quiet_ddp(model)
-        self.strict = self.check_pending = check  # pending: no batch had two records to compare yet
+        self.strict, self.check_pending = bool(check), check is True  # pending: no batch had two records to compare yet
         self.forwarded = False  # the model itself has seen this physical batch
         self.sites: list[Site] = []
         self.recorders: list[Recorder] = []
@@ -99,7 +99,7 @@ class Engine:
         self.dtype = torch.float64 if dtypes.pop() else torch.float32
         self._handles.append(self.model.register_forward_pre_hook(InputCheck(self, self.sites[0]), with_kwargs=True))
         self.reduction = ReductionCheck(self)
-        if self.check_pending:
+        if self.strict:
             self._handles.append(self.model.register_forward_hook(self.reduction))
 
     def _add_site(self, use: Use) -> Site:
@@ -145,12 +145,12 @@ class Engine:
         if self.batch is None or not torch.is_grad_enabled():
             return
         refuse_mixing(self._mixers)
-        first = first_tensor(args, kwargs)
+        first = batch_tensor(args, kwargs, self.batch.rows)
         self.check_rows(self.batch.rows if first is None else first.shape[0])
         if self.auto_batch is not None:
             self.auto_batch.measure(self, model, args, kwargs)
         if self.check_pending and self.batch.valid >= 2:
-            from lalora_kernels.privacy.checks import check_inputs  # it builds an Engine of its own
+            from lalora_kernels.privacy.first_batch import check_inputs  # it builds an Engine of its own
 
             self.check_pending = not check_inputs(model, args, kwargs, self.batch.rows)
 
@@ -255,6 +255,14 @@ class Engine:
         if self.batch is not None and any(s.marked for s in self.sites):
             raise RuntimeError(
                 "the last batch was backpropagated but not stepped; call optimizer.step() after backward"
+            )
+        if self.batch is not None and self.forwarded:
+            self.batch, self._open, self._partial = None, False, False
+            self.clear_batch()
+            raise RuntimeError(
+                "the last batch went through the model with gradients on, but no optimizer.step() followed. To skip a "
+                "batch for what is in it (a loss that is not finite, its size) is a release that the ledger does not "
+                "see: call backward and step on every batch; a record whose gradient is not finite contributes nothing"
             )
         if self._partial if batch.first else not self._open:
             self._partial = False

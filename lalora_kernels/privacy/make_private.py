@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lalora_kernels.privacy import accounts
 from lalora_kernels.privacy.accountant import get_noise_multiplier
 from lalora_kernels.privacy.adaptive import AdaptiveClipping
 from lalora_kernels.privacy.clipping import CLIPPING
@@ -60,7 +61,7 @@ def make_private(
     max_clipbound: float = 1e6,
     unclipped_num_std: float | None = None,
     backend: str | None = None,
-    check: bool = True,
+    check: bool | str = True,
     poisson_sampling: bool = True,
     grad_scaler: "torch.amp.GradScaler | None" = None,
     distributed: bool | None = None,
@@ -101,7 +102,9 @@ def make_private(
         unclipped_num_std: deviation of the noise on that count, in records; None: b / 20, or 2 σ where that is more.
         backend: force one kernel backend; None lets dispatch choose.
         check: at the first private batch of two records or more, compare per-sample gradients with single backwards on
-            a float64 copy of the model (``check_per_sample``); False saves that time and memory.
+            a float64 copy of the model (``check_per_sample``), and in the first steps look at the gradient of the
+            logits for losses that couple records. "loss": only the latter, for a model too large to be copied; False:
+            neither. In a model that is compiled as a whole both see nothing.
         grad_scaler: the loop's ``torch.amp.GradScaler``, so that norms are those of unscaled gradients. A record whose
             scaled gradient overflows contributes nothing; the step is never skipped.
         distributed: split each batch over the ranks of torch.distributed's process group, noise once; None: where one
@@ -122,6 +125,7 @@ def make_private(
     if smoothing in EXPERIMENTAL:
         smoothing, postprocess = EXPERIMENTAL[smoothing]
     _one_of("clipping", clipping, CLIPPING)
+    _one_of("check", check, (True, False, "loss"))
     _one_of("loss_reduction", loss_reduction, REDUCTIONS)
     _positive("max_grad_norm", max_grad_norm)
     if isinstance(optimizer, PrivateOptimizer):
@@ -135,6 +139,8 @@ def make_private(
             "forgotten; call make_private first and load the state into the optimizer that it returns"
         )
     refuse_sharded(model)
+    if ledger is None:
+        accounts.refuse_second_account(model.parameters())
     noise = NoiseSource() if noise is None else noise
     group = find_group(distributed)
     ranks: dict[str, Any] = {}
@@ -246,10 +252,13 @@ def make_private(
         engine.adaptive = adaptive
         adaptive.set_bound(engine, max_grad_norm)
     try:
-        private = PrivateOptimizer(optimizer, engine, schedule, ledger, float(noise_multiplier), b, target_delta, check)
+        private = PrivateOptimizer(
+            optimizer, engine, schedule, ledger, float(noise_multiplier), b, target_delta, check is True
+        )
     except BaseException:
         engine.detach()
         raise
+    accounts.note((site.param for site in engine.sites), ledger)
     if postprocess is not None:
         private.postprocess = postprocess(engine)
     if auto:

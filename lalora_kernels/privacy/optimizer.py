@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lalora_kernels.adapted import NONE, Tensors, activate, submodules
+from lalora_kernels.privacy.accounts import AGAIN
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.graphs import GraphedBackward
 from lalora_kernels.privacy.ledger import Ledger
@@ -42,7 +43,7 @@ class PrivateOptimizer(Optimizer):
     ):
         # The base class is not initialized: its state is the wrapped optimizer's, by the properties below.
         self.original_optimizer, self.engine, self.schedule, self.ledger = optimizer, engine, schedule, ledger
-        self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
+        self._noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
         self.target_delta, self._check_asked = target_delta, check
         self.round = self.local_step = 1
         self._versions_count = False
@@ -95,9 +96,14 @@ class PrivateOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: what trains is fixed by ``make_private``."""
-        raise RuntimeError("parameters cannot be added to a private optimizer; detach() it and call make_private again")
+        raise RuntimeError(f"parameters cannot be added to a private optimizer; {AGAIN}")
 
     # ---------------------------------------------------------------- privacy
+
+    @property
+    def noise_multiplier(self) -> float:
+        """σ of this account, in units of C: fixed, since it is what the ledger is charged."""
+        return self._noise_multiplier
 
     @property
     def max_grad_norm(self) -> float:
@@ -186,7 +192,7 @@ class PrivateOptimizer(Optimizer):
                     raise RuntimeError(
                         f"{self._name_of(p)} has a gradient that nothing clips or noises (it was unfrozen or added "
                         f"after make_private), and the step would release it; freeze it and set its grad to None, or "
-                        f"detach() the optimizer and call make_private again"
+                        f"{AGAIN}"
                     )
 
     # ---------------------------------------------------------------- stepping

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lalora_kernels import dispatch, functional, opaque
+from lalora_kernels.privacy.accounts import AGAIN
+from lalora_kernels.privacy.sampling import _tensors
 from lalora_kernels.privacy.ties import TABLE, Deferring, TiedWeight, defer
 
 if TYPE_CHECKING:
@@ -54,14 +56,12 @@ class Site:
         for name, module, key in self.places:
             if module._parameters.get(key) is not self.param:
                 raise RuntimeError(
-                    f"{name} was replaced or tied to another tensor after make_private; detach() the optimizer and "
-                    f"call make_private again"
+                    f"{name} was replaced or tied to another tensor after make_private; {AGAIN}"
                 )
         if (self.param.device, self.param.dtype, self.param.shape) != self.made_for:
             now, then = (" ".join(map(str, t)) for t in ((self.param.device, self.param.dtype), self.made_for[:2]))
             raise RuntimeError(
-                f"{self.name} was moved from {then} to {now} after make_private; move the model first, or detach() "
-                f"and call make_private again"
+                f"{self.name} was moved from {then} to {now} after make_private; move the model first, or {AGAIN}"
             )
 
     @property
@@ -160,7 +160,7 @@ class LoRARecorder(Recorder):
             if now.get(role) not in [place[1:] for place in self.sites[role].places]:
                 raise RuntimeError(
                     f"{self.name} uses another adapter than when make_private was called; set that one again, or "
-                    f"detach() the optimizer and call make_private again"
+                    f"{AGAIN}"
                 )
         return now
 
@@ -325,6 +325,16 @@ class Undo:
 def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
     """The first argument of a forward that has a batch axis."""
     return next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
+
+
+def batch_tensor(args: tuple, kwargs: dict, rows: int) -> Tensor | None:
+    """Of a forward's arguments what should have ``rows`` rows: the first tensor, or within dicts and lists any that has
+    them, else the first. None where there is no tensor at all."""
+    first = first_tensor(args, kwargs)
+    if first is not None:
+        return first
+    leaves = [t for _, t in _tensors((args, kwargs)) if t.dim()]
+    return next((t for t in leaves if t.shape[0] == rows), leaves[0] if leaves else None)
 
 
 class InputCheck:

@@ -4,7 +4,8 @@ The gradient of a cross-entropy with respect to the logits is k (softmax - targe
 a logistic loss k (sigmoid - target), where k is what the loss gives to that position. So logits and gradient show k:
 1 / N is a mean over records and 1 a sum, while shares of 1 that differ come from a count over the whole batch (its
 tokens, its class weights), by which each record's gradient depends on the others: no clipping bounds what one record
-changes then. Of other losses nothing is known here; ``check_per_sample`` takes any.
+changes then. Any other k is a sum divided by a number where it stays the same while N changes, a mean where k N does.
+Of other losses nothing is known here; ``check_per_sample`` takes any.
 """
 
 from functools import partial
@@ -33,6 +34,7 @@ class ReductionCheck:
         self.engine, self.left, self.watch = engine, TRIES, WATCH
         self.seen: str | None = None
         self._call, self._counted, self._full = 0, 0, False
+        self._scaled: dict[str, tuple[float, int, int]] = {}  # uniform_weights that are neither 1 / N nor 1
         self._axis: int | None = None  # of the classes, where lengths are still to be seen that differ
 
     def __call__(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -64,6 +66,8 @@ class ReductionCheck:
             dz = dz.double() / e._loss_scale()
         found = reduction_of(z, dz, RTOL.get(z.dtype, RTOL_HALF))
         if found is None:
+            found = self._by_other_sizes(z, dz)
+        if found is None:
             return
         if found == "shares":
             raise ValueError(
@@ -80,6 +84,24 @@ class ReductionCheck:
             )
         self.seen = found
         self._watch_for(z, dz)
+
+    def _by_other_sizes(self, z: Tensor, dz: Tensor) -> str | None:
+        """What a loss times a number takes, told by two batches of other sizes."""
+        now = uniform_weights(z, dz, rtol := RTOL.get(z.dtype, RTOL_HALF))
+        if not now:  # a hidden state beside the logits
+            return None
+        before, self._scaled = self._scaled, now
+        for (k, N, count), (l, M, others) in ((now[u], before[u]) for u in now if u in before):
+            for name, a, b, told in (
+                ("sum", k, l, (N, count) != (M, others)),
+                ("mean", k * N, l * M, N != M),
+                ("shares", k * count, l * others, count != others),
+            ):
+                if told and abs(a - b) <= 2 * rtol * abs(b):
+                    return name
+        if not self.left and self.watch > 0:
+            self.left, self.watch = 1, self.watch - 1
+        return None
 
     def _watch_for(self, z: Tensor, dz: Tensor) -> None:
         """Records of several positions, and as many in each of them: a mean over all looks like one over records."""
@@ -133,6 +155,17 @@ def reduction_of(z: Tensor, dz: Tensor, rtol: float = 1e-3) -> str | None:
         if near(records[records != 0], value) or near(positions, value):
             return name
     return "shares" if certain and near(records.sum(), 1.0) else None
+
+
+def uniform_weights(z: Tensor, dz: Tensor, rtol: float) -> dict[str, tuple[float, int, int]]:
+    """{"position" or "record": (k, N, how many)} where each position, or each record in all, has the same k."""
+    k, _ = _weights(z, dz, rtol)
+    found = {}
+    for unit, each in (("position", k), ("record", None if k is None else k.sum(1))):
+        live = each[each != 0] if each is not None else dz.new_empty(0)
+        if len(live) > 1 and live.max() - live.min() <= rtol * live.max():
+            found[unit] = (float(live.mean()), len(z), len(live))
+    return found
 
 
 def _weights(z: Tensor, dz: Tensor, rtol: float) -> tuple[Tensor | None, bool]:

@@ -119,7 +119,8 @@ def rule_of(module: nn.Module) -> Rule | None:
 
 def may_mix(m: nn.Module) -> bool:
     """Whether it is a layer that mixes the records of a batch in one of its states: BatchNorm and its kin, LLM.int8."""
-    return (isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats) or bits(m) == 8
+    norm = isinstance(m, nn.modules.batchnorm._BatchNorm)  # its kin normalize over a record alone without statistics
+    return norm or (isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats) or bits(m) == 8
 
 
 def refuse_mixing(layers: list[tuple[str, nn.Module]]) -> None:
@@ -128,10 +129,10 @@ def refuse_mixing(layers: list[tuple[str, nn.Module]]) -> None:
         if bits(m):
             if why := mixing_refusal(m):
                 raise ValueError(f"{name} ({type(m).__name__}) mixes the records of a batch: {why}")
-        elif m.training:
+        elif m.training or not m.track_running_stats:
             raise ValueError(
-                f"{name} ({type(m).__name__}) mixes the records of a batch in train mode; replace it by GroupNorm or "
-                f"LayerNorm, or keep it in eval mode"
+                f"{name} ({type(m).__name__}) mixes the records of a batch in train mode, or without running "
+                f"statistics; replace it by GroupNorm or LayerNorm, or keep it in eval mode"
             )
 
 

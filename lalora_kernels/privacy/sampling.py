@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
+    Subset,
 )
 
 from lalora_kernels.privacy.noise import NoiseSource, UniformSource
@@ -175,6 +177,7 @@ class PrivateLoader:
         given = data if isinstance(data, DataLoader) else None
         self.dataset: Dataset = data.dataset if isinstance(data, DataLoader) else data
         records = _count(self.dataset)
+        refuse_copies(self.dataset)
         batch_size = None if given is None else _plain_batch_size(given, records)
         self.sample_rate, self.expected_batch_size = _rates(records, sample_rate, expected_batch_size, batch_size)
         self.on_batch = on_batch
@@ -258,6 +261,27 @@ def _count(dataset: Dataset) -> int:
         raise ValueError("Poisson sampling needs a data set of known size; give it a __len__") from None
 
 
+def refuse_copies(dataset: Dataset) -> None:
+    """Raise ValueError where a record stands in the data set more than once by its index: in a Subset, or in a
+    ConcatDataset of one data set several times. Equal records of other indices are not looked for."""
+    if isinstance(dataset, (Subset, ConcatDataset)):
+        places = _places(dataset)
+        if len(set(places)) < len(places):
+            raise ValueError(
+                f"the data set ({type(dataset).__name__}) holds records more than once, and k copies of a record cost "
+                f"k times its ε; leave the repeats out, and weight single records' losses instead of oversampling"
+            )
+
+
+def _places(dataset: Any) -> list[tuple[int, int]]:
+    if isinstance(dataset, Subset):
+        within = _places(dataset.dataset)
+        return [within[i] for i in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        return [place for part in dataset.datasets for place in _places(part)]
+    return [(id(dataset), i) for i in range(_count(dataset))]
+
+
 def _plain_batch_size(loader: DataLoader, records: int) -> int | None:
     """The loader's batch size, after making sure that its sampler chose the order of the records and nothing else."""
     batches = loader.batch_sampler
@@ -268,7 +292,8 @@ def _plain_batch_size(loader: DataLoader, records: int) -> int | None:
         culprit = type(batches if type(batches) is not BatchSampler else sampler).__name__
         raise ValueError(
             f"the DataLoader's {culprit} decides which records are drawn, and Poisson sampling would replace it; pass "
-            f"a loader without it (for a part of the data: torch.utils.data.Subset)"
+            f"a loader without it (for a part of the data: torch.utils.data.Subset, without repeats, since k copies of "
+            f"a record cost k times its ε)"
         )
     if len(sampler.data_source) != records:
         raise ValueError(

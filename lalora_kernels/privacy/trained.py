@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lalora_kernels.adapted import Adapted, Tensors
+from lalora_kernels.privacy.accounts import AGAIN
 from lalora_kernels.privacy.recorders import Recorder, Site
 from lalora_kernels.privacy.rules import rule_of
 from lalora_kernels.privacy.ties import kind_of
@@ -70,8 +71,7 @@ def refuse_changes(
     for r in recorders:
         if r.module not in inside:
             raise RuntimeError(
-                f"{r.name} was taken out of the model after make_private (merged, unloaded or replaced); detach() the "
-                f"optimizer first, and call make_private again to go on"
+                f"{r.name} was taken out of the model after make_private (merged, unloaded or replaced); {AGAIN}"
             )
     known = {id(s.param) for s in sites}  # which the sites hold, so no other tensor has one of these
     held = [p for m in modules if m._parameters for p in m._parameters.values() if p is not None and p.requires_grad]
@@ -80,8 +80,7 @@ def refuse_changes(
     for name, p in model.named_parameters():
         if p.requires_grad and id(p) not in known:
             raise RuntimeError(
-                f"{name} was added or unfrozen after make_private, so nothing clips or noises it; freeze it, or "
-                f"detach() the optimizer and call make_private again"
+                f"{name} was added or unfrozen after make_private, so nothing clips or noises it; freeze it, or {AGAIN}"
             )
     return {}
 

@@ -1,0 +1,161 @@
+"""What make_private asks of the model itself at the first batch: whether records mix, or are written down."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lalora_kernels.privacy.checks import RTOL, _cards, _double, _leaves, _watch, check_per_sample, tree_map
+
+DRAWS = 4  # of a model that draws at random: a permutation of four rows that mixes none comes once in six
+Run = tuple[list[tuple[str, list[Tensor]]], bool]  # (module, its outputs) in order of execution; whether it drew
+
+
+def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> bool:
+    """``check_per_sample`` of a forward's arguments, on their first two finite records; False where there are not two.
+
+    What make_private runs at the first private step. The loss is a random projection of every output that has a row for
+    each record, so it shows what the model mixes, not what the user's criterion couples. Raises as check_per_sample;
+    warns of adapters that the two records never reached, which would train on noise alone.
+    """
+    finite = torch.ones(rows, dtype=torch.bool)
+    for t in _leaves((args, kwargs)):
+        if t.dim() and t.shape[0] == rows and t.is_floating_point():
+            finite &= t.isfinite().flatten(1).all(1).cpu() if t.dim() > 1 else t.isfinite().cpu()
+    chosen = finite.nonzero().flatten()[:2]
+    if len(chosen) < 2:
+        return False
+    if not any(t.dim() and t.shape[0] == rows for t in _leaves((args, kwargs))):
+        raise ValueError(
+            f"none of the tensors that the model was given has a row for each of the batch's {rows} records, so "
+            f"nothing shows which rows are whose; pass the batch as the loader yields it, batch axis first"
+        )
+    two = tree_map(lambda t: t[chosen.to(t.device)] if t.dim() and t.shape[0] == rows else t, (args, kwargs))
+
+    def project(m: nn.Module, inputs: tuple) -> Tensor:
+        outputs = [t for t in _leaves(m(*inputs[0], **inputs[1])) if t.is_floating_point() and t.dim()]
+        generator = torch.Generator().manual_seed(1)
+        terms = []
+        for t in outputs:
+            direction = torch.randn(t.shape[1:], generator=generator, dtype=torch.float64).to(t.device, t.dtype)
+            terms.append((t * direction).sum())
+        if not terms:
+            raise ValueError(
+                "the model returns no tensor with a row for each record (its loss alone?), so nothing shows whether it "
+                "mixes them; let it return its logits, too, or ask check_per_sample and pass make_private check='loss'"
+            )
+        return torch.stack(terms).sum()
+
+    check_outputs(model, two)
+    check_per_sample(model, two, project, loss_reduction="sum")
+    return True
+
+
+def check_outputs(model: nn.Module, two: tuple) -> None:
+    """Raise ValueError where a record's output or a buffer depends on another record, in float64 and the model's mode.
+
+    ``two``: (args, kwargs) with two records along the first axis. The gradients of a projection that is the same for
+    both would not show what is the same in both, such as a mean that is taken off. What (a, b) gives for a must be what
+    (a, a) does, and for b what (b, b) does, dropout drawn alike. A model that draws at random is asked again with other
+    draws and (a, b, a, b): of two rows a permutation may change none. A buffer that follows activations (running
+    statistics, a centre) would leave the training without noise, and so would a frozen tensor.
+    """
+    twin = _double(model)
+    for (_, m), (_, t) in zip(model.named_modules(), twin.named_modules()):
+        t.training = m.training
+    two = tree_map(lambda t: t.double() if t.is_floating_point() else t, two)
+    before = {n: b.clone() for n, b in twin.named_buffers()}
+    versions = {n: p._version for n, p in twin.named_parameters()}
+    after: list[dict[str, Tensor]] = []
+    calls: list[tuple[str, list[Tensor]]] = []
+
+    def run(seed: int | None, *order: int) -> Run:
+        calls.clear()
+        with torch.no_grad(), _Drawn(_cards(twin), seed) as drawn:
+            inputs = tree_map(lambda t: t[list(order)] if t.dim() and t.shape[0] == 2 else t, two)
+            twin(*inputs[0], **inputs[1])
+            after.append({n: b.clone() for n, b in twin.named_buffers()})
+            for n, b in twin.named_buffers():
+                if n in before:
+                    b.copy_(before[n])
+        return list(calls), drawn.any
+
+    def settled() -> None:
+        for name, value in after[0].items():
+            if any(not torch.equal(value, other.get(name, value)) for other in after[1:]):
+                raise ValueError(
+                    f"the buffer {name} follows the records of a batch, which nothing clips or noises; keep its module "
+                    f"in eval mode, or replace it"
+                )
+        for name, p in twin.named_parameters():
+            if p._version != versions[name]:
+                raise ValueError(f"the model's forward writes to {name}, which nothing clips or noises; keep it fixed")
+        after.clear()
+
+    handles = _watch(twin, calls)
+    try:
+        draws = DRAWS if _compare(run, settled, None, 1) else 0
+        for seed in range(draws):
+            _compare(run, settled, seed, 2)
+    finally:
+        for h in handles:
+            h.remove()
+
+
+def _compare(run: Callable[..., Run], settled: Callable[[], None], seed: int | None, times: int) -> bool:
+    """Raise ValueError where a record's output depends on the other one. Returns whether the model draws at random."""
+    together, drawn = run(seed, *(0, 1) * times)
+    alone = [run(seed, *(i, i) * times)[0] for i in (0, 1)]
+    settled()
+    rows = [(i, alone[i % 2]) for i in range(2 * times)]
+    if all(_same(together[-1][1], one[-1][1], i, 2 * times) for i, one in rows):
+        return drawn
+    for k, (name, outputs) in enumerate(together):
+        if any(k < len(one) and not _same(outputs, one[k][1], i, 2 * times) for i, one in rows):
+            raise ValueError(
+                f"{name or 'the model'}: the output for one record depends on the other records of the batch; "
+                f"per-sample clipping cannot bound such a layer. Replace it, or keep it in eval mode where it mixes in "
+                f"train mode alone"
+            )
+    return drawn
+
+
+def _same(whole: list[Tensor], other: list[Tensor], i: int, rows: int) -> bool:
+    """Whether the outputs agree in row i of so many, where they have as many."""
+    for a, b in zip(whole, other):
+        if a.dim() and a.shape == b.shape and a.shape[0] % rows == 0:
+            x, y = a.chunk(rows)[i], b.chunk(rows)[i]
+            if not torch.allclose(x, y, rtol=RTOL, atol=1e-10, equal_nan=True):
+                return False
+    return True
+
+
+class _Drawn:
+    """A block whose random draws (torch's, NumPy's, Python's) start from ``seed`` and are given back; None: from where
+    they are. ``any``: whether there were some."""
+
+    def __init__(self, cards: list[torch.device], seed: int | None):
+        self.fork, self.cards, self.seed, self.any = torch.random.fork_rng(devices=cards), cards, seed, False
+
+    def _state(self) -> str:
+        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(card) for card in self.cards)]
+        return repr([*(t.tolist() for t in states), random.getstate(), np.random.get_state(legacy=False)["state"]])
+
+    def __enter__(self) -> "_Drawn":
+        self.fork.__enter__()
+        self.theirs = random.getstate(), np.random.get_state()
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+            random.seed(self.seed)
+            np.random.seed(self.seed)
+        self.before = self._state()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.any = self.before != self._state()
+        random.setstate(self.theirs[0])
+        np.random.set_state(self.theirs[1])
+        self.fork.__exit__(*error)
