@@ -16,7 +16,6 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--data", default="digits", help="digits, mnist or FILE.npz")
 parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--epsilon", type=float, default=3.0)
-parser.add_argument("--ledger", default="custom-loop.json", help="of these records: continued, never replaced")
 args = parser.parse_args()
 
 data = load_data(args.data)
@@ -26,7 +25,8 @@ loader = DataLoader(TensorDataset(x, data.train.labels), batch_size=128)
 
 
 def network():
-    ledger = lk.Ledger.at(args.ledger, target_epsilon=args.epsilon, target_delta=1e-5)  # written before every release
+    # Of these records: written before every release, and continued where it is there.
+    ledger = lk.Ledger.at("custom-loop.json", target_epsilon=args.epsilon, target_delta=1e-5)
     torch.manual_seed(0)  # the start of A is public
     model = nn.Sequential(nn.Linear(x.shape[1], 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, len(data.classes)))
     lk.adapt(model, r=8, target_modules=["0"], modules_to_save=["2", "3"], verbose=False)  # "2": scale and bias train
@@ -49,9 +49,8 @@ train(model, optimizer, private, args.steps // 2)
 torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "custom-loop.pt")  # no key
 
 model, optimizer, private = network()  # as after a crash: what was spent stays spent, the key is a fresh one
-state = torch.load("custom-loop.pt")
-model.load_state_dict(state["model"])
-optimizer.load_state_dict(state["optimizer"])
+for part, state in torch.load("custom-loop.pt").items():
+    {"model": model, "optimizer": optimizer}[part].load_state_dict(state)
 train(model, optimizer, private, args.steps - args.steps // 2)
 optimizer.detach()
 lk.merge_and_unload(model.eval())
