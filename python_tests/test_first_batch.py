@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -49,7 +50,7 @@ def first_step(model, **settings):
 
 
 @pytest.mark.parametrize("zero_head", [False, True])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_permutations_are_found_whatever_is_drawn(seed, zero_head):
     """Of two rows randperm leaves both in place half of the time; behind a head of zeros nothing shows."""
     torch.manual_seed(seed)
@@ -58,28 +59,30 @@ def test_permutations_are_found_whatever_is_drawn(seed, zero_head):
 
 
 def test_mixing_now_and_then_by_pythons_draws_is_found():
-    random.seed(0)
-    found = 0
     for seed in range(10):
-        torch.manual_seed(seed)
-        try:
+        random.seed(seed)
+        with pytest.raises(ValueError, match="middle: the output for one record depends on the other"):
             first_step(chain(MixStyle()))
-        except ValueError:
-            found += 1
-    assert found >= 7  # half of 4 draws are idle: 1 of 10 is missed on average
+
+
+class Jitter(nn.Module):
+    def forward(self, h):
+        return F.dropout(h, 0.5) * (1 + random.random() + np.random.rand()) if self.training else h
 
 
 def test_what_draws_for_each_row_alone_passes_and_leaves_the_draws_as_they_were():
-    torch.manual_seed(3)
-    random.seed(3)
-    model = chain(nn.Dropout(0.5))
-    optimizer, loader = private(model, sample_rate=1.0)
+    """The check draws, too, and gives everything back: a forward with it is the next one without."""
+    optimizer, loader = private(chain(Jitter()), sample_rate=1.0)
+    model = optimizer.engine.model
     x, y = next(loader.steps(1))
-    state, theirs = torch.get_rng_state(), random.getstate()
-    logits = model(x)
-    torch.set_rng_state(state)
-    assert random.getstate() == theirs and optimizer.per_sample_checked
-    torch.testing.assert_close(model(x), logits, rtol=0, atol=0)
+    seeded = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        random.seed(3)
+        np.random.seed(3)
+        seeded.append(model(x))
+    assert optimizer.per_sample_checked
+    torch.testing.assert_close(*seeded, rtol=0, atol=0)
 
 
 class Centre(nn.Module):
