@@ -1,6 +1,6 @@
 """Faults in convolutions and embeddings, tied tensors, what the loop's clipping and loss are told, adaptive runs."""
 
-from planted.fault import ENGINE, FEDERATED, RECORDERS, RULES, fault
+from planted.fault import ENGINE, FEDERATED, MAKE, RECORDERS, RULES, SAMPLING, fault
 
 AUTOGRAD, TIES, REDUCTION, OPTIMIZER = (
     f"lalora_kernels/{name}.py" for name in ("autograd", "privacy/ties", "privacy/reduction", "privacy/optimizer")
@@ -134,5 +134,40 @@ LAYERS = (
         "ctx.recorder.record_lora(g, B, ctx.scaling, h, x, need_x, need_bias)",
         "ctx.recorder.record_lora(g, B, 1.0, h, x, need_x, need_bias)",
         "quantized",
+    ),
+    fault(
+        "a batch skipped after its forward goes unnoticed",
+        ENGINE,
+        "if self.batch is not None and self.forwarded:",
+        "if False:",
+        "accounts",
+    ),
+    fault(
+        "a second training begins an account of its own",
+        MAKE,
+        "        accounts.refuse_second_account(model.parameters())\n",
+        "        pass\n",
+        "accounts",
+    ),
+    fault(
+        "copies of a record let through",
+        SAMPLING,
+        "        refuse_copies(self.dataset)\n",
+        "",
+        "accounts",
+    ),
+    fault(
+        "layers that mix at random asked with one draw only",
+        "lalora_kernels/privacy/first_batch.py",
+        "DRAWS = 4",
+        "DRAWS = 0",
+        "first_batch",
+    ),
+    fault(
+        "a sum divided by a number taken for a mean",
+        REDUCTION,
+        "found = self._by_other_sizes(z, dz)",
+        "pass",
+        "reduction",
     ),
 )  # fmt: skip
