@@ -173,6 +173,15 @@ class TestTheLoop:
         with pytest.raises(ValueError, match="divides by a count over the whole batch"):
             loop(lambda z, y: token_mean(z, y) / 3, steps=6, sample_rate=0.5)
 
+    def test_other_counts_in_as_many_records_tell_no_sum_from_a_mean(self):
+        """A third of the mean over records of their sums: with the same N, k is the same whatever the lengths."""
+        check = checking.ReductionCheck()
+        for lengths in ([5, 1, 3, 4, 2, 5], [1, 1, 2, 2, 3, 3]):
+            y = labels(N, T)
+            for i, length in enumerate(lengths):
+                y[i, length:] = -100
+            assert check._by_other_sizes(*logits_and_gradient(lambda z, y=y: token_sum(z, y) / N / 3, N, T, V)) is None
+
     def test_sizes_that_are_equal_for_long_do_not_hide_it(self):
         calls = []
 

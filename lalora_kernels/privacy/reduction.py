@@ -93,7 +93,7 @@ class ReductionCheck:
         before, self._scaled = self._scaled, now
         for (k, N, count), (l, M, others) in ((now[u], before[u]) for u in now if u in before):
             for name, a, b, told in (
-                ("sum", k, l, (N, count) != (M, others)),
+                ("sum", k, l, N != M),
                 ("mean", k * N, l * M, N != M),
                 ("shares", k * count, l * others, count != others),
             ):
