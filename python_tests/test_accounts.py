@@ -85,6 +85,10 @@ class TestASecondTraining:
         train(model, optimizer, loader, 3)
         optimizer.detach()
         again, loader = private(model, ledger=lk.Ledger())
+        again.detach()
+        with pytest.raises(ValueError, match=r"privately already \(3 releases\)"):  # whatever began since
+            private(model)
+        again, loader = private(model, ledger=again.ledger)
         train(model, again, loader, 1)
         assert again.ledger.steps == 1
 

@@ -12,9 +12,11 @@ _last: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> Ledger, while
 
 
 def note(params: Iterable[nn.Parameter], ledger: Ledger) -> None:
-    """These train under ``ledger`` from now on."""
+    """These train under ``ledger`` from now on; one that has spent is not forgotten for one that has not."""
     for p in params:
-        _last[p] = ledger
+        before = _last.get(p)
+        if before is None or ledger.steps or not before.steps:
+            _last[p] = ledger
 
 
 def refuse_second_account(params: Iterable[nn.Parameter]) -> None:
