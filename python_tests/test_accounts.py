@@ -64,6 +64,7 @@ class TestSkippedBatches:
             for x, _ in loader.steps(3):
                 model(x)
         train(model, optimizer, loader, 2)
+        assert optimizer.ledger.steps == 2
 
 
 class TestASecondTraining:
@@ -98,7 +99,7 @@ class TestASecondTraining:
         optimizer, loader = private(model)
         train(model, optimizer, loader, 1)
         optimizer.detach()
-        private(copy.deepcopy(model))
+        assert private(copy.deepcopy(model))[0].ledger.steps == 0
 
 
 class TestCopiesOfRecords:
@@ -125,7 +126,8 @@ class TestCopiesOfRecords:
         ids=["subset", "concat"],
     )
     def test_parts_are_not(self, parts):
-        private(network(), parts(records()), sample_rate=0.5)
+        _, loader = private(network(), parts(records()), sample_rate=0.5)
+        assert loader.expected_batch_size == len(loader.dataset) / 2
 
 
 def test_sigma_is_what_the_ledger_is_charged():

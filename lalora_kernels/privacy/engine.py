@@ -22,7 +22,7 @@ from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder,
 from lalora_kernels.privacy.reduction import ReductionCheck
 from lalora_kernels.privacy.rules import ExtraRecorder, may_mix, refuse_mixing, refuse_tables
 from lalora_kernels.privacy.sampling import BatchInfo
-from lalora_kernels.privacy.sentinel import refuse_foreign, refuse_gradients, stand_in, take_away
+from lalora_kernels.privacy.sentinel import SKIPPED, refuse_foreign, refuse_gradients, stand_in, take_away
 from lalora_kernels.privacy.ties import tie
 from lalora_kernels.privacy.trained import Use, refuse_changes, trained_tensors
 from lalora_kernels.privacy.workspace import Workspace
@@ -259,11 +259,7 @@ class Engine:
         if self.batch is not None and self.forwarded:
             self.batch, self._open, self._partial = None, False, False
             self.clear_batch()
-            raise RuntimeError(
-                "the last batch went through the model with gradients on, but no optimizer.step() followed. To skip a "
-                "batch for what is in it (a loss that is not finite, its size) is a release that the ledger does not "
-                "see: call backward and step on every batch; a record whose gradient is not finite contributes nothing"
-            )
+            raise RuntimeError(SKIPPED)
         if self._partial if batch.first else not self._open:
             self._partial = False
             raise RuntimeError(
