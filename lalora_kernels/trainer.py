@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from lalora_kernels.nn import set_active
 from lalora_kernels.privacy.accountant import get_noise_multiplier
+from lalora_kernels.privacy.accounts import refuse_second_account
 from lalora_kernels.privacy.distributed import quiet_ddp
 from lalora_kernels.privacy.ledger import Ledger, LedgerError
 from lalora_kernels.privacy.make_private import make_private
@@ -182,6 +183,11 @@ class PrivateTrainerMixin(_Mixed):
                     f"{path} is the ledger of another run, which this one would replace; resume that run with "
                     f"train(resume_from_checkpoint=True), or give another output_dir"
                 )
+            refuse_second_account(
+                self.model.parameters(),
+                "Resume the former run, train(resume_from_checkpoint=True) in its output_dir; where the records are "
+                "others, all of them, train copy.deepcopy(model)",
+            )
             return Ledger(target_epsilon=budget, target_delta=self.privacy["target_delta"])
         ledger = Ledger.load(path)
         stored, asked = (ledger.target_epsilon, ledger.target_delta), (budget, self.privacy["target_delta"])

@@ -1,5 +1,6 @@
 """The private Trainer's ledger: epsilon in the logs, checkpoints, and what goes on after an interruption."""
 
+import copy
 import json
 
 import pytest
@@ -98,6 +99,12 @@ class TestEpsilonAndResume:
             self.run(tmp_path, 6)
         with pytest.raises(ValueError, match="has the budget"):
             self.run(tmp_path, 6, resume=True, privacy=self.target)
+
+    def test_another_folder_is_no_way_to_begin_at_zero(self, tmp_path):
+        trainer = self.run(tmp_path / "first", 2)
+        with pytest.raises(ValueError, match=r"privately already \(2 releases\).*Resume the former run"):
+            trainer_of(trainer.model, text(37, "class", 12), tmp_path / "second").train()
+        trainer_of(copy.deepcopy(trainer.model), text(37, "class", 12), tmp_path / "third").train()
 
     def test_a_fixed_key_logs_no_epsilon(self, tmp_path):
         trainer = self.run(tmp_path, 6, privacy={"noise_multiplier": 1.0, "noise": lk.NoiseSource.fixed(KEY)})

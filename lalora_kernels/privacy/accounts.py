@@ -8,6 +8,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lalora_kernels.privacy.ledger import Ledger
 
 AGAIN = "detach() the optimizer and call make_private again, with ledger=optimizer.ledger, so that ε counts both"
+CURE = (
+    "Pass ledger=optimizer.ledger, the former optimizer's, so that ε counts both trainings; where they share no "
+    "record, a new one: ledger=Ledger(target_epsilon=..., target_delta=...)"
+)
 _last: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> Ledger, while both are in use; not copied or pickled
 
 
@@ -19,13 +23,12 @@ def note(params: Iterable[nn.Parameter], ledger: Ledger) -> None:
             _last[p] = ledger
 
 
-def refuse_second_account(params: Iterable[nn.Parameter]) -> None:
+def refuse_second_account(params: Iterable[nn.Parameter], cure: str = CURE) -> None:
     """Raise ValueError where one of these has trained privately and nobody says under which ledger it goes on."""
     for p in params:
         before = _last.get(p)
         if before is not None and before.steps:
             raise ValueError(
                 f"this model has been trained privately already ({before.steps} releases), and a new account would "
-                f"begin at 0. Pass ledger=optimizer.ledger, the former optimizer's, so that ε counts both trainings; "
-                f"where they share no record, a new one: ledger=Ledger(target_epsilon=..., target_delta=...)"
+                f"begin at 0. {cure}"
             )
