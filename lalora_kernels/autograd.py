@@ -14,7 +14,16 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from lalora_kernels import opaque
-from lalora_kernels.autograd_tools import apply, cast, once_differentiable, product, rows_of, shaped, traced
+from lalora_kernels.autograd_tools import (
+    apply,
+    cast,
+    low_rank_backward,
+    once_differentiable,
+    product,
+    rows_of,
+    shaped,
+    traced,
+)
 
 
 def _merging_pays(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
@@ -99,23 +108,10 @@ class LoRAFunction(torch.autograd.Function):
             xl = MAKERS[ctx.maker.name()][1](ctx.maker)
         separate = need_x and ctx.dtypes[1] is None and not ctx.merged  # dx takes its low-rank part from dz
         through_A = need_xl or separate
-        dx = dxl = dA = dB = db = None
-        dz: Any = None  # where nothing asks for it
+        dx = dxl = None
         dtype, B = dy.dtype, cast(lora_B, dy.dtype)
         dy2 = rows_of(dy)
-        if ctx.token is not None:
-            dz = opaque.record_lora(ctx.token, dy, B, h, xl, ctx.scaling, need_bias, ctx.recorder)
-        elif ctx.recorder is not None:
-            dz = ctx.recorder.record_lora(dy, B, ctx.scaling, h, xl, through_A, need_bias)
-        else:
-            if through_A or need_A:
-                dz = ctx.scaling * (dy2 @ B)
-            if need_A:
-                dA = (dz.t() @ rows_of(xl)).to(ctx.dtypes[2])
-            if need_B:
-                dB = (ctx.scaling * (dy2.t() @ rows_of(h))).to(ctx.dtypes[3])
-            if need_bias:
-                db = dy2.sum(0)
+        dz, dA, dB, db = low_rank_backward(ctx, dy, B, h, xl, through_A, need_A, need_B, need_bias, ctx.dtypes[2:])
         if need_x:
             w, A = cast(weight, dtype), cast(lora_A, dtype)
             if ctx.merged:
@@ -183,29 +179,17 @@ class LoRAConv2dFunction(torch.autograd.Function):
         need_x, need_xl, _, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         h, xl, weight, lora_A, lora_B = ctx.saved_tensors
         through_A = need_xl or (need_x and ctx.dtypes[1] is None)
-        dx = dxl = dA = dB = db = None
-        dz: Any = None  # where nothing asks for it
+        dx = dxl = patches = None
         rows, B = _positions(dy), lora_B.to(dy.dtype).flatten(1)
         h = None if h is None else _positions(h)
         if xl is not None:
             patches = F.unfold(xl, lora_A.shape[2:], padding=ctx.padding, stride=ctx.stride).transpose(1, 2)
-        else:
-            patches = None
-        if ctx.token is not None:
-            dz = opaque.record_lora(ctx.token, rows, B, h, patches, ctx.scaling, need_bias, ctx.recorder)
-        elif ctx.recorder is not None:
-            dz = ctx.recorder.record_lora(rows, B, ctx.scaling, h, patches, through_A, need_bias)
-        else:
-            if through_A or need_A:
-                dz = ctx.scaling * (rows @ B)
-            if need_A:
-                dA = (rows_of(dz).t() @ rows_of(patches)).view_as(lora_A).to(lora_A.dtype)
-            if need_B:
-                dB = (ctx.scaling * (rows_of(rows).t() @ rows_of(h))).view_as(lora_B).to(lora_B.dtype)
-            if need_bias:
-                db = dy.sum((0, 2, 3))
+        dz, dA, dB, db = low_rank_backward(
+            ctx, rows, B, h, patches, through_A, need_A, need_B, need_bias, (lora_A.dtype, lora_B.dtype)
+        )
+        dA, dB = None if dA is None else dA.view_as(lora_A), None if dB is None else dB.view_as(lora_B)
         if through_A:
-            low = dz.transpose(1, 2).reshape(len(dy), -1, *dy.shape[2:])
+            low = dz.reshape(len(dy), -1, B.shape[1]).transpose(1, 2).reshape(len(dy), -1, *dy.shape[2:])
             low = conv2d_input(ctx.shape, lora_A.to(dy.dtype), low, ctx.stride, ctx.padding)
         if need_x:
             dx = conv2d_input(ctx.shape, weight.to(dy.dtype), dy, ctx.stride, ctx.padding)

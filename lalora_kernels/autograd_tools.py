@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lalora_kernels import opaque
+
 
 def rows_of(t: Any) -> Tensor:  # a tensor; what autograd kept for it may be None elsewhere
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
@@ -44,6 +46,26 @@ def traced(recorder: Any) -> tuple:
     if recorder is not None and torch.compiler.is_compiling():
         return recorder.handle, recorder.token
     return recorder, None
+
+
+def low_rank_backward(
+    ctx: Any, dy: Tensor, B: Tensor, h: Tensor | None, x: Tensor | None, through_A: bool, need_A: bool, need_B: bool,
+    need_bias: bool, dtypes: tuple[torch.dtype, torch.dtype],
+) -> tuple[Any, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dz, dA (r,n), dB (m,r), db (m,) of s (x A^T) B^T + b, for dy (..., m), B (m,r), h = x A^T (..., r), x (..., n).
+
+    dz = s dy B (..., r) where ``through_A`` or A's gradient asks for it. A recorder is given what it needs to make the
+    gradients of every sample, and there are no others then. ``dtypes``: of dA and dB.
+    """
+    if ctx.token is not None:
+        return opaque.record_lora(ctx.token, dy, B, h, x, ctx.scaling, need_bias, ctx.recorder), None, None, None
+    if ctx.recorder is not None:
+        return ctx.recorder.record_lora(dy, B, ctx.scaling, h, x, through_A, need_bias), None, None, None
+    rows = rows_of(dy)
+    dz = ctx.scaling * (rows @ B) if through_A or need_A else None
+    dA = (dz.t() @ rows_of(x)).to(dtypes[0]) if need_A else None  # type: ignore[union-attr]  # dz was asked for
+    dB = (ctx.scaling * (rows.t() @ rows_of(h))).to(dtypes[1]) if need_B else None
+    return dz, dA, dB, rows.sum(0) if need_bias else None
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

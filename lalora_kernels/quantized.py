@@ -10,8 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lalora_kernels import opaque
-from lalora_kernels.autograd_tools import apply, cast, once_differentiable, rows_of, shaped, traced
+from lalora_kernels.autograd_tools import (
+    apply,
+    cast,
+    low_rank_backward,
+    once_differentiable,
+    rows_of,
+    shaped,
+    traced,
+)
 
 BITS = {"bitsandbytes.nn.modules.Linear4bit": 4, "bitsandbytes.nn.modules.Linear8bitLt": 8}  # and their subclasses
 
@@ -104,23 +111,10 @@ class LoRAUpdateFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         need_y, need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
         h, x, A, B = ctx.saved_tensors
-        dx = dA = dB = db = None
-        dz: Any = None  # where nothing asks for it
-        g = cast(dy, ctx.dtype)
-        if ctx.token is not None:
-            dz = opaque.record_lora(ctx.token, g, B, h, x, ctx.scaling, need_bias, ctx.recorder)
-        elif ctx.recorder is not None:
-            dz = ctx.recorder.record_lora(g, B, ctx.scaling, h, x, need_x, need_bias)
-        else:
-            rows = rows_of(g)
-            if need_x or need_A:
-                dz = ctx.scaling * (rows @ B)
-            if need_A:
-                dA = (dz.t() @ rows_of(x)).to(ctx.dtypes[1])
-            if need_B:
-                dB = (ctx.scaling * (rows.t() @ rows_of(h))).to(ctx.dtypes[2])
-            if need_bias:
-                db = rows.sum(0)
+        dz, dA, dB, db = low_rank_backward(
+            ctx, cast(dy, ctx.dtype), B, h, x, need_x, need_A, need_B, need_bias, ctx.dtypes[1:]
+        )
+        dx = None
         if need_x:
             dx = cast((rows_of(dz) @ A).view(*dy.shape[:-1], A.shape[1]), ctx.dtypes[0])
         return (dy if need_y else None), dx, dA, dB, db, None, None, None, None
