@@ -129,10 +129,10 @@ LAYERS = (
         "quantized",
     ),
     fault(
-        "a quantized layer's adapter recorded without its scaling",
-        "lalora_kernels/quantized.py",
-        "ctx.recorder.record_lora(g, B, ctx.scaling, h, x, need_x, need_bias)",
-        "ctx.recorder.record_lora(g, B, 1.0, h, x, need_x, need_bias)",
+        "an adapter recorded without its scaling",
+        "lalora_kernels/autograd_tools.py",
+        "ctx.recorder.record_lora(dy, B, ctx.scaling, h, x, through_A, need_bias)",
+        "ctx.recorder.record_lora(dy, B, 1.0, h, x, through_A, need_bias)",
         "quantized",
     ),
     fault(
