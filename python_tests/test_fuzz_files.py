@@ -27,7 +27,7 @@ from lalora_kernels.federated.books import show_ledger
 from lalora_kernels.federated.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lalora_kernels.federated.config import make_config, read_toml
 from lalora_kernels.peft_io import load_adapter, save_adapter
-from lalora_kernels.privacy import ledger as ledgers
+from lalora_kernels.privacy.entries import chain
 from lalora_kernels.privacy.ledger import Ledger, LedgerError
 
 # ---------------------------------------------------------------- ledger and checkpoint
@@ -58,7 +58,7 @@ def ledger_files(draw):
     state = draw(changed_json(LEDGER))
     if isinstance(state, dict) and draw(st.booleans()):
         try:
-            hashes = ledgers._chain(state)
+            hashes = chain(state)
             for raw, digest in zip(state["entries"], hashes[1:]):
                 raw["hash"] = digest
             state["head"] = hashes[-1]

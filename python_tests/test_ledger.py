@@ -14,6 +14,7 @@ from tolerances import EPSILON_GRID
 
 from lalora_kernels.privacy import ledger as module
 from lalora_kernels.privacy.accountant import compute_epsilon, get_noise_multiplier
+from lalora_kernels.privacy.entries import chain
 from lalora_kernels.privacy.ledger import BudgetExceeded, Ledger, LedgerEntry, LedgerError
 
 DELTA = 1e-5
@@ -307,7 +308,7 @@ def test_a_consistent_forgery_out_of_range_is_refused():
     for change in ({"count": 0}, {"noise_multiplier": -1.0}, {"sample_rate": 2.0}, {"count": 1.5}, {"extra": 1}):
         state = charged().state_dict()
         state["entries"][0].update(change)
-        hashes = module._chain(state)
+        hashes = chain(state)
         for raw, digest in zip(state["entries"], hashes[1:]):
             raw["hash"] = digest
         state["head"] = hashes[-1]

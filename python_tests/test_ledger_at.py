@@ -1,5 +1,12 @@
 """A ledger kept in a file: what a loop of one's own releases is on record first."""
 
+import copy
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -35,9 +42,9 @@ def test_every_charge_is_in_the_file_before_the_optimizer_moves(tmp_path):
 
 
 def test_nothing_is_released_where_the_file_cannot_be_written(tmp_path):
-    (tmp_path / "file").touch()
-    model, optimizer, loader = world(lk.Ledger.at(tmp_path / "ledger.json", **BUDGET), 6)
-    optimizer.ledger.path = tmp_path / "file" / "ledger.json"
+    model, optimizer, loader = world(lk.Ledger.at(tmp_path / "folder" / "ledger.json", **BUDGET), 6)
+    (tmp_path / "folder").rename(tmp_path / "away")
+    (tmp_path / "folder").touch()
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(OSError):
         train(model, optimizer, loader, 1)
@@ -68,3 +75,114 @@ def test_another_budget_than_the_files(tmp_path):
     with pytest.raises(lk.LedgerError, match=r"has the budget \(epsilon 8, .*asked for with \(epsilon 9,"):
         lk.Ledger.at(tmp_path / "ledger.json", target_epsilon=9.0, target_delta=1e-5)
     assert lk.Ledger.at(tmp_path / "ledger.json").target_epsilon == 8.0
+
+
+class TestTwoUsers:
+    """Of one file: neither may lose what the other has charged."""
+
+    def test_another_process_is_refused_while_this_one_lives(self, tmp_path):
+        path = tmp_path / "ledger.json"
+        code = "import sys, lalora_kernels as lk; l = lk.Ledger.at(sys.argv[1]); print('open', flush=True); input()"
+        command = [sys.executable, "-c", code, str(path)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout.readline() == "open\n"
+            with pytest.raises(lk.LedgerError, match=f"in use by process {other.pid} on .*spend its budget twice"):
+                lk.Ledger.at(path)
+            with pytest.raises(lk.LedgerError, match="in use by process"):
+                lk.Ledger().path = path
+            other.send_signal(signal.SIGKILL)
+        assert lk.Ledger.at(path).steps == 0
+
+    def test_a_second_opening_of_this_process_is_refused_when_it_charges(self, tmp_path):
+        first, second = (lk.Ledger.at(tmp_path / "ledger.json", **BUDGET) for _ in range(2))
+        first.charge(1.0, 0.1)
+        with pytest.raises(lk.LedgerError, match="written by somebody else since.*pass that one ledger"):
+            second.charge(1.0, 0.1)
+        first.charge(1.0, 0.1)
+        assert lk.Ledger.load(tmp_path / "ledger.json").steps == 2
+
+    def test_a_second_opening_releases_nothing(self, tmp_path):
+        path = tmp_path / "ledger.json"
+        one, other = (world(lk.Ledger.at(path, **BUDGET), 6) for _ in range(2))
+        train(*one, 1)
+        before = [p.clone() for p in other[0].parameters()]
+        with pytest.raises(lk.LedgerError, match="written by somebody else"):
+            train(*other, 1)
+        assert all(torch.equal(p, q) for p, q in zip(other[0].parameters(), before))
+
+    def test_a_second_opening_does_not_save_over_the_first_ones_charges(self, tmp_path):
+        first, second = (lk.Ledger.at(tmp_path / "ledger.json", **BUDGET) for _ in range(2))
+        first.charge(1.0, 0.1)
+        with pytest.raises(lk.LedgerError, match="written by somebody else"):
+            second.save(tmp_path / "ledger.json")
+        second.save(tmp_path / "copy.json")
+        assert lk.Ledger.load(tmp_path / "ledger.json").steps == 1
+
+    def test_what_is_saved_between_charges_is_ones_own(self, tmp_path):
+        ledger = lk.Ledger.at(tmp_path / "ledger.json")
+        ledger.refuse_epsilon("a reason")
+        ledger.save(tmp_path / "ledger.json")
+        ledger.charge(1.0, 0.1)
+        assert lk.Ledger.load(tmp_path / "ledger.json").refusals == ("a reason",)
+
+    def test_an_opening_that_is_over_leaves_the_file_to_the_next(self, tmp_path):
+        lk.Ledger.at(tmp_path / "ledger.json").charge(1.0, 0.1)
+        again = lk.Ledger.at(tmp_path / "ledger.json")
+        again.charge(1.0, 0.1)
+        assert again.steps == lk.Ledger.load(tmp_path / "ledger.json").steps == 2
+
+    def test_a_deleted_file_is_written_anew_with_all_of_it(self, tmp_path):
+        ledger = lk.Ledger.at(tmp_path / "ledger.json")
+        ledger.charge(1.0, 0.1)
+        (tmp_path / "ledger.json").unlink()
+        ledger.charge(1.0, 0.1)
+        assert lk.Ledger.load(tmp_path / "ledger.json").steps == 2
+
+    def test_ctrl_c_in_the_writing_does_not_make_the_file_a_strangers(self, tmp_path, monkeypatch):
+        ledger = lk.Ledger.at(tmp_path / "ledger.json")
+        module = sys.modules["lalora_kernels.privacy.ledger_file"]
+        write = module.write_atomic
+
+        def interrupted(*args):
+            write(*args)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "write_atomic", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.charge(1.0, 0.1)
+        monkeypatch.undo()
+        ledger.charge(1.0, 0.1)
+        assert lk.Ledger.load(tmp_path / "ledger.json").steps == 2
+
+    def test_a_forked_process_does_not_charge(self, tmp_path):
+        ledger = lk.Ledger.at(tmp_path / "ledger.json")
+        child = os.fork()
+        if child == 0:
+            try:
+                ledger.charge(1.0, 0.1)
+            except lk.LedgerError as error:
+                os._exit(7 if "of which this is a copy" in str(error) else 1)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert lk.Ledger.load(tmp_path / "ledger.json").steps == 0
+
+    def test_copies(self, tmp_path):
+        """A copy in memory is one more opening; in another process it would be one without the lock."""
+        ledger = lk.Ledger.at(tmp_path / "ledger.json")
+        twin = copy.deepcopy(ledger)
+        ledger.charge(1.0, 0.1)
+        with pytest.raises(lk.LedgerError, match="written by somebody else"):
+            twin.charge(1.0, 0.1)
+        with pytest.raises(TypeError, match="belongs to its process"):
+            pickle.dumps(ledger)
+
+    def test_a_ledger_that_is_given_a_file_takes_over_what_it_holds(self, tmp_path):
+        lk.Ledger.at(tmp_path / "ledger.json", **BUDGET).charge(1.0, 0.1)
+        ledger = lk.Ledger()
+        ledger.path = tmp_path / "ledger.json"
+        assert (ledger.steps, ledger.target_epsilon) == (1, 8.0)
+        spent = lk.Ledger()
+        spent.charge(1.0, 0.1)
+        with pytest.raises(lk.LedgerError, match="cannot take over run"):
+            spent.path = tmp_path / "ledger.json"
+        assert spent.path is None

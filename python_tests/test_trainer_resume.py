@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -99,6 +101,18 @@ class TestEpsilonAndResume:
             self.run(tmp_path, 6)
         with pytest.raises(ValueError, match="has the budget"):
             self.run(tmp_path, 6, resume=True, privacy=self.target)
+
+    def test_a_run_that_another_process_has_open(self, tmp_path):
+        """A queue that starts a job twice: both would spend what is left."""
+        self.run(tmp_path, 3).ledger.path = None  # as when its process ends
+        code = "import sys, lalora_kernels as lk; l = lk.Ledger.at(sys.argv[1]); print('open', flush=True); input()"
+        command = [sys.executable, "-c", code, str(tmp_path / "ledger.json")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout.readline() == "open\n"
+            with pytest.raises(lk.LedgerError, match=f"in use by process {other.pid}"):
+                self.run(tmp_path, 6, resume=True)
+            other.communicate("\n")
+        assert self.run(tmp_path, 6, resume=True).ledger.steps == 3 + 4
 
     def test_another_folder_is_no_way_to_begin_at_zero(self, tmp_path):
         trainer = self.run(tmp_path / "first", 2)

@@ -2,14 +2,12 @@
 and a file that shows whether it was changed."""
 
 import functools
-import hashlib
 import json
 import os
 import secrets
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from numbers import Real
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -25,7 +23,10 @@ from lalora_kernels.privacy.accountant import (
     max_steps,
     merge_releases,
 )
-from lalora_kernels.privacy.noise import MAX_RELEASES
+from lalora_kernels.privacy.entries import HEADER, begins, chain
+from lalora_kernels.privacy.entries import LedgerEntry as LedgerEntry
+from lalora_kernels.privacy.ledger_file import LedgerError as LedgerError
+from lalora_kernels.privacy.ledger_file import LedgerFile
 from lalora_kernels.privacy.sampling import check_sample_rate
 
 FORMAT, VERSION = "lalora-ledger", 1
@@ -44,45 +45,8 @@ def _locked(method: Method) -> Method:
     return cast(Method, alone)
 
 
-class LedgerError(ValueError):
-    """A ledger that cannot be trusted, or a claim that it does not support."""
-
-
 class BudgetExceeded(RuntimeError):
     """The next release would cost more than the budget; nothing was released and nothing charged."""
-
-
-@dataclass(frozen=True)
-class LedgerEntry:
-    """``count`` releases in a row, numbered from ``first_release``, alike in everything below.
-
-    noise_multiplier σ in units of max_grad_norm C, sample_rate q, the clipping rule, C, b, and how records were drawn.
-    """
-
-    noise_multiplier: float
-    sample_rate: float
-    first_release: int
-    count: int = 1
-    clipping: str = "flat"
-    max_grad_norm: float | None = None
-    expected_batch_size: float | None = None
-    sampling: str = "poisson"
-
-    def __post_init__(self) -> None:
-        check_noise_multiplier(self.noise_multiplier)
-        check_sample_rate(self.sample_rate)
-        for name, top in (("first_release", MAX_RELEASES - 1), ("count", MAX_STEPS)):
-            value = getattr(self, name)
-            if type(value) is not int or not (name == "count") <= value <= top:
-                raise ValueError(f"{name} is a whole number up to {top}, got {value!r}")
-        for name in ("clipping", "sampling"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} is a string, got {getattr(self, name)!r}")
-        for name in ("max_grad_norm", "expected_batch_size"):
-            value = getattr(self, name)
-            real = isinstance(value, Real) and not isinstance(value, bool)
-            if value is not None and not (real and 0 < value < 1e300):
-                raise ValueError(f"{name} is a finite number > 0 or None, got {value!r}")
 
 
 class Ledger:
@@ -118,7 +82,7 @@ class Ledger:
         self.target_epsilon, self.target_delta = target_epsilon, target_delta
         self.neighboring_relation = neighboring_relation
         self.id = secrets.token_hex(8)  # tells two runs with equal entries apart
-        self.path: Path | None = None  # where every charge is stored before its release; see ``at``
+        self._file: LedgerFile | None = None
         self._entries: list[LedgerEntry] = []
         self._refusals: list[str] = []
         self._allowance: tuple[tuple, int] | None = None  # (σ, q, budget) and how many more such steps it bears
@@ -130,19 +94,45 @@ class Ledger:
         """The ledger of the file ``path``, or a new one: every charge is stored there before ``charge`` returns.
 
         So what a loop of your own releases is on record, whatever becomes of the process. Pass it to ``make_private``,
-        in one process of several. Raises LedgerError for a file that ``load`` refuses or that names another budget.
+        in one process of several. Raises LedgerError for a file that ``load`` refuses or that names another budget, and
+        where another process has it open; ``charge`` does where it was opened twice and the other one has charged.
         """
-        ledger = cls(target_epsilon=target_epsilon, target_delta=target_delta)
-        if Path(path).exists():
-            asked, ledger = ledger._budget(), cls.load(path)
-            if target_epsilon is not None and asked != ledger._budget():
-                raise LedgerError(
-                    f"{path} has the budget {_show(ledger._budget())} and was asked for with {_show(asked)}; go on "
-                    f"with the stored one, or raise it knowingly: Ledger.at without a budget, then set target_epsilon"
-                )
-        ledger.path = Path(path)
-        ledger.save(path)
+        ledger, file = cls(target_epsilon=target_epsilon, target_delta=target_delta), LedgerFile(path)
+        asked = ledger._budget()
+        if (stored := file.read()) is not None:
+            ledger = _read(path, stored)
+        if target_epsilon is not None and asked != ledger._budget():
+            raise LedgerError(
+                f"{path} has the budget {_show(ledger._budget())} and was asked for with {_show(asked)}; go on "
+                f"with the stored one, or raise it knowingly: Ledger.at without a budget, then set target_epsilon"
+            )
+        ledger._file = file
+        ledger._store()
         return ledger
+
+    @property
+    def path(self) -> Path | None:
+        """The file where every charge is stored before its release, or None.
+
+        To set it takes over what the file holds, as ``load_state_dict`` does, and closes it to other processes while
+        this ledger is in use. Raises LedgerError where another process has it.
+        """
+        return None if self._file is None else self._file.path
+
+    @path.setter
+    @_locked
+    def path(self, path: str | os.PathLike | None) -> None:
+        if path is None:
+            self._file = None
+            return
+        file = LedgerFile(path)
+        if (stored := file.read()) is not None:
+            self.load_state_dict(_read(path, stored).state_dict())
+        self._file = file
+
+    def _store(self) -> None:
+        if self._file is not None:
+            self._file.write(self._text())
 
     # ---------------------------------------------------------------- what was spent
 
@@ -244,8 +234,7 @@ class Ledger:
             self._entries[-1] = replace(last, count=last.count + 1)
         else:
             self._entries.append(entry)
-        if self.path is not None:
-            self.save(self.path)
+        self._store()
 
     def _draw_allowance(self, entry: LedgerEntry) -> None:
         kind = entry.noise_multiplier, entry.sample_rate, *self._budget()
@@ -276,7 +265,7 @@ class Ledger:
             "refusals": list(self._refusals),
             "entries": [asdict(entry) for entry in self._entries],
         }
-        hashes = _chain(state)
+        hashes = chain(state)
         for raw, digest in zip(state["entries"], hashes[1:]):
             raw["hash"] = digest
         return {**state, "head": hashes[-1]}
@@ -301,8 +290,8 @@ class Ledger:
                 f"the stored ledger has the budget {_show(theirs)} and this run {_show(ours)}; resume with the "
                 f"stored one, or raise it knowingly: load the ledger, then set target_epsilon"
             )
-        if not _begins(other._entries, self._entries):
-            if not _begins(self._entries, other._entries):
+        if not begins(other._entries, self._entries):
+            if not begins(self._entries, other._entries):
                 raise LedgerError(f"two histories of run {self.id} disagree; restore the ledger from a copy")
             self._entries = list(other._entries)
         if self.target_epsilon is None and other.target_epsilon is not None:
@@ -313,8 +302,17 @@ class Ledger:
             self.refuse_epsilon(reason)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write JSON to ``path``: the old file or the new one, never half of both, also after a crash."""
-        write_atomic(path, json.dumps(self.state_dict(), indent=2, allow_nan=False) + "\n")
+        """Write JSON to ``path``: the old file or the new one, never half of both, also after a crash.
+
+        Raises LedgerError where that is this ledger's own file and somebody else has charged in it.
+        """
+        if self._file is not None and self._file.path.resolve() == Path(path).resolve():
+            self._store()
+        else:
+            write_atomic(path, self._text())
+
+    def _text(self) -> str:
+        return json.dumps(self.state_dict(), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Ledger":
@@ -323,18 +321,12 @@ class Ledger:
         The hashes find damage and careless edits; they hold no secret, so they do not stop a forger.
         """
         try:
-            state = json.loads(Path(path).read_text(encoding="utf-8"))
+            return _read(path, Path(path).read_bytes())
         except FileNotFoundError:
             raise LedgerError(
                 f"{path}: there is no ledger, so what this run has spent is unknown; restore it from a copy, or start "
                 f"a new run from public weights"
             ) from None
-        except (ValueError, RecursionError) as error:
-            raise LedgerError(f"{path} is truncated or corrupt: {error}; restore it from a copy") from None
-        try:
-            return cls._parse(state)
-        except LedgerError as error:
-            raise LedgerError(f"{path}: {error}") from None
 
     @classmethod
     def _parse(cls, state: Any) -> "Ledger":
@@ -348,7 +340,7 @@ class Ledger:
             )
         try:
             header = {name: state[name] for name in (*HEADER, "entries", "head")}
-            hashes = _chain(header)
+            hashes = chain(header)
             stored = [raw["hash"] for raw in header["entries"]] + [header["head"]]
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise LedgerError(f"the ledger is incomplete ({type(error).__name__}: {error}); {cure}") from None
@@ -375,35 +367,18 @@ class Ledger:
         return self.target_epsilon, self.target_delta, self.neighboring_relation
 
 
-HEADER = ("format", "version", "id", "target_epsilon", "target_delta", "neighboring_relation", "refusals")
+def _read(path: str | os.PathLike, stored: bytes) -> Ledger:
+    try:
+        state = json.loads(stored.decode())
+    except (ValueError, RecursionError) as error:
+        raise LedgerError(f"{path} is truncated or corrupt: {error}; restore it from a copy") from None
+    try:
+        return Ledger._parse(state)
+    except LedgerError as error:
+        raise LedgerError(f"{path}: {error}") from None
 
 
 def _show(budget: tuple[float | None, float | None, str]) -> str:
     if budget[0] is None:
         return "none"
     return f"(epsilon {budget[0]:g}, delta {budget[1]:g}, {budget[2]})"
-
-
-def _begins(start: list[LedgerEntry], whole: list[LedgerEntry]) -> bool:
-    """Whether ``whole`` is ``start`` and perhaps more; the last entry of ``start`` may have grown since."""
-    if len(start) > len(whole):
-        return False
-    if not start:
-        return True
-    last, grown = start[-1], whole[len(start) - 1]
-    return (
-        start[:-1] == whole[: len(start) - 1] and last == replace(grown, count=last.count) and last.count <= grown.count
-    )
-
-
-def _chain(state: Mapping[str, Any]) -> list[str]:
-    """SHA-256 of the header, then of each hash with the entry after it; hex."""
-
-    def digest(previous: str, content: Mapping[str, Any]) -> str:
-        text = json.dumps(dict(content), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256((previous + text).encode()).hexdigest()
-
-    hashes = [digest("", {name: state[name] for name in HEADER})]
-    for raw in state["entries"]:
-        hashes.append(digest(hashes[-1], {k: v for k, v in raw.items() if k != "hash"}))
-    return hashes

@@ -1,0 +1,56 @@
+"""The file of a ledger: of one process at a time, and never written over what somebody else has charged in it."""
+
+import os
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+from lalora_kernels.files import write_atomic
+from lalora_kernels.lock import FileLock, InUse
+
+_held: WeakValueDictionary[Path, FileLock] = WeakValueDictionary()  # of this process, whose ledgers may share a file
+
+
+class LedgerError(ValueError):
+    """A ledger that cannot be trusted, or a claim that it does not support."""
+
+
+class LedgerFile:
+    """``path``, from now on closed to other processes (PATH.lock) until no ledger of this one needs it.
+
+    Raises LedgerError where another process holds it, OSError where the folder cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path, self._process = Path(path), os.getpid()
+        place = self.path.resolve()
+        lock = _held.get(place)
+        if lock is None:
+            try:
+                lock = FileLock(place.with_name(place.name + ".lock"))
+            except InUse as error:
+                raise LedgerError(
+                    f"{path} is in use by process {error.holder}; two processes on one ledger would spend its budget "
+                    f"twice. Wait for that one or stop it"
+                ) from error
+            _held[place] = lock
+        self._lock, self._known = lock, {b""}
+
+    def read(self) -> bytes | None:
+        """What it holds, which ``write`` may then replace; None where there is no such file."""
+        stored = self.path.read_bytes() if self.path.exists() else b""
+        self._known = {stored}
+        return stored or None
+
+    def write(self, text: str) -> None:
+        """Replace what was read or written last. Raises LedgerError where it is not that any more."""
+        if os.getpid() != self._process:
+            raise LedgerError(f"{self.path} belongs to process {self._process}, of which this is a copy; charge there")
+        if self.path.exists() and self.path.read_bytes() not in self._known:
+            raise LedgerError(
+                f"{self.path} was written by somebody else since this ledger wrote it (was it opened a second time?), "
+                f"and what that charged would be lost; open it once, Ledger.at({str(self.path)!r}), and pass that one "
+                f"ledger to every make_private"
+            )
+        self._known.add(text.encode())  # before: Ctrl-C may come when it is written
+        write_atomic(self.path, text)
+        self._known = {text.encode()}
