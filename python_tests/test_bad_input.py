@@ -182,7 +182,7 @@ def test_npz_cut_short(tmp_path, keep):
         ("a.tsv", "label\ttext\n1\tx\n\ty\n", "a.tsv, line 3: no label; every record needs one"),
         ("a.csv", 'text,class\n"two\nlines",1\nx, \n', "a.csv, line 4: no class; every record needs one"),
         ("a.tsv", "label\ttext\n" + "1\tx\n" * 20, "one class only"),
-        ("a.tsv", "label\ttext\n1\tx\n0\ty\n", "too few records to set a fifth"),
+        ("a.tsv", "label\ttext\n1\tx\n0\tx\n", "too few records to set a fifth"),
     ],
 )
 def test_tables_that_do_not_fit(tmp_path, name, content, message):

@@ -49,10 +49,54 @@ def test_npz_keeps_its_arrays_and_its_class_names(tmp_path):
     assert np.array_equal(data.test.labels.numpy(), y[:6]) and data.classes == ["cat", "dog", "eel"]
 
 
-def test_npz_without_a_test_split_sets_a_fifth_of_each_class_aside(tmp_path):
-    np.savez(tmp_path / "a.npz", x_train=np.zeros((50, 4, 4), np.uint8), y_train=np.arange(50) % 5)
-    data = load_data(str(tmp_path / "a.npz"))
-    assert data.test.labels.bincount().tolist() == [2] * 5 and data.train.labels.bincount().tolist() == [8] * 5
+def images_npz(path, x, y) -> str:
+    np.savez(path, x_train=x, y_train=y)
+    return str(path)
+
+
+class TestSetAside:
+    """Where a private source has no test records. With a split that looks at more than the record itself one record
+    more would move others in or out of training, and ε would be that of all of them."""
+
+    def images(self, count):
+        rng = np.random.default_rng(3)
+        return rng.integers(0, 256, (count, 4, 4), dtype=np.uint8), np.arange(count) % 5
+
+    def test_about_a_fifth(self, tmp_path):
+        x, y = self.images(2000)
+        data = load_data(images_npz(tmp_path / "a.npz", x, y))
+        assert len(data.train) + len(data.test) == 2000 and data.set_aside
+        assert abs(len(data.test) - 400) < 4 * (2000 * 0.2 * 0.8) ** 0.5  # binomial, four standard deviations
+
+    @pytest.mark.parametrize("place", [0, 7, 60])
+    @pytest.mark.parametrize("label", [0, 4, 9])
+    def test_one_record_more_moves_no_other(self, tmp_path, place, label):
+        x, y = self.images(60)
+        extra = np.full((1, 4, 4), 200, np.uint8)
+        more = np.insert(x, place, extra, 0), np.insert(y, place, label)
+        one, two = load_data(images_npz(tmp_path / "a.npz", x, y)), load_data(images_npz(tmp_path / "b.npz", *more))
+        for split, larger in ((one.train, two.train), (one.test, two.test)):
+            before, after = ({t.numpy().tobytes() for t in part.inputs} for part in (split, larger))
+            assert before <= after and len(after - before) <= 1
+
+    def test_one_line_more_moves_no_other(self, tmp_path):
+        lines = [f"{i % 3}\ttext number {i}\n" for i in range(60)]
+        (tmp_path / "a.tsv").write_text("label\ttext\n" + "".join(lines))
+        (tmp_path / "b.tsv").write_text("label\ttext\n" + "".join(["-1\tthe first class of all\n", *lines]))
+        one, two = load_data(str(tmp_path / "a.tsv")), load_data(str(tmp_path / "b.tsv"))
+        assert set(one.train.inputs) <= set(two.train.inputs) and set(one.test.inputs) <= set(two.test.inputs)
+        assert 0 < len(one.test) < 30
+
+    def test_equal_records_are_on_one_side_whatever_their_labels(self, tmp_path):
+        x, y = self.images(40)
+        data = load_data(images_npz(tmp_path / "a.npz", np.concatenate([x, x]), np.concatenate([y, (y + 1) % 5])))
+        sides = [{t.numpy().tobytes() for t in part.inputs} for part in (data.train, data.test)]
+        assert not sides[0] & sides[1] and len(sides[0]) + len(sides[1]) == 40
+
+    def test_not_where_there_are_test_records_or_the_data_are_public(self, tmp_path):
+        x, y = self.images(30)
+        np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+        assert not load_data(str(tmp_path / "a.npz")).set_aside and not load_data("digits").set_aside
 
 
 def test_tsv_keeps_bare_quotes_and_gz_reads_the_same(tmp_path):
@@ -134,7 +178,7 @@ def test_pairs_are_found_by_their_names_or_named(tmp_path, columns, named):
     data = load_data(pairs_tsv(tmp_path / "a.tsv", columns), text_column=named)
     found = [(*pair, int(y)) for split in (data.train, data.test) for pair, y in zip(split.inputs, split.labels)]
     assert sorted(found) == sorted((*pair, i % 2) for i, pair in enumerate(PAIRS))
-    assert data.kind == "text" and len(data.test) == 4
+    assert data.kind == "text" and 0 < len(data.test) < 12
     assert data.train[0] == (data.train.inputs[0], int(data.train.labels[0]))
 
 
@@ -147,6 +191,17 @@ def test_a_pair_has_the_order_of_its_names_and_one_name_is_one_text(tmp_path):
         csv.writer(file).writerows([["title,body", "label"], ["one", 0], ["two", 1]])
     one = load_data(str(tmp_path / "b.csv"), text_column="title,body", test=str(tmp_path / "b.csv"))
     assert one.train.inputs == ["one", "two"]  # a column's name may hold a comma
+
+
+def test_a_new_label_that_sorts_first_makes_no_other_records(tmp_path):
+    """It shifts every label's number; a lifetime ledger would begin at 0 for the same records."""
+    lines = [f"{1 + i % 5}\treview {i}\n" for i in range(30)]
+    hashes = []
+    for more in ([], ["0\tworst of all\n"]):
+        (tmp_path / "a.tsv").write_text("label\ttext\n" + "".join(lines + more))
+        train = load_data(str(tmp_path / "a.tsv"), test=str(tmp_path / "a.tsv")).train
+        hashes.append(record_hashes(train, range(len(train))))
+    assert hashes[0] < hashes[1] and len(hashes[1] - hashes[0]) == 1
 
 
 def test_no_pair_looks_like_another_pair_or_like_a_text():

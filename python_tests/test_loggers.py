@@ -6,16 +6,19 @@ import math
 import sys
 import types
 
+import numpy as np
 import pytest
 from rich.console import Console
 from small import digits_npz, vit_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lalora_kernels.cli import main
+from lalora_kernels.data import BadInput
 from lalora_kernels.display import Display, JsonDisplay
 from lalora_kernels.federated.client import Client
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.run import Run, prepare
+from lalora_kernels.report import write_report
 
 SMALL = {"clients": 2, "rounds": 2, "local_steps": 2, "rank": 2, "batch_size": 8, "partition": "iid", "device": "cpu"}
 
@@ -84,6 +87,27 @@ def test_tensorboard_shows_private_figures_only_when_asked(world, tmp_path):
         ]
         assert found[f"not_private/drawn/client_{client}"] == expected != []
     assert found["not_private/seconds"] == [(r["round"], pytest.approx(r["seconds"])) for r in history]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_accuracy_on_private_records_is_logged_only_when_asked(world, tmp_path, asked):
+    """A file without test records: a fifth of the private ones are measured on, without noise."""
+    with np.load(world["dataset"]) as arrays:
+        np.savez(tmp_path / "d.npz", **{name: arrays[name] for name in ("x_train", "y_train")})
+    more = ["--log-private"] if asked else []
+    given = flags(world | {"dataset": str(tmp_path / "d.npz")}, "--out", str(tmp_path / "run"), "--tensorboard", *more)
+    assert main([*given, "--quiet"]) == 0
+    found, history = events(tmp_path / "run"), metrics(tmp_path / "run")
+    assert all(record["test_is_private"] for record in history)
+    assert {tag for tag in found if "accuracy" in tag or "loss" in tag} == (
+        {"not_private/accuracy", "not_private/loss"} if asked else set()
+    )
+    if asked:
+        assert found["not_private/accuracy"] == [(r["round"], pytest.approx(r["accuracy"])) for r in history]
+    with pytest.raises(BadInput, match="set aside from the private ones, so its accuracy and loss are not to be pub"):
+        write_report(tmp_path / "run", public=True)
+    page = write_report(tmp_path / "run").read_text()
+    assert "test accuracy, of private records set aside" in page
 
 
 def test_a_resumed_run_is_whole_in_tensorboard(world, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from lalora_kernels.privacy.optimizer import PrivateOptimizer
 
 QUANTILES = (0.1, 0.5, 0.9)
 NOT_PRIVATE = "not_private"  # the name in metrics.jsonl under which such figures stand, apart from all others
+PRIVATE_TEST = "test_is_private"  # there where accuracy and loss are of records that were set aside from private ones
 
 
 class Diagnostics:

@@ -1,7 +1,7 @@
 """Which of a client's lifetime ledgers holds what its records have cost, over all runs and servers.
 
     HOME/ledgers/DATA/ledger.json   every release from these records
-    HOME/ledgers/DATA/records       SHA-256 of every record that was ever among them and of its file, 32 bytes each
+    HOME/ledgers/DATA/inputs        SHA-256 of every record that was ever among them and of its file, 32 bytes each
 
 A data set that shares a record with an earlier one is charged to the ledger of that one: a file that lost a line and
 won another is no new budget. The file itself counts among them, since another column of it is about the same people.
@@ -13,30 +13,18 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from torch import Tensor
-
 from lalora_kernels.data import Records
 from lalora_kernels.federated.lock import RunLock
 from lalora_kernels.federated.policy import Refused
 from lalora_kernels.files import write_atomic
 from lalora_kernels.privacy.ledger import LedgerError
 
-LEDGER, RECORDS, SIZE = "ledger.json", "records", 32
+LEDGER, RECORDS, SIZE = "ledger.json", "inputs", 32
 
 
 def record_hashes(records: Records, indices: Iterable[int]) -> frozenset[bytes]:
-    """SHA-256 of each of these records with its label: equal records have equal ones, and others have others."""
-    hashes = set()
-    for i in indices:
-        inputs, label = records[i]
-        if isinstance(inputs, Tensor):
-            raw = f"{label} ".encode() + inputs.contiguous().numpy().tobytes()
-        elif isinstance(inputs, str):
-            raw = f"{label} {inputs}".encode()
-        else:  # the comma tells a pair from a text, the length where its first half ends
-            raw = f"{label},{len(inputs[0])} {inputs[0]}{inputs[1]}".encode()
-        hashes.add(hashlib.sha256(raw).digest())
-    return frozenset(hashes)
+    """``Records.digest`` of each: of its input alone, so that a record with another label is no other record."""
+    return frozenset(records.digest(i) for i in indices)
 
 
 def source_hash(dataset: str) -> bytes:

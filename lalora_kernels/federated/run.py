@@ -20,7 +20,7 @@ from lalora_kernels.federated.checkpoint import FILE as CHECKPOINT
 from lalora_kernels.federated.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lalora_kernels.federated.client import Client, get_state, set_state
 from lalora_kernels.federated.config import Config, make_config
-from lalora_kernels.federated.diagnostics import NOT_PRIVATE
+from lalora_kernels.federated.diagnostics import NOT_PRIVATE, PRIVATE_TEST
 from lalora_kernels.federated.guard import Outcome, Rules, refuse_lost_rounds
 from lalora_kernels.federated.lock import RunLock
 from lalora_kernels.federated.methods import Method, get_method, merged_weights
@@ -279,6 +279,8 @@ class Run:
             "diagnostics": {client: note["public"] for client, note in notes.items()},
             NOT_PRIVATE: {"clients": {client: note[NOT_PRIVATE] for client, note in notes.items()}},
         }
+        if self.task.data.set_aside:
+            record[PRIVATE_TEST] = True
         if not number:
             record[NOT_PRIVATE]["labels"] = self._label_counts()
         self.at.history.append(record)
