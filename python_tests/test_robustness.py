@@ -30,15 +30,20 @@ K, EPSILON, DELTA = 2, 8.0, 1e-4
 KILLS = int(os.environ.get("KILLS", 0))  # make kill-test
 
 
-@pytest.fixture(scope="module", name="task")
-def small_task(tmp_path_factory):
+@pytest.fixture(scope="module", name="config")
+def small_config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     config = {
         "model": vit_folder(folder / "vit"), "dataset": digits_npz(folder / "d.npz", 120, 30), "clients": 4,
         "fraction": 0.5, "rounds": 3, "local_steps": K, "rank": 2, "batch_size": 8, "partition": "iid",
         "epsilon": EPSILON, "delta": DELTA, "lr": 1.0, "device": "cpu",
     }  # fmt: skip
-    return prepare(make_config(config))
+    return make_config(config)
+
+
+@pytest.fixture(name="task")
+def fresh_task(config):
+    return prepare(config)
 
 
 class Stop(KeyboardInterrupt):
@@ -57,10 +62,10 @@ def stop_at(step: int) -> Watch:
 
 
 @pytest.fixture(scope="module", name="stopped")
-def stopped_folder(task, tmp_path_factory):
+def stopped_folder(config, tmp_path_factory):
     """A folder that was interrupted in its second round, one client's update being stored already."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    run = Run.start(task, folder)
+    run = Run.start(prepare(config), folder)
     with pytest.raises(Stop):
         run.train(stop_at(3 * K + 1))
     return folder

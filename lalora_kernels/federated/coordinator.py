@@ -95,7 +95,8 @@ class Coordinator:
     ) -> "Coordinator":
         """Make the run folder and measure the model as it is. ``sizes`` default to those of the dealt public data.
 
-        Raises BadInput for a folder that holds a run already and for sizes that are not one a client.
+        Raises BadInput for a folder that holds a run already, for sizes that are not one a client, and for a task that
+        another run has trained.
         """
         folder, config = Path(folder), task.config
         if get_method(config.method).in_process_only:
@@ -103,6 +104,7 @@ class Coordinator:
         sizes = [len(part) for part in task.parts] if sizes is None else list(sizes)
         if len(sizes) != config.clients or any(type(n) is not int or n < 1 for n in sizes):
             raise BadInput(f"--sizes are {config.clients} whole numbers, one a client; got {sizes}")
+        task.refuse_trained()
         with RunLock(folder).released_on_error() as lock:
             if (folder / CONFIG).exists():
                 raise BadInput(f"{folder} holds a run already; --resume {folder} continues it, another --out is new")

@@ -21,7 +21,7 @@ from lalora_kernels.federated.checkpoint import Checkpoint, load_checkpoint, sav
 from lalora_kernels.federated.client import Client, get_state, set_state
 from lalora_kernels.federated.config import Config, make_config
 from lalora_kernels.federated.diagnostics import NOT_PRIVATE, PRIVATE_TEST
-from lalora_kernels.federated.guard import Outcome, Rules, refuse_lost_rounds
+from lalora_kernels.federated.guard import Outcome, QuorumLost, Rules, refuse_lost_rounds
 from lalora_kernels.federated.lock import RunLock
 from lalora_kernels.federated.methods import Method, get_method, merged_weights
 from lalora_kernels.federated.plan import ClientPlan, Plan, make_plan, read_plan
@@ -58,7 +58,7 @@ class Run:
         """Calibrate, make the run folder and measure the model as it is.
 
         ``noise`` gives a client's NoiseSource; only tests need it, since a fixed key is worth no ε. Raises BadInput for
-        a folder that holds a run already, and as ``make_plan`` does.
+        a folder that holds a run already, for a task that another run has trained, and as ``make_plan`` does.
         """
         folder = Path(folder)
         with RunLock(folder).released_on_error() as lock:
@@ -74,6 +74,7 @@ class Run:
             raise BadInput(
                 f"{folder} holds the ledger of a run that lost its {CONFIG}; restore that file, or choose another --out"
             )
+        task.refuse_trained()
         plan = make_plan(task.config, [len(part) for part in task.parts])
         clients = [_client(task, one, _ledger(task.config), noise) for one in plan.clients]
         refuse_unfit(task, clients[0])
@@ -175,11 +176,15 @@ class Run:
             raise RuntimeError(f"this run has ended; Run.resume({str(self.folder)!r}) continues it")
         try:
             self._train(watch)
+        except QuorumLost:
+            self._save_weights()  # of the last round that had one, which is paid for
+            raise
         finally:
             self.lock.release()
 
     def _train(self, watch: Watch) -> None:
         config, method = self.task.config, get_method(self.task.config.method)
+        refuse_lost_rounds(self.at.history)  # of a run that was resumed: before the next one is paid for
         while not self.done:
             began = time.monotonic()
             number, chosen = self.at.round + 1, self.plan.participation[self.at.round]
@@ -210,6 +215,10 @@ class Run:
             self._record(number, server, outcome, sent, time.monotonic() - began, watch)
             self._save()
             refuse_lost_rounds(self.at.history)
+        self._save_weights()
+
+    def _save_weights(self) -> None:
+        config, method = self.task.config, get_method(self.task.config.method)
         for i in range(len(self.clients) if method.keeps else 0):
             set_state(self.task.classifier.model, self._state_of(i))
             save_adapter(self.task.classifier.model, self.weights / str(i), config.model)
@@ -217,7 +226,7 @@ class Run:
         if method.folds:  # the factors alone are not the model
             write_atomic(self.weights, save(merged_weights(self.at.state, config.scaling)))
         elif not method.keeps:
-            save_adapter(self.task.classifier.model, self.weights, self.task.config.model)
+            save_adapter(self.task.classifier.model, self.weights, config.model)
 
     def _state_of(self, client: int) -> dict[str, Tensor]:
         """What a client's model holds: the server's state, with the factors that are this client's own."""

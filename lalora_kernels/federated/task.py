@@ -9,7 +9,7 @@ from torch import nn
 
 from lalora_kernels.adapt import adapt
 from lalora_kernels.data import BadInput, Data, load_data
-from lalora_kernels.federated.client import Client, trainable_tensors
+from lalora_kernels.federated.client import Client, get_state, trainable_tensors
 from lalora_kernels.federated.config import Config
 from lalora_kernels.federated.methods import Update, get_method
 from lalora_kernels.federated.plan import deal, partition_digest
@@ -47,6 +47,20 @@ class Task:
     classifier: Classifier
     parts: list  # record numbers of each client
     fingerprints: dict[str, str]
+    start: str  # digest of what is trained, as it was prepared
+
+    def refuse_trained(self) -> None:
+        """Raise BadInput where the model is no longer what was prepared: a new run's ε would begin at 0 for weights
+        that private records have trained."""
+        model = self.classifier.model
+        same = tensor_digest(get_state(model)) == self.start
+        if same and get_method(self.config.method).folds:
+            same = _base_digest(model) == self.fingerprints["base model"]
+        if not same:
+            raise BadInput(
+                "this task's model has been trained since it was prepared; prepare(config) once more for another run, "
+                "and give public weights as --weights"
+            )
 
 
 def prepare(config: Config, watch: Watch = QUIET) -> Task:
@@ -75,7 +89,7 @@ def prepare(config: Config, watch: Watch = QUIET) -> Task:
         "partition": partition_digest(parts),
         "base model": _base_digest(classifier.model),
     }
-    return Task(config, data, classifier, parts, fingerprints)
+    return Task(config, data, classifier, parts, fingerprints, tensor_digest(get_state(classifier.model)))
 
 
 def adapt_classifier(config: Config, classifier: Classifier) -> None:
