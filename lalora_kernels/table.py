@@ -78,11 +78,13 @@ def _check_same(folder: Path, config: Config) -> None:
 
 
 def _finished(folder: Path, config: Config) -> Accuracy | None:
-    """The test accuracies of a run that has written its adapter, the last thing it does, and metrics of its last round.
+    """The test accuracies of a run that has written its weights, the last thing it does, and metrics of its last round.
 
     Of others None: resuming them writes metrics anew that a crash left behind or that were damaged.
     """
-    if not (folder / "adapter").exists():
+    from lalora_kernels.federated.run import ADAPTER, ADAPTERS, MERGED
+
+    if not any((folder / name).exists() for name in (ADAPTER, ADAPTERS, MERGED)):
         return None
     try:
         first, *_, last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

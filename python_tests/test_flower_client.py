@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
+import torch
 from flower_nodes import (  # noqa: F401
     ROUNDS,
     Calls,
@@ -227,6 +229,38 @@ def test_a_data_set_that_lost_a_record_and_won_one_goes_on_with_its_ledger(world
         else:
             run.train(Calls([node]))
         assert ledger_of(node).steps == ROUNDS * K
+
+
+def test_a_message_that_is_sent_again_waits_for_the_first_ones_answer(world, tmp_path):
+    """Flower does so when a client reconnects that is still training: one round is paid for, both answers are it."""
+    config = settings(world, clients=1, rounds=1)
+    (node,) = make_nodes(tmp_path, config, key=False)
+    training, go, answers = threading.Event(), threading.Event(), []
+
+    class Reconnect(Calls):
+        def exchange(self, messages, timeout):
+            def step():
+                training.set()
+                go.wait()
+
+            def ask(*more):
+                answers.append(Node(node.home, 0).answer(messages[0], *more))
+
+            first = threading.Thread(target=ask, args=(step,))
+            first.start()
+            training.wait()
+            second = threading.Thread(target=ask)
+            second.start()
+            second.join(1.0)  # seconds that it would need to refuse
+            assert second.is_alive() and not answers
+            go.set()
+            first.join(), second.join()
+            yield from ((0, answer) for answer in answers)
+
+    Coordinator.start(prepare(config), tmp_path / "run").train(Reconnect([node]))
+    assert [unpack(answer)[1]["status"] for answer in answers] == ["ok", "ok"]
+    one, other = (unpack(answer)[0] for answer in answers)
+    assert all(torch.equal(one[key], other[key]) for key in one) and ledger_of(node).steps == K
 
 
 @pytest.mark.parametrize("lost", ["the folder", "the file"])

@@ -12,6 +12,18 @@ from lalora_kernels.table import make_table
 GRID = {"method": ["ffa-lora"], "smoothing": ["none"], "epsilon": [math.inf], "seed": [0]}
 
 
+@pytest.mark.parametrize("method", ["ffa-lora", "flora", "fedsa-lora"])
+def test_a_complete_run_is_not_loaded_again(tmp_path, monkeypatch, method):
+    """One that leaves an adapter, one that leaves merged weights, one that leaves an adapter for each client."""
+    shared = {
+        "model": vit_folder(tmp_path / "vit"), "dataset": digits_npz(tmp_path / "d.npz", 60, 20), "clients": 2,
+        "rounds": 1, "local_steps": 1, "rank": 2, "batch_size": 6, "partition": "iid", "device": "cpu",
+    }  # fmt: skip
+    whole = make_table(shared, GRID | {"method": [method]}, tmp_path / "out")
+    monkeypatch.setattr("lalora_kernels.federated.run.prepare", None)
+    assert make_table(shared, GRID | {"method": [method]}, tmp_path / "out") == whole
+
+
 def test_metrics_that_a_crash_left_behind_are_not_a_result(tmp_path):
     """Of a run whose last line is missing the table takes no earlier round's accuracy; a damaged folder is named."""
     shared = {

@@ -43,6 +43,7 @@ from lalora_kernels.privacy.noise import NoiseSource
 
 LOCAL = ("dataset", "test_dataset", "text_column", "label_column", "model", "weights", "device", "physical_batch_size")
 KEPT = "run.json"
+PATIENCE = 600.0  # seconds that a message waits while another of this client's is worked on
 TEST_KEY = "test_key"  # 64 hex digits; for tests: a run with a fixed key reports no epsilon
 
 
@@ -95,7 +96,9 @@ class Node:
         refuse_lost(self.home / "ledgers", self.home / "runs", KEPT)
         hashes = record_hashes(task.task.data.train, task.records.indices) | {source_hash(task.task.config.dataset)}
         lifetime = claim(self.home / "ledgers", hashes)
-        with RunLock(lifetime).released_on_error() as lock:
+        # Flower sends a message again when a client reconnects, whose first answer is still being made.
+        with RunLock(lifetime, PATIENCE).released_on_error() as lock:
+            kept = _Kept.read(folder / KEPT)  # as that one left it
             book = _Book.open(lifetime / LEDGER, policy)
             charged = book.rounds.get(run, [])
             if number in charged and reply.exists():
@@ -111,14 +114,14 @@ class Node:
             update = client.train_round(task.task.classifier, get_method(config.method), config, number, state, on_step)
             book.rounds[run] = [*charged, number]
             book.save(client)  # what it cost, before what it bought
+            write_atomic(folder / "state.safetensors", save({k: state[k].contiguous() for k in sorted(state)}))
+            write_atomic(reply, save({k: update[k].contiguous() for k in sorted(update)}))
+            for old in charged:
+                (folder / f"reply-{old}.safetensors").unlink(missing_ok=True)
+            kept.settings, kept.noise_multiplier = digest, client.noise_multiplier
+            kept.max_grad_norm = client.max_grad_norm
+            write_atomic(folder / KEPT, json.dumps(dataclasses.asdict(kept)) + "\n")
             lock.release()
-        write_atomic(folder / "state.safetensors", save({k: state[k].contiguous() for k in sorted(state)}))
-        write_atomic(reply, save({k: update[k].contiguous() for k in sorted(update)}))
-        for old in charged:
-            (folder / f"reply-{old}.safetensors").unlink(missing_ok=True)
-        kept.settings, kept.noise_multiplier = digest, client.noise_multiplier
-        kept.max_grad_norm = client.max_grad_norm
-        write_atomic(folder / KEPT, json.dumps(dataclasses.asdict(kept)) + "\n")
         return update, config.wire
 
     def _policy(self, config: Config) -> Policy:
