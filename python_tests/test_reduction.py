@@ -182,6 +182,38 @@ class TestTheLoop:
                 y[i, length:] = -100
             assert check._by_other_sizes(*logits_and_gradient(lambda z, y=y: token_sum(z, y) / N / 3, N, T, V)) is None
 
+    @pytest.mark.parametrize("claimed", ["sum", "mean"])
+    @pytest.mark.parametrize("pick", ["largest", "two largest", "mean of two"])
+    def test_losses_that_pick_records(self, pick, claimed):
+        """Whether a record counts depends on the others; passed as a sum, one record changed 1.7 C."""
+
+        def picked(z, y):
+            each = F.cross_entropy(z[:, 0], y[:, 0], reduction="none")
+            if pick == "largest":
+                return each.max()
+            hard = each.topk(min(2, len(each))).values
+            return hard.mean() if pick == "mean of two" else hard.sum()
+
+        with pytest.raises(ValueError, match="A loss that picks records of the batch.*is refused|count over the whole"):
+            loop(picked, claimed, steps=80, sample_rate=0.5)
+
+    def test_a_number_or_a_share_that_stays(self):
+        sizes = torch.arange(16) % 7 + 20
+        some = torch.bernoulli(torch.full((16, 30), 0.5), generator=torch.Generator().manual_seed(0))
+        assert checking.chosen([(int(n), 3) for n in sizes])
+        assert checking.chosen([(int(n), int(n) // 4) for n in sizes])
+        assert not checking.chosen([(int(n), int(row[:n].sum())) for n, row in zip(sizes, some)])
+        assert not checking.chosen([(20, 3)] * 16)  # equal batches tell nothing
+        assert not checking.chosen([(int(n), 3) for n in sizes[:15]])
+
+    def test_records_without_a_label_are_none_that_were_picked(self):
+        """A head whose labels are missing for some records: how many are differs from batch to batch."""
+
+        def some(z, y):
+            return F.cross_entropy(z[:, 0], y[:, 0].where(y[:, 0] % 3 > 0, -100), reduction="none").sum()
+
+        assert loop(some, "sum", steps=60, sample_rate=0.5).loss_reduction_checked
+
     def test_sizes_that_are_equal_for_long_do_not_hide_it(self):
         calls = []
 

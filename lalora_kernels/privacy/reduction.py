@@ -5,6 +5,8 @@ a logistic loss k (sigmoid - target), where k is what the loss gives to that pos
 1 / N is a mean over records and 1 a sum, while shares of 1 that differ come from a count over the whole batch (its
 tokens, its class weights), by which each record's gradient depends on the others: no clipping bounds what one record
 changes then. Any other k is a sum divided by a number where it stays the same while N changes, a mean where k N does.
+A batch's largest loss, or its few largest, leave most records without a gradient; so do labels that are left out. The
+first takes as many records of every batch, or as large a share, which the second does not go on doing.
 Of other losses nothing is known here; ``check_per_sample`` takes any.
 """
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 TRIES = 4  # backwards that are looked at
 # Equal lengths hide a mean over tokens: where those showed no others, so many more are asked for their lengths alone.
 WATCH = 256
+CERTAIN = 0.999  # from here on a gradient may be lost to rounding
+PICKS = 16  # batches in a row in which as many records, or as large a share of them, have a gradient
 RTOL = {torch.float64: 1e-3, torch.float32: 1e-3}
 RTOL_HALF = 2e-2  # one rounding of the gradient to 8 bits
 
@@ -34,6 +38,7 @@ class ReductionCheck:
         self.engine, self.left, self.watch = engine, TRIES, WATCH
         self.seen: str | None = None
         self._call, self._counted, self._full = 0, 0, False
+        self._picked: list[tuple[int, int]] = []  # (records, those with a gradient) of batches where some have none
         self._scaled: dict[str, tuple[float, int, int]] = {}  # uniform_weights that are neither 1 / N nor 1
         self._axis: int | None = None  # of the classes, where lengths are still to be seen that differ
 
@@ -77,6 +82,18 @@ class ReductionCheck:
                 "labels and language models: lalora_kernels.record_losses(logits, labels, shift=...).mean()), or a "
                 "sum with loss_reduction='sum'"
             )
+        if idle := int(without_gradient(z, dz).sum()):
+            self._picked.append((len(z), len(z) - idle))
+            if found != e.loss_reduction or chosen(self._picked):
+                raise ValueError(
+                    f"{idle} of {len(z)} records have no gradient. A loss that picks records of the batch (its largest, "
+                    f"the hardest few) is refused: whether a record counts depends on the others, and clipping cannot "
+                    f"bound what one of them changes; give each record a loss of its own. If these records have no "
+                    f"label, leave them out of the data set, or pass loss_reduction={found!r} where that is not so yet"
+                )
+            if len(self._picked) < PICKS:
+                self.left += 1
+                return
         if found != e.loss_reduction:
             raise ValueError(
                 f"the loss is a {found} over the records of the batch, but make_private was told "
@@ -131,6 +148,22 @@ def class_axis(z: Tensor, dz: Tensor) -> int | None:
 def lengths(dz: Tensor, axis: int) -> Tensor:
     """Positions of each record that a gradient (N, ...) with its classes along ``axis`` reaches, (N,)."""
     return (dz != 0).any(axis).flatten(1).sum(1)
+
+
+def without_gradient(z: Tensor, dz: Tensor) -> Tensor:
+    """Which of the N records of outputs z (N, ...) have none though a loss of theirs would have one, (N,) bool."""
+    axis = class_axis(z, dz) if z.dim() > 1 else None
+    p = torch.sigmoid(z) if axis is None else z.softmax(axis).amax(axis)
+    certain = (p > CERTAIN) | (p < 1 - CERTAIN)  # of a softmax's largest the second is never so
+    return (dz == 0).reshape(len(z), -1).all(1) & ~certain.reshape(len(z), -1).all(1)
+
+
+def chosen(seen: list[tuple[int, int]]) -> bool:
+    """Whether (records, those with a gradient) of ``PICKS`` batches show a fixed number, or a fixed share, of them."""
+    seen = seen[-PICKS:]
+    (N, live), sizes, counts = seen[0], {n for n, _ in seen}, {c for _, c in seen}
+    share = all(n >= 8 and abs(c - n * live / N) < 1 for n, c in seen)  # of three records any number may be a third
+    return len(seen) == PICKS and len(sizes) > 1 and (len(counts) == 1 or share)
 
 
 def differ(counts: Tensor) -> bool:
