@@ -34,7 +34,7 @@ def simulate(clients: int, rounds: int, folder: Path) -> dict:
     """One run of the tiny transformer on 12 digits a client; peaks over time of each part."""
     command = [
         str(Path(sys.executable).with_name("lalora")), "train", "--engine", "flower-sim", "--out", str(folder / "run"),
-        "--dataset", "digits", "--clients", str(clients), "--fraction", str(10 / clients), "--rounds", str(rounds),
+        "--dataset", "mnist", "--clients", str(clients), "--fraction", str(10 / clients), "--rounds", str(rounds),
         "--partition", "iid", "--batch-size", "4", "--min-records", "12", "--local-steps", "2", "--rank", "4",
         "--device", "cpu",
     ]  # fmt: skip

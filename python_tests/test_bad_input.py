@@ -251,6 +251,10 @@ def test_a_text_model_for_images_and_the_other_way_round(world, tmp_path, capsys
     assert "embedded classifies images, but the data are texts" in refused(capsys, flags(("embedded", tsv)))
 
 
+def test_no_epsilon_is_claimed_for_what_the_embedded_model_was_trained_on(capsys):
+    assert "is pre-trained on these very digits" in refused(capsys, flags(("embedded", "digits")))
+
+
 def test_a_model_folder_with_a_truncated_weights_file(world, tmp_path, capsys):
     shutil.copytree(world[0], tmp_path / "vit")
     path = tmp_path / "vit/model.safetensors"

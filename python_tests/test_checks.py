@@ -1,12 +1,14 @@
 """check_per_sample names what mixes records."""
 
+import models
 import pytest
 import torch
 from models import FAMILIES, adapted
 from torch import nn
 
+import lalora_kernels as lk
 from lalora_kernels.nn import LoRALinear
-from lalora_kernels.privacy.checks import check_per_sample, per_sample_gradients
+from lalora_kernels.privacy.checks import check_per_sample, per_sample_gradients, single_sample_gradients
 
 F = nn.functional
 
@@ -139,3 +141,67 @@ class TestModelsThatCannotBeCopied:
         model.register_buffer("table", torch.zeros(1).expand(2**50))
         with pytest.raises(RuntimeError, match="in float64, 8 bytes a weight, for which there is no memory"):
             check_per_sample(model, records(), classify)
+
+
+def text_batch(vocabulary: int = 37, n: int = 3) -> dict:
+    torch.manual_seed(1)
+    return {"input_ids": torch.randint(1, vocabulary, (n, 8)), "labels": torch.randint(0, 3, (n,))}
+
+
+def own_loss(model, batch):
+    return model(**batch).loss
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_gradient_that_is_zero_but_for_rounding_is_no_difference(seed):
+    """Of an attention key's bias: softmax does not see what it adds to every score. 1e-21 beside the others' 1e-6."""
+    torch.manual_seed(seed)
+    model, batch, loss = models.bert()
+    model = lk.adapt(model, r=2, target_modules="qv", modules_to_save=["key", "classifier"], verbose=False)
+    gradients = single_sample_gradients(model.double().eval(), batch, loss)
+    assert 0 < max(float(g.norm()) for name, g in gradients.items() if name.endswith("key.bias")) < 1e-15
+    check_per_sample(model, batch, loss)
+
+
+def test_mixtures_of_experts_are_checked_by_their_plain_experts():
+    """transformers' default, a grouped product, has no float64."""
+    from transformers import MixtralConfig, MixtralForSequenceClassification
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=37, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    model = MixtralForSequenceClassification(config)
+    model = lk.adapt(model, r=2, target_modules="qv", modules_to_save=["score"], verbose=False)
+    before = model.config._experts_implementation
+    check_per_sample(model, text_batch(), own_loss)
+    assert model.config._experts_implementation == before != "eager"
+
+
+def test_a_layer_whose_one_output_for_all_records_is_repeated_is_named():
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=37, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3,
+        relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, share_att_key=True,
+        norm_rel_ebd="layer_norm", max_position_embeddings=16,
+    )  # fmt: skip
+    model = lk.adapt(DebertaV2ForSequenceClassification(config), r=2, target_modules="qv", verbose=False)
+    with pytest.raises(ValueError, match=r"attention.self.query_proj is given one input for all records.*leave it out"):
+        check_per_sample(model, text_batch(), own_loss)
+
+
+def test_a_layer_whose_one_output_for_all_records_is_a_table_is_named():
+    from transformers import Swinv2Config, Swinv2ForImageClassification
+
+    torch.manual_seed(0)
+    config = Swinv2Config(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1], num_heads=[2], window_size=4, num_labels=3
+    )  # fmt: skip
+    model = Swinv2ForImageClassification(config)
+    model = lk.adapt(model, r=2, target_modules=["continuous_position_bias_mlp.2"], verbose=False)
+    batch = {"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.tensor([0, 1, 2])}
+    with pytest.raises(ValueError, match=r"continuous_position_bias_mlp.2 is given one input for all records"):
+        check_per_sample(model, batch, own_loss)

@@ -226,6 +226,7 @@ def test_the_embedded_model_without_its_training(monkeypatch):
         (["--records", "300", "--ranks", "0"], "--rank is a whole number >= 1"),
         (["--records", "30"], "30 records cannot give each of 8 clients 128"),
         (["--records", "3000", "--delta", "1e-11"], "delta"),
+        (["--records", "3000", "--delta", "0.1"], "promises nothing to"),
         (["--records", "3000", "--model", "resnet"], "unknown model 'resnet'"),
         (["--records", "3000", "--model", "timm:no_such"], "timm knows no model 'no_such'"),
         (["--records", "3000", "--targets", "wq"], "wq"),

@@ -1,5 +1,6 @@
 """What would make ε or the training silently false after make_private is refused, with culprit and cure."""
 
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from test_private_step import private, toy, train
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import lalora_kernels as lk
 from lalora_kernels.nn import LoRALinear
 from lalora_kernels.privacy.make_private import make_private
 
@@ -287,3 +289,49 @@ class TestAGradientBeforeTheStep:
             scaler.step(opt)
             scaler.update()
         assert opt.local_step == 2
+
+
+class TestArguments:
+    def test_in_another_order(self):
+        model, data, _ = toy()
+        plain = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(TypeError, match="a model, its torch optimizer and a data loader, in this order; not SGD"):
+            make_private(plain, model, DataLoader(data, batch_size=4), noise_multiplier=1.0)
+        with pytest.raises(TypeError, match="in this order; not .* and NoneType"):
+            make_private(model, None, DataLoader(data, batch_size=4), noise_multiplier=1.0)
+
+    def test_lengths_that_would_sort_nothing(self):
+        model, data, _ = toy()
+        with pytest.raises(ValueError, match="lengths sort .* give physical_batch_size too"):
+            private(model, data, lengths=[1] * len(data))
+
+    def test_a_delta_that_promises_nothing(self):
+        """To publish one record at random, whole, is (0, 1/n)-differentially private."""
+        model, data, _ = toy()
+        with pytest.raises(ValueError, match=f"promises nothing to {len(data)} records: .*well below"):
+            private(model, data, target_delta=1 / len(data))
+        private(model, data, target_delta=0.9 / len(data))
+
+
+class TestFrozenAdapters:
+    """The schedule says which factor trains, so that one which somebody froze would train all the same."""
+
+    def test_one_layers(self):
+        model, data, _ = toy()
+        model.fc1.requires_grad_(False)
+        with pytest.raises(ValueError, match=r"both factors of fc1 are frozen.*unfreeze them.*is_trainable=True"):
+            private(model, data)
+        assert not any(p.requires_grad for p in model.fc1.parameters())
+
+    def test_all_of_a_peft_model_that_was_loaded_to_be_used(self, tmp_path):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(target_modules=["0", "1"], r=2, modules_to_save=["2"])
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
+        model = peft.PeftModel.from_pretrained(base, tmp_path)
+        data = TensorDataset(torch.randn(20, 4), torch.randint(0, 2, (20,)))
+        lk.patch_peft(model)
+        plain = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(ValueError, match=r"both factors of .* are frozen"):
+            make_private(model, plain, DataLoader(data, batch_size=4), noise_multiplier=1.0)

@@ -37,7 +37,7 @@ from lalora_kernels.federated.policy import Policy, Refused
 from lalora_kernels.federated.task import Task, prepare, refuse_unfit
 from lalora_kernels.federated.wire import pack, settings_digest, state_digest, unpack, upcast
 from lalora_kernels.files import write_atomic
-from lalora_kernels.privacy.accountant import get_noise_multiplier
+from lalora_kernels.privacy.accountant import get_noise_multiplier, refuse_delta
 from lalora_kernels.privacy.ledger import BudgetExceeded, Ledger
 from lalora_kernels.privacy.noise import NoiseSource
 
@@ -184,6 +184,10 @@ class Node:
                     steps=config.local_steps * turns,
                 )  # fmt: skip
         policy.check_noise(sigma)
+        try:
+            refuse_delta(policy.delta, len(task.records))
+        except ValueError as error:
+            raise Refused("policy", str(error)) from error
         left = book.ledger.remaining_steps(sigma, q)
         if left is not None and left < config.local_steps:
             raise Refused("budget", f"{left} steps of sigma {sigma:g} are left, a round has {config.local_steps}")

@@ -9,7 +9,7 @@ import numpy as np
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import Config
 from lalora_kernels.partition import partition_dirichlet, partition_iid
-from lalora_kernels.privacy.accountant import check_noise_multiplier, get_noise_multiplier
+from lalora_kernels.privacy.accountant import check_noise_multiplier, get_noise_multiplier, refuse_delta
 
 PARTITION, PARTICIPATION = 0, 1  # streams of the public seed
 
@@ -86,6 +86,11 @@ def make_plan(config: Config, sizes: Sequence[int]) -> Plan:
                 f"client {client} has {records} records, fewer than the batch of {config.batch_size}; make "
                 f"--batch-size smaller, or raise --min-records"
             )
+        if config.private:
+            try:
+                refuse_delta(config.delta, records)
+            except ValueError as error:
+                raise BadInput(f"client {client}: {error}") from None
     rounds = participation(config)
     clients = []
     for client, records in enumerate(sizes):

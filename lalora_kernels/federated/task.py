@@ -68,6 +68,11 @@ def prepare(config: Config, watch: Watch = QUIET) -> Task:
 
     Raises BadInput or ValueError, with the cure, for what does not fit.
     """
+    if config.private and (config.model, config.dataset) == ("embedded", "digits"):
+        raise BadInput(
+            "the embedded model is pre-trained on these very digits, without noise, so no ε of them would be true; "
+            "give --dataset mnist, another --model, or --epsilon inf"
+        )
     data = load_data(
         config.dataset, test=config.test_dataset, text_column=config.text_column, label_column=config.label_column
     )

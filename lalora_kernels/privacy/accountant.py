@@ -165,6 +165,15 @@ def check_delta(value: float, name: str = "delta") -> float:
     return float(value)
 
 
+def refuse_delta(delta: float, records: int) -> None:
+    """Raise ValueError where δ says nothing: to publish one of the ``records``, drawn at random, has δ = 1/records."""
+    if delta * records >= 1.0:
+        raise ValueError(
+            f"delta {delta:g} promises nothing to {records} records: to publish one of them, whole, has a delta of "
+            f"{1 / records:.2g}; take it well below that"
+        )
+
+
 def check_epsilon(value: float, name: str = "epsilon") -> float:
     """ε > 0 and finite, as a float, or ValueError."""
     return _positive(name, value)

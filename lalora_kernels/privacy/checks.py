@@ -17,6 +17,7 @@ from lalora_kernels.quantized import dequantize_
 # Two evaluations of one gradient in different orders: float64, but for models that compute norms in float32 whatever
 # they are (Llama and its kin: 1e-7). What mixes records is off by its share of a record.
 RTOL = 1e-6
+FLOOR = 1e-12  # of the whole gradient's norm: what is zero in exact numbers (an attention key's bias) is rounding here
 
 
 def tree_map(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -32,6 +33,12 @@ def tree_map(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, (tuple, list)):
         return type(tree)(tree_map(f, v) for v in tree)
     return tree
+
+
+ONE_FOR_ALL = (
+    "{} is given one input for all records, and what the model does with the output does not keep a row for each of "
+    "them, so no record's gradient shows; leave it out of target_modules"
+)
 
 
 def _record(batch: Any, i: int, rows: int) -> Any:
@@ -56,6 +63,7 @@ def _double(model: nn.Module) -> nn.Module:
         twin = copy.deepcopy(model)
         dequantize_(twin)
         twin = twin.double().eval()
+        _plain_experts(twin)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise RuntimeError(
@@ -80,6 +88,14 @@ def _double(model: nn.Module) -> nn.Module:
     return twin
 
 
+def _plain_experts(twin: nn.Module) -> None:
+    """transformers' mixtures of experts call a grouped product by default, which torch has for no float64."""
+    for module in twin.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", None) not in (None, "eager"):
+            config._experts_implementation = "eager"  # type: ignore[union-attr]  # of the copy, and it is one
+
+
 def per_sample_gradients(
     model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], *, loss_reduction: str = "mean"
 ) -> dict[str, Tensor]:
@@ -88,12 +104,13 @@ def per_sample_gradients(
     ``loss(model, batch)`` is a scalar; ``batch`` nested tensors with N records along the first axis. The model is left
     as it was found, its ``grad`` untouched. Raises as ``make_private`` does for what no rule covers.
     """
-    return _per_sample_gradients(model, batch, loss, loss_reduction, None)
+    return _per_sample_gradients(model, batch, loss, loss_reduction, None)[0]
 
 
 def _per_sample_gradients(
     model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], loss_reduction: str, backend: str | None
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], set[str]]:
+    """The gradients, and the layers that were given one input for all records."""
     rows = _leaves(batch)[0].shape[0]
     engine = Engine(
         model,
@@ -110,7 +127,11 @@ def _per_sample_gradients(
     try:
         engine.begin(BatchInfo(rows=rows, valid=rows, first=True, last=True))
         loss(model, batch).backward()
-        return {s.name: engine.grad_scale * _materialize(s, rows) for s in engine.active}
+        return {s.name: engine.grad_scale * _materialize(s, rows) for s in engine.active}, engine.expanded
+    except RuntimeError as error:
+        if engine.expanded:
+            raise ValueError(ONE_FOR_ALL.format(", ".join(sorted(engine.expanded)))) from error
+        raise
     finally:
         engine.detach()
 
@@ -176,15 +197,19 @@ def check_per_sample(
     set_active(twin, factors)
     try:
         expected = single_sample_gradients(twin, batch, loss)
-        found = _per_sample_gradients(twin, batch, loss, loss_reduction, "reference")  # whatever backend is forced
+        # whatever backend is forced
+        found, expanded = _per_sample_gradients(twin, batch, loss, loss_reduction, "reference")
     except (ValueError, RuntimeError):
         _refuse_mixing(twin, batch, loss, rows)  # what fails is told by its cause, if that is it
         raise
+    floor = FLOOR * torch.stack([e.norm() for e in expected.values()]).norm() + 1e-30
     wrong = [
-        n for n in expected if (found[n] - expected[n]).norm() > RTOL * max(expected[n].norm(), found[n].norm()) + 1e-30
+        n for n in expected if (found[n] - expected[n]).norm() > RTOL * max(expected[n].norm(), found[n].norm()) + floor
     ]
     if wrong:
         _refuse_mixing(twin, batch, loss, rows)
+        if once := sorted(e for e in expanded if any(n.startswith(f"{e}.") for n in wrong)):
+            raise ValueError(ONE_FOR_ALL.format(", ".join(once)))
         names = ", ".join(wrong[:5]) + (" ..." if len(wrong) > 5 else "")
         raise ValueError(
             f"per-sample gradients of {names} differ from those of single records: the loss couples records, or "

@@ -57,6 +57,7 @@ class Engine:
         self.forwarded = False  # the model itself has seen this physical batch
         self.sites: list[Site] = []
         self.recorders: list[Recorder] = []
+        self.expanded: set[str] = set()  # layers that were given one input for all records
         self.active: list[Site] = []
         self.batch: BatchInfo | None = None
         self.nonfinite, self.graphing = NonfiniteCount(), False
@@ -254,7 +255,8 @@ class Engine:
             raise RuntimeError("this loader's optimizer was detached; use a loader of your own, or make_private again")
         if self.batch is not None and any(s.marked for s in self.sites):
             raise RuntimeError(
-                "the last batch was backpropagated but not stepped; call optimizer.step() after backward"
+                "the last batch was backpropagated but not stepped; call optimizer.step() after each backward (large "
+                "batches come in parts by make_private(physical_batch_size=...), not by adding up backwards)"
             )
         if self.batch is not None and self.forwarded:
             self.batch, self._open, self._partial = None, False, False

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lalora_kernels.privacy import accounts
-from lalora_kernels.privacy.accountant import get_noise_multiplier
+from lalora_kernels.privacy.accountant import check_delta, get_noise_multiplier, refuse_delta
 from lalora_kernels.privacy.adaptive import AdaptiveClipping
 from lalora_kernels.privacy.clipping import CLIPPING
 from lalora_kernels.privacy.distributed import find_group, refuse_sharded
@@ -113,9 +113,9 @@ def make_private(
 
     Returns (optimizer, loader). The guarantee: record-level (ε, δ)-DP, add or remove one record, of everything computed
     from the stepped parameters, by the composition in ``optimizer.ledger``.
-    Raises ValueError for arguments out of range, a trainable parameter that no rule covers, a BatchNorm in train mode,
-    a parameter that trains but is not in the optimizer, a model in shards (FSDP, DeepSpeed, tensor parallel), and an ε
-    that no σ reaches.
+    Raises ValueError for arguments out of range, a δ of 1 over the number of records or more, a trainable parameter
+    that no rule covers, a BatchNorm in train mode, a parameter that trains but is not in the optimizer, an adapter
+    whose factors are both frozen, a model in shards (FSDP, DeepSpeed, tensor parallel), and an ε that no σ reaches.
     """
     schedule = get_schedule(method)
     _one_of("smoothing", smoothing, SMOOTHING)
@@ -128,6 +128,13 @@ def make_private(
     _one_of("check", check, (True, False, "loss"))
     _one_of("loss_reduction", loss_reduction, REDUCTIONS)
     _positive("max_grad_norm", max_grad_norm)
+    if not isinstance(model, nn.Module) or not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"make_private takes a model, its torch optimizer and a data loader, in this order; not "
+            f"{type(model).__name__} and {type(optimizer).__name__}"
+        )
+    if lengths is not None and physical_batch_size is None:
+        raise ValueError("lengths sort the records of a batch that is split; give physical_batch_size too")
     if isinstance(optimizer, PrivateOptimizer):
         raise ValueError("this optimizer is private already; make_private takes the plain one")
     for kind, why in UNFIT.items():
@@ -176,6 +183,8 @@ def make_private(
             raise ValueError("without Poisson sampling the loader's batches stay as they are; set them in the loader")
         loader = ShuffledLoader(data_loader)
     q, b = loader.sample_rate, loader.expected_batch_size
+    if target_delta is not None and poisson_sampling:
+        refuse_delta(check_delta(target_delta, "target_delta"), len(loader.dataset))
     if (noise_multiplier is None) == (target_epsilon is None):
         raise ValueError("give either noise_multiplier, or target_epsilon with target_delta and steps")
     if noise_multiplier is not None and not steps is epochs is None:

@@ -86,10 +86,11 @@ class ReductionCheck:
             self._picked.append((len(z), len(z) - idle))
             if found != e.loss_reduction or chosen(self._picked):
                 raise ValueError(
-                    f"{idle} of {len(z)} records have no gradient. A loss that picks records of the batch (its largest, "
-                    f"the hardest few) is refused: whether a record counts depends on the others, and clipping cannot "
-                    f"bound what one of them changes; give each record a loss of its own. If these records have no "
-                    f"label, leave them out of the data set, or pass loss_reduction={found!r} where that is not so yet"
+                    f"{idle} of {len(z)} records have no gradient. A loss that picks records of the batch (its "
+                    f"largest, the hardest few) is refused: whether a record counts depends on the others, and "
+                    f"clipping cannot bound what one of them changes; give each record a loss of its own. If these "
+                    f"records have no label, leave them out of the data set, or pass loss_reduction={found!r} where "
+                    f"that is not so yet"
                 )
             if len(self._picked) < PICKS:
                 self.left += 1

@@ -18,7 +18,8 @@ HARMLESS = {torch._amp_foreach_non_finite_check_and_unscale_}
 SKIPPED = (
     "the last batch went through the model with gradients on, but no optimizer.step() followed. To skip a batch for "
     "what is in it (a loss that is not finite, its size) is a release that the ledger does not see: call backward and "
-    "step on every batch; a record whose gradient is not finite contributes nothing"
+    "step on every batch; a record whose gradient is not finite contributes nothing. Where the loop was interrupted, "
+    "run it again: that batch is forgotten now"
 )
 GETTERS = {"dtype", "device", "layout", "shape", "is_sparse", "requires_grad"}
 
