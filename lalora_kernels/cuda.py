@@ -80,7 +80,8 @@ def privatize(
     divisor: float,
     padding: str = "symmetric",
 ) -> None:
-    """See ``lalora_kernels.reference.privatize``. Tensors are float32, of fewer than 2^31 elements each."""
+    """See ``lalora_kernels.reference.privatize``. Tensors are float32, of fewer than 2^31 elements each, and of at most
+    2^28 along an axis that is filtered."""
     if padding not in ("symmetric", "reflect"):
         raise ValueError(f"padding is 'symmetric' or 'reflect', got {padding!r}")
     if noise_std and key is None:
@@ -178,9 +179,10 @@ def _planned(
 
 def _product(dy: Tensor, B: Tensor, scaling: float) -> Tensor:
     """dz alone is a plain product, which is torch's; rounded once."""
-    rows = dy.reshape(-1, dy.shape[2])
+    N, T, m = dy.shape
+    rows = dy.reshape(N * T, m)
     dz = torch.addmm(rows.new_empty(()), rows, B, beta=0, alpha=scaling)
-    return dz.view(*dy.shape[:2], B.shape[1])
+    return dz.view(N, T, B.shape[1])
 
 
 def sample_grad(

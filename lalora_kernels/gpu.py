@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lalora_kernels.native import written
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("cuda", "triton")  # in order of preference, once proven
 # Their kernel of backend "cuda", a thread-block cluster's, holds not every shape.
 CLUSTERED = ("sample_grad", "sample_grad_clip")
+MAX_SUM = 65_535 * 1024  # elements: a sum over samples takes a block for each 1,024, and a grid has 65,535 along y
 _NEEDS = {"cuda": "lalora_kernels._cuda", "triton": "triton"}
 _PROVEN = Path(__file__).with_name("proven.json")
 
@@ -90,15 +93,15 @@ def marked(name: str, op: str) -> str:
     return f"{name} (unproven)" if unproven else name
 
 
-def _check(op: str, name: str, t: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
+def _check(op: str, name: str, t: Tensor, like: Tensor, shape: Sequence[int], rows: int = 256) -> Tensor:
     if t.device != like.device:
         raise ValueError(f"{op}: {name} is on {t.device}, expected {like.device}")
     if t.dtype not in DTYPES:
         raise TypeError(f"{op}: {name} is {t.dtype}, expected {', '.join(map(str, DTYPES))}")
     if t.shape != tuple(shape):
         raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {tuple(shape)}")
-    # Inside a tile (at most 256 positions, all features) offsets are 32 bits wide.
-    return t if 256 * t.stride(-2) + t.shape[-1] * t.stride(-1) < 1 << 31 else t.contiguous()
+    # Inside a tile (at most 256 positions, all features) offsets are 32 bits wide; so are B's over all its ``rows``.
+    return t if rows * t.stride(-2) + t.shape[-1] * t.stride(-1) < 1 << 31 else t.contiguous()
 
 
 def layer_inputs(op: str, dy: Tensor, B: Tensor, h: Tensor | None, x: Tensor | None) -> list[Tensor | None]:
@@ -109,7 +112,7 @@ def layer_inputs(op: str, dy: Tensor, B: Tensor, h: Tensor | None, x: Tensor | N
         )
     N, T, m = dy.shape
     r = B.shape[1]
-    given: list[Tensor | None] = [_check(op, "dy", dy, dy, (N, T, m)), _check(op, "B", B, dy, (m, r))]
+    given: list[Tensor | None] = [_check(op, "dy", dy, dy, (N, T, m)), _check(op, "B", B, dy, (m, r), m)]
     given.append(None if h is None else _check(op, "h", h, dy, (N, T, r)))
     given.append(None if x is None else _check(op, "x", x, dy, (N, T, x.shape[-1])))
     dtypes = {t.dtype for t in given if t is not None}
@@ -124,11 +127,18 @@ def gradient_out(op: str, name: str, given: Tensor | None, shape: tuple[int, ...
         raise TypeError(f"{op}: {name} is {given.dtype}, expected torch.float32")
     if given.device != device or given.shape != tuple(shape):
         raise ValueError(f"{op}: {name} is {tuple(given.shape)} on {given.device}, expected {tuple(shape)} on {device}")
+    if 0 in given.stride():  # asked first, for it is asked of every layer
+        written(op, name, given)
     return given if given.stride(2) == 1 and given.stride(1) == shape[2] else given.contiguous()
 
 
 def sums(op: str, S: Tensor | None, name: str, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """(what the caller gets, what the kernel adds to): ``S`` or zeros, and it or a copy without gaps."""
+    if shape[0] * shape[1] > MAX_SUM:
+        raise ValueError(
+            f"{op}: {name} has {shape[0] * shape[1]} elements; the GPU kernels add up at most {MAX_SUM} of a tensor, "
+            f"take backend='reference' or, in training, clipping='flat'"
+        )
     S = torch.zeros(shape, dtype=torch.float32, device=device) if S is None else S
     return S, gradient_out(op, name, S.unsqueeze(0), (1, *shape), device)[0]
 

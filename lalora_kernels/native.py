@@ -2,7 +2,8 @@
 
 Signatures and meaning are the reference's. float32 and bfloat16 inputs of any strides, float32
 accumulation, squared norms in float64, gradients and sums always float32. Results do not depend on the number of
-threads, bit for bit. ``LALORA_CPU_ISA`` = avx512bf16, avx512, avx2 or baseline forces an instruction set.
+threads, bit for bit, except under ``torch.set_flush_denormal(True)``: that is a setting of one thread, and the others
+keep their subnormals. ``LALORA_CPU_ISA`` = avx512bf16, avx512, avx2 or baseline forces an instruction set.
 """
 
 import math
@@ -49,7 +50,7 @@ def _refuse(op: str, name: str, t: Tensor, shape: Sequence[int] | None, dtype: t
         raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {tuple(shape)}")
 
 
-def _written(op: str, name: str, t: Tensor) -> None:
+def written(op: str, name: str, t: Tensor) -> None:
     """Refuse to write where two elements share one place in memory."""
     if any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride())):
         raise ValueError(f"{op}: {name} of shape {tuple(t.shape)} is expanded and cannot be written; clone() it")
@@ -76,7 +77,8 @@ def _batch(op: str, name: str, t: Tensor, N: int, T: int, features: int | None =
 def _shapes(
     op: str, dy: Tensor, B: Tensor, h: Tensor | None, x: Tensor | None
 ) -> tuple[tuple[int, int, int, int, int], tuple[tuple, ...]]:
-    """((N, T, m, n, r), (dy, B, h, x) as the bindings take them)."""
+    """((N, T, m, n, r), (dy, B, h, x) as the bindings take them). Without features of dy T is 0: nothing is added up,
+    and the kernels, whose loops over m write dz, leave none to be read."""
     if dy.dim() != 3 or B.dim() != 2 or B.shape[0] != dy.shape[2] or B.shape[1] < 1:
         raise ValueError(
             f"{op}: dy {tuple(dy.shape)} and B {tuple(B.shape)} do not fit; expected dy (N, T, m) and B (m, r), r >= 1"
@@ -89,23 +91,26 @@ def _shapes(
         _NOT_ASKED if h is None else _batch(op, "h", h, N, T, r),
         _NOT_ASKED if x is None else _batch(op, "x", x, N, T),
     )
-    return (N, T, m, 0 if x is None else x.shape[2], r), args
+    return (N, T if m else 0, m, 0 if x is None else x.shape[2], r), args
 
 
 def _empty_or_zeros(shape: tuple[int, ...], any_zero: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype) if any_zero else torch.empty(shape, dtype=dtype)
 
 
-def _per_sample_out(op: str, name: str, given: Tensor | None, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """(what the kernel writes, what the caller gets); the first is a copy where samples are not contiguous."""
+def _per_sample_out(
+    op: str, name: str, given: Tensor | None, shape: tuple[int, int, int], adds: bool
+) -> tuple[Tensor, Tensor]:
+    """(what the kernel writes, or adds to, and what the caller gets); the first is a copy where samples are not
+    contiguous."""
     if given is None:
-        out = torch.empty(shape, dtype=torch.float32)
+        out = _empty_or_zeros(shape, adds)
         return out, out
     if not _is_float32(given, shape):
         _refuse(op, name, given, shape, torch.float32)
     if given.is_contiguous():
         return given, given
-    _written(op, name, given)
+    written(op, name, given)
     return (given if given.stride(2) == 1 and given.stride(1) == shape[2] else given.contiguous()), given
 
 
@@ -126,14 +131,16 @@ def sample_grad(
     accumulate: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See ``lalora_kernels.reference.sample_grad``."""
-    (N, T, m, n, r), args = shape, args = _shapes("sample_grad", dy, B, h, x)
-    dz = _empty_or_zeros((N, T, r), not m, dy.dtype) if need_dz else None
+    (N, _, m, n, r), args = shape, args = _shapes("sample_grad", dy, B, h, x)
+    dz = _empty_or_zeros((N, dy.shape[1], r), not m, dy.dtype) if need_dz else None
+    # One flag for both factors: where nothing is given there is nothing to add to, and where one is the other is zero.
+    adds = accumulate and (G_B is not None or G_A is not None)
     g_b = g_a = out_b = out_a = sq_b = sq_a = None
     if h is not None:
-        g_b, out_b = _per_sample_out("sample_grad", "G_B", G_B, (N, m, r))
+        g_b, out_b = _per_sample_out("sample_grad", "G_B", G_B, (N, m, r), adds)
         sq_b = torch.empty(N, dtype=torch.float64)
     if x is not None:
-        g_a, out_a = _per_sample_out("sample_grad", "G_A", G_A, (N, r, n))
+        g_a, out_a = _per_sample_out("sample_grad", "G_A", G_A, (N, r, n), adds)
         sq_a = torch.empty(N, dtype=torch.float64)
     require().sample_grad(
         shape,
@@ -146,8 +153,7 @@ def sample_grad(
         0 if g_b is None else g_b.stride(0),
         _ptr(g_a),
         0 if g_a is None else g_a.stride(0),
-        # A fresh gradient holds nothing to add to.
-        accumulate and (G_B is not None or G_A is not None),
+        adds,
         torch.get_num_threads(),
     )
     for made, given in ((g_b, out_b), (g_a, out_a)):
@@ -171,8 +177,8 @@ def sample_grad_clip(
     S_A: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See ``lalora_kernels.reference.sample_grad_clip``."""
-    (N, T, m, n, r), args = shape, args = _shapes("sample_grad_clip", dy, B, h, x)
-    dz = _empty_or_zeros((N, T, r), not m, dy.dtype) if need_dz else None
+    (N, _, m, n, r), args = shape, args = _shapes("sample_grad_clip", dy, B, h, x)
+    dz = _empty_or_zeros((N, dy.shape[1], r), not m, dy.dtype) if need_dz else None
     sums: list[Tensor | None] = [None, None]
     squares: list[Tensor | None] = [None, None]
     for k, (given, source, name, size) in enumerate(((S_B, h, "S_B", (m, r)), (S_A, x, "S_A", (r, n)))):
@@ -183,7 +189,7 @@ def sample_grad_clip(
             sums[k] = torch.zeros(size, dtype=torch.float32)
         else:
             _refuse("sample_grad_clip", name, given, size, torch.float32)
-            _written("sample_grad_clip", name, given)
+            written("sample_grad_clip", name, given)
             sums[k] = given.contiguous()
     require().sample_grad_clip(
         shape,
@@ -255,7 +261,7 @@ def _release(
             _refuse(op, f"out[{l}]", o, None, torch.float32)
         target = o
         if not o.is_contiguous():
-            _written(op, f"out[{l}]", o)
+            written(op, f"out[{l}]", o)
             target = o.contiguous()
             copies.append((o, target))
         g_data = g_step = s_data = 0

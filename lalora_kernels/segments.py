@@ -1,7 +1,8 @@
 """The table by which one launch serves every tensor of a release, for the Triton and the CUDA kernels.
 
 One row of int64 a tensor: where G, S and out lie and how they are seen. It is built when a set of tensors is first
-seen, copied to their device and kept, so that a step moves nothing but its weights.
+seen, copied to their device and kept, so that a step moves nothing but its weights. A table belongs to the stream that
+copied it: another could read it before the copy, or after its memory has become somebody else's.
 """
 
 import threading
@@ -17,6 +18,7 @@ G, G_STRIDE, S, OUT, NUMEL, LENGTH, INNER, HALO, FIRST_TILE, TENSOR_INDEX, SMOOT
 FIELDS = 12
 KEPT = 32  # tables; a run alternates between a handful
 MAX_TILE = 16384
+MAX_LENGTH = 1 << 28  # of a filtered axis: the padding's index, five lengths at most, has 32 bits
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Table:
     smooth: bool  # some row is filtered
 
 
-_tables: OrderedDict[tuple, Table] = OrderedDict()
+_tables: OrderedDict[tuple[int, tuple], Table] = OrderedDict()  # by stream and tensors
+_captured: dict[tuple, Table] = {}  # by tensors; kept for good, as a CUDA graph knows only their addresses
 _lock = threading.Lock()
 
 
@@ -54,20 +57,28 @@ def _build(op: str, rows: Sequence[tuple], smallest_tile: int, device: torch.dev
     for l, ((g, g_stride, s, out, numel, length, inner, index, smooth), halo) in enumerate(zip(rows, halos)):
         if numel >= 1 << 31:
             raise ValueError(f"{op}: out[{l}] has {numel} elements; a tensor of one release has fewer than 2^31")
+        if smooth and length > MAX_LENGTH:
+            raise ValueError(f"{op}: out[{l}] is filtered along an axis of {length} features; the kernels take 2^28")
         table.append([g, g_stride, s, out, numel, length, inner, halo, len(owner), index, int(smooth), 0])
         owner += [l] * -(-numel // (tile - 2 * halo))
         aligned &= not any(address % 16 for address in (g, s, out)) and not (g_stride % 4 or numel % 4)
     places, tiles = torch.tensor(table, dtype=torch.int64).view(-1, FIELDS), torch.tensor(owner, dtype=torch.int32)
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():  # a graph would copy the table again, from memory long freed
-            raise RuntimeError(f"{op}: tensors not seen before while a CUDA graph is captured; run the step once first")
         places, tiles = (t.pin_memory().to(device, non_blocking=True) for t in (places, tiles))
     return Table(places, tiles, tile=tile, aligned=aligned, smooth=any(halos))
 
 
 def table(op: str, rows: Sequence[tuple], smallest_tile: int, device: torch.device) -> Table:
-    """The table of ``rows``: (G, G_stride, S, out, numel, length, inner, tensor_index, smooth), addresses integers."""
-    key = (tuple(rows), smallest_tile, device)
+    """The table of ``rows``: (G, G_stride, S, out, numel, length, inner, tensor_index, smooth), addresses integers.
+
+    ``device`` is the CPU, or the current one with its number.
+    """
+    seen, stream = (tuple(rows), smallest_tile, device), 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return _of_capture(op, seen)
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+    key = stream, seen
     with _lock:
         found = _tables.get(key)
         if found is None:
@@ -75,6 +86,17 @@ def table(op: str, rows: Sequence[tuple], smallest_tile: int, device: torch.devi
             if len(_tables) > KEPT:
                 _tables.popitem(last=False)
         _tables.move_to_end(key)
+        return found
+
+
+def _of_capture(op: str, seen: tuple) -> Table:
+    """A table that some stream copied before: nothing is copied in a capture, as each replay would copy it again, from
+    memory long freed. A replay comes after the run that had it copied, whose results it overwrites."""
+    with _lock:
+        found = _captured.get(seen) or next((t for (_, other), t in _tables.items() if other == seen), None)
+        if found is None:
+            raise RuntimeError(f"{op}: tensors not seen before while a CUDA graph is captured; run the step once first")
+        _captured[seen] = found
         return found
 
 

@@ -114,6 +114,38 @@ def test_outputs_are_written_added_to_and_returned(case, isa):
     close(S_A, 1 + g_a.sum(0), KERNEL_F32, "S_A")
 
 
+def test_a_factor_whose_gradient_was_not_given_starts_from_zero(isa, monkeypatch):
+    """Accumulating into one of two: fresh memory, here of NaN, holds nothing to add to."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, dtype: empty(*size, dtype=dtype).fill_(torch.nan))
+    inputs = grad_inputs(GradCase(3, 5, 7, 11, 4))
+    for name, size in (("G_B", (3, 7, 4)), ("G_A", (3, 4, 11))):
+        args, kwargs = split(inputs, "h", "x")
+        got = native.sample_grad(*args, **kwargs, **{name: torch.ones(size)}, accumulate=True)
+        args, kwargs = split(wide(inputs), "h", "x")
+        given = {name: torch.ones(size, dtype=torch.float64)}
+        compare(GradCase(3, 5, 7, 11, 4), got, reference.sample_grad(*args, **kwargs, **given, accumulate=True))
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
+def test_without_features_of_dy_nothing_is_read(dtype, isa):
+    """The kernels' scratch still holds the call before."""
+    case = GradCase(2, 3, 0, 5, 4, dtype)
+    inputs, before = grad_inputs(case), grad_inputs(GradCase(4, 9, 33, 20, 4, dtype))
+    for asked in ("h", "x", "hx", ""):
+        for need_dz in (True, False):
+            for op, kwargs in (("sample_grad", {}), ("sample_grad_clip", {"max_norm": 1.0})):
+                getattr(native, op)(*split(before)[0], h=before["h"], x=before["x"], **kwargs)
+                args, given = split(inputs, *asked)
+                got = getattr(native, op)(*args, **given, **kwargs, need_dz=need_dz)
+                args, given = split(wide(inputs), *asked)
+                compare(case, got, getattr(reference, op)(*args, **given, **kwargs, need_dz=need_dz))
+    args, given = split(inputs, "x")
+    ones = torch.ones(2, 4, 5)
+    assert native.sample_grad(*args, **given, G_A=ones, accumulate=True)[4].tolist() == [20.0, 20.0]
+    assert native.sample_grad_clip(*args, **given, max_norm=1.0, S_A=ones[0])[3].eq(1).all() and ones.eq(1).all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_record_contributes_nothing_and_spoils_no_other(bad, backend):
     case = GradCase(4, 6, 33, 18, 8)

@@ -116,6 +116,25 @@ def test_which_factor_is_asked_for_is_no_matter_of_addresses(emulation):
         emulation.sample_grad(grad, emulation.plan_sample_grad(grad, 0), 0, 0, False, 0, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, F16])
+def test_without_features_of_dy_all_is_zero(dtype):
+    for N in (0, 2):
+        check_sample_grad(TARGET, GradCase(N, 3, 0, 5, 4, dtype))
+        check_sample_grad_clip(TARGET, GradCase(N, 3, 0, 5, 4, dtype))
+
+
+def test_what_is_expanded_is_not_written():
+    dy, B, h, x = torch.ones(3, 5, 6), torch.ones(6, 4), torch.ones(3, 5, 4), torch.ones(3, 5, 7)
+    with pytest.raises(ValueError, match=r"sample_grad: G_B of shape \(3, 6, 4\) is expanded"):
+        cuda.sample_grad(dy, B, 1.0, h=h, G_B=torch.zeros(1, 6, 4).expand(3, 6, 4))
+    with pytest.raises(ValueError, match="sample_grad: G_A of shape .* is expanded"):
+        cuda.sample_grad(dy, B, 1.0, x=x, G_A=torch.zeros(3, 4, 1).expand(3, 4, 7))
+    with pytest.raises(ValueError, match="sample_grad_clip: S_B of shape .* is expanded"):
+        cuda.sample_grad_clip(dy, B, 1.0, h=h, max_norm=1.0, S_B=torch.zeros(1, 4).expand(6, 4))
+    G = torch.zeros(1, 6, 4).as_strided((1, 6, 4), (0, 4, 1))  # one sample: its stride means nothing
+    assert cuda.sample_grad(dy[:1], B, 1.0, h=h[:1], G_B=G)[1] is G and G.eq(5).all()
+
+
 @pytest.mark.parametrize("op", ["sample_grad", "sample_grad_clip"])
 def test_results_repeat_and_hold_every_scale(op):
     check_repeats(TARGET, GradCase(23, 40, 90, 70, 5), op)

@@ -1,15 +1,18 @@
 """Never run, never default: on a GPU a kernel serves unasked only where a committed result shows that it passed."""
 
 import contextlib
+import gc
 import json
 import re
+import weakref
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lalora_kernels import dispatch, gpu
+from lalora_kernels import dispatch, gpu, segments
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU_OPS = {"triton": set(dispatch.OPS), "cuda": set(dispatch.OPS)}
@@ -121,6 +124,84 @@ def test_whether_a_stream_is_captured_is_asked_on_the_tensors_card(monkeypatch):
     with pytest.raises(RuntimeError, match="privatize: a captured CUDA graph"):
         gpu.refuse_capture("privatize", torch.device("cuda", 1))
     gpu.refuse_capture("privatize", torch.device("cpu"))
+
+
+class Card:
+    """A card for the table's cache: which stream is current, whether it is captured, and the tables built, alive."""
+
+    def __init__(self, monkeypatch):
+        self.stream, self.capturing, self.built = 1, False, []
+        build = segments._build
+        monkeypatch.setattr(segments, "_build", lambda *a: self.seen(build(*a[:-1], torch.device("cpu"))))
+        monkeypatch.setattr(segments, "_tables", OrderedDict())
+        monkeypatch.setattr(segments, "_captured", {})
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(
+            torch._C, "_cuda_getCurrentRawStream", lambda index: self.stream + 10 * index, raising=False
+        )
+
+    def seen(self, table):
+        self.built.append(weakref.ref(table.rows))
+        return table
+
+    def table(self, k, card=0):
+        rows = [(0, 0, 16, 16, 64 + k, 1, 1, 0, False)]
+        return segments.table("clip_reduce", rows, 2048, torch.device("cuda", card))
+
+
+def test_the_tables_of_a_captured_graph_are_never_freed(monkeypatch):
+    """It keeps their addresses alone. What only ordinary launches took goes, as it did."""
+    card = Card(monkeypatch)
+    card.table(0), card.table(1)
+    card.stream, card.capturing = 2, True
+    captured = card.table(0)
+    assert captured.rows is card.built[0](), "the graph takes what was copied on another stream before"
+    with pytest.raises(RuntimeError, match="clip_reduce: tensors not seen before while a CUDA graph is captured"):
+        card.table(2)
+    del captured
+    card.capturing = False
+    for k in range(3, 3 + segments.KEPT):
+        card.table(k)
+    gc.collect()
+    assert card.built[0]() is not None and card.built[1]() is None and len(segments._tables) == segments.KEPT
+    card.capturing = True
+    assert card.table(0).rows is card.built[0](), "a second graph of these tensors shares it"
+
+
+def test_a_table_serves_the_stream_that_copied_it(monkeypatch):
+    """Another might read it before it is copied, or write another table into its memory while this one reads."""
+    card = Card(monkeypatch)
+    first = card.table(0)
+    assert card.table(0) is first
+    card.stream = 2
+    second = card.table(0)
+    assert second is not first and card.table(0) is second and len(card.built) == 2
+    card.stream = 1
+    assert card.table(0) is first and len(card.built) == 2
+    assert card.table(0, card=1) is not first and len(card.built) == 3
+
+
+def test_a_filtered_axis_too_long_for_the_paddings_index_is_refused():
+    def ask(length, smooth=True):
+        rows = [(0, 0, 16, 16, length, length, 1, 0, smooth)]
+        return segments._build("smooth", rows, 16384, torch.device("cpu"))
+
+    with pytest.raises(ValueError, match=r"smooth: out\[0\] is filtered along an axis of 268435457 features; .* 2\^28"):
+        ask(2**28 + 1)
+    assert ask(2**28).smooth and not ask(2**28 + 1, smooth=False).smooth
+    assert 5 * segments.MAX_LENGTH < 2**31, "index + 2 periods of twice the length"
+
+
+def test_factors_whose_offsets_do_not_fit_32_bits_are_copied():
+    """Of B over all its rows, as the kernels add row * stride to one pointer; of the others over a tile."""
+    make = dict(device="meta", dtype=torch.bfloat16)
+    dy = torch.empty(2, 4, 65_536, **make)
+    for stride, as_it_lies in ((32_767, True), (40_000, False)):
+        B = torch.empty_strided((65_536, 16), (stride, 1), **make)
+        found = gpu.layer_inputs("sample_grad", dy, B, None, None)[1]
+        assert (found is B) == as_it_lies and (as_it_lies or found.is_contiguous())
+    x = torch.empty_strided((2, 4, 3), (400_000, 100_000, 1), **make)
+    assert gpu.layer_inputs("sample_grad", dy, B, None, x)[3] is x
 
 
 def test_every_proof_names_a_committed_result_that_passed():

@@ -6,7 +6,7 @@ from models import FAMILIES, adapted
 from tolerances import PER_SAMPLE_F32, PER_SAMPLE_F64
 from torch import nn
 
-from lalora_kernels.nn import lora_layers, set_active
+from lalora_kernels.nn import LoRALinear, lora_layers, set_active
 from lalora_kernels.privacy.checks import per_sample_gradients, single_sample_gradients, tree_map
 
 PHASES = ["A", "B", "AB"]
@@ -105,6 +105,20 @@ def test_a_module_called_twice_accumulates_before_its_norm():
         set_active(model, phase)
         expected = single_sample_gradients(model, batch, twice)
         assert largest_relative_error(per_sample_gradients(model, batch, twice), expected) < PER_SAMPLE_F64
+
+
+def test_a_layer_between_axes_of_no_size():
+    """A batch of pictures without rows: every record's gradient is zero, as autograd's is."""
+    torch.manual_seed(7)
+    model = nn.Sequential(LoRALinear(6, 6, r=2, dtype=torch.float64), LoRALinear(6, 3, r=2, dtype=torch.float64))
+    batch = (torch.randn(4, 0, 5, 6, dtype=torch.float64),)
+
+    def loss(model, batch):
+        return model(batch[0]).sum()
+
+    found = per_sample_gradients(model, batch, loss)
+    assert found.keys() == single_sample_gradients(model, batch, loss).keys() and len(found) == 4
+    assert all(g.shape[0] == 4 and not g.any() for g in found.values())
 
 
 @pytest.mark.parametrize("padding_idx", [None, 2])

@@ -1,5 +1,6 @@
 """One record moves a release by no more than C, whatever it holds; the noise is sigma C, and nothing else is."""
 
+import copy
 import math
 import warnings
 from unittest import mock
@@ -10,14 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from tolerances import FALSE_ALARM, KERNEL_F32, KS_REJECT, SENSITIVITY_F32
+from tolerances import FALSE_ALARM, KERNEL_F32, KS_REJECT, PER_SAMPLE_F32, SENSITIVITY_F32
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lalora_kernels import functional
 from lalora_kernels.nn import LoRAConv2d, LoRAEmbedding, LoRALinear
+from lalora_kernels.privacy.checks import single_sample_gradients
+from lalora_kernels.privacy.clipping import clip_weights
 from lalora_kernels.privacy.make_private import make_private
 from lalora_kernels.privacy.noise import NoiseSource
+from lalora_kernels.privacy.nonfinite import NonfiniteCount
 
 KEY = bytes(range(7, 39))
 TOKENS = 5
@@ -54,7 +58,7 @@ def net(dtype: torch.dtype) -> Net:
     return model.to(dtype).train()
 
 
-def clipped_sum(records, *, model=None, dtype=torch.float32, reduction="mean", noise_multiplier=0.0, **kwargs):
+def clipped_sum(records, *, model=None, dtype=torch.float32, reduction="mean", noise_multiplier=0.0, least=6, **kwargs):
     """The sum before division that one private step of ``make_private`` over all ``records`` releases, float64 (P,)."""
     model = net(dtype) if model is None else model
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
@@ -71,7 +75,7 @@ def clipped_sum(records, *, model=None, dtype=torch.float32, reduction="mean", n
             private.step()
     ((_, _, _, out), _) = spy.call_args
     private.detach()
-    assert spy.call_count == 1 and len(out) >= 6
+    assert spy.call_count == 1 and len(out) >= least
     return private.expected_batch_size * torch.cat([t.double().flatten() for t in out])
 
 
@@ -173,6 +177,67 @@ def test_the_bound_is_reached():
     for clipping in ("flat", "per_layer", "automatic"):
         alone = clipped_sum(tuple(t[:1] for t in records), clipping=clipping, max_grad_norm=0.5)
         assert 0.5 * (1 - 1e-3) <= alone.norm() <= 0.5 * (1 + SENSITIVITY_F32)
+
+
+class Beside(nn.Module):
+    """Two layers that a record enters apart. Called at once they clip on the way, in pieces once all is known."""
+
+    def __init__(self, pieces):
+        super().__init__()
+        self.pieces = pieces
+        self.one, self.two = LoRALinear(6, 5, r=2, lora_alpha=3), LoRALinear(6, 5, r=2, lora_alpha=3)
+        for layer in (self.one, self.two):
+            nn.init.normal_(layer.lora_B)
+
+    def forward(self, x, u):
+        return sum(torch.cat([f(part) for part in t.split(-(-t.shape[1] // self.pieces), 1)], 1)
+                   for f, t in ((self.one, x), (self.two, u)))  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "backend, dtype", [("reference", torch.float64), ("reference", torch.float32), ("cpp", torch.float32)]
+)
+def test_per_layer_leaves_out_the_tensors_that_are_not_finite_whenever_it_clips(bad, backend, dtype):
+    """A record whose gradient is not finite in layer two trains layer one: in one pass over dy and in two, and for
+    single backwards in float64, tensor by tensor."""
+    generator = torch.Generator().manual_seed(2)
+    x, u = (torch.randn(5, 4, 6, generator=generator, dtype=dtype) for _ in range(2))
+    u[3, 1, 2] = bad
+    w = torch.randn(5, 4, 5, generator=generator, dtype=dtype)
+    C, found = 0.8, []
+    for pieces in (1, 2):
+        torch.manual_seed(1)
+        model = Beside(pieces).to(dtype)
+        wide = copy.deepcopy(model).double()
+        with mock.patch.object(functional, "sample_grad_clip", wraps=functional.sample_grad_clip) as one_pass:
+            found.append(clipped_sum((x, u, w), model=model, clipping="per_layer", max_grad_norm=C, method="dp-lora",
+                                     backend=backend, least=4))  # fmt: skip
+        assert one_pass.call_count == (2 if pieces == 1 else 0)
+    grads = single_sample_gradients(
+        wide, (x.double(), u.double(), w.double()), lambda m, b: (m(b[0], b[1]) * b[2]).sum()
+    )
+    want = []
+    for name, g in grads.items():
+        kept = [i for i in range(5) if g[i].isfinite().all()]
+        assert kept == ([0, 1, 2, 3, 4] if name.startswith("one") else [0, 1, 2, 4])
+        want.append(sum(min(1.0, C / 2 / float(g[i].norm())) * g[i] for i in kept).flatten())
+    for got in found:
+        assert (got - torch.cat(want)).norm() <= PER_SAMPLE_F32 * torch.cat(want).norm()
+
+
+def test_a_record_that_one_tensor_leaves_out_counts_once():
+    sq = torch.tensor([[4.0, 1.0, math.inf], [math.nan, 1.0, 1.0], [math.inf, 1.0, 1.0]], dtype=torch.float64)
+    options = dict(max_grad_norm=math.sqrt(3), grad_scale=1.0, dtype=torch.float64)
+    weights, bad = clip_weights(sq, clipping="per_layer", valid=3, **options)
+    assert weights.tolist() == [[0.5, 1.0, 0.0], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0]] and bad == 2
+    weights, bad = clip_weights(sq, clipping="per_layer", valid=2, **options)
+    assert weights[:, 2].eq(0).all() and weights[0, 0] == 0.5 and bad == 1
+    for clipping in ("flat", "automatic"):
+        weights, bad = clip_weights(sq, clipping=clipping, valid=3, **options)
+        assert weights[:, [0, 2]].eq(0).all() and weights[:, 1].gt(0).all() and bad == 2
+    with pytest.warns(UserWarning, match="2 record.*with clipping='per_layer' of those tensors' sums alone"):
+        NonfiniteCount().add(bad)
 
 
 # ---------------------------------------------------------------- noise

@@ -32,7 +32,7 @@ from tolerances import BFLOAT16_CUT
 pytest.importorskip("triton", reason="triton is not installed")
 
 import lalora_kernels.triton_ops as triton_ops
-from lalora_kernels import segments
+from lalora_kernels import gpu, segments
 from lalora_kernels.gpu import refuse_capture
 from lalora_kernels.triton_ops import common
 
@@ -137,6 +137,11 @@ def test_a_bad_record_spoils_no_other(bad, dtype):
     check_bad_record(TARGET, GradCase(3, 2, 1100, 19, 8, dtype), "sample_grad_clip", bad)  # through sample_grad
 
 
+def test_without_features_of_dy_all_is_zero():
+    check_sample_grad(TARGET, GradCase(2, 3, 0, 5, 4))
+    check_sample_grad_clip(TARGET, GradCase(2, 3, 0, 5, 4))
+
+
 def test_words_are_the_same_bit_for_bit():
     check_words(TARGET)
 
@@ -180,6 +185,16 @@ def test_a_rank_that_no_tile_holds_is_refused():
         triton_ops.smooth(torch.zeros(6, 2049), 0)
 
 
+def test_a_sum_that_no_grid_adds_up_is_refused():
+    from lalora_kernels.triton_ops.sample_grad import FINISH
+
+    assert gpu.MAX_SUM == 65_535 * FINISH
+    dy, B, h = (torch.empty(*s, device="meta") for s in ((0, 1, 65_536), (65_536, 1024), (0, 1, 1024)))
+    with pytest.raises(ValueError, match="S_B has 67108864 elements; .* take backend='reference'"):
+        triton_ops.sample_grad_clip(dy, B, 1.0, h=h, max_norm=1.0)
+    assert gpu.sums("sample_grad_clip", None, "S_A", (1024, 65_535), torch.device("meta"))[0].numel() == gpu.MAX_SUM
+
+
 def test_bad_inputs():
     with pytest.raises(TypeError, match="float64"):
         triton_ops.sample_grad(torch.zeros(2, 3, 4).double(), torch.zeros(4, 2), 1.0)
@@ -191,6 +206,15 @@ def test_bad_inputs():
         )
     with pytest.raises(ValueError, match="32 bytes"):
         triton_ops.chacha20_normal(4, key=b"short", release=0, tensor_index=0, device="cpu")
+    with pytest.raises(ValueError, match="G_B of shape .* is expanded"):
+        triton_ops.sample_grad(
+            torch.ones(3, 1, 4), torch.ones(4, 2), 1.0, h=torch.ones(3, 1, 2), G_B=torch.ones(1, 4, 2).expand(3, 4, 2)
+        )
+    with pytest.raises(ValueError, match="S_A of shape .* is expanded"):
+        triton_ops.sample_grad_clip(
+            torch.ones(3, 1, 4), torch.ones(4, 2), 1.0, x=torch.ones(3, 1, 5), max_norm=1.0,
+            S_A=torch.ones(2, 1).expand(2, 5),
+        )  # fmt: skip
     out = [torch.zeros(6, 2)]
     kwargs = dict(noise_std=0.0, key=None, release=0, tensor_index=[0], smooth_dim=[0], divisor=1.0)
     with pytest.raises(ValueError, match=r"G\[0\] has shape"):

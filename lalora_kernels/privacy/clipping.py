@@ -29,8 +29,10 @@ def clip_weights(
 
     ``sq`` (L,N) float64: squared norms of L tensors' per-sample gradients, which stand ``grad_scale`` times too small
     (the user's loss is a mean over that many records). A weight is ``grad_scale`` c_i. It is 0 for placeholders
-    (index >= ``valid``) and for a sample whose norm is not finite in any tensor. ||sum of a sample's weighted
-    tensors|| <= C (1 + 1e-6) in every mode. The count is a tensor, so that nothing waits for the device.
+    (index >= ``valid``) and where a norm is not finite: a sample's own, which leaves it out of every tensor, or per
+    layer the tensor's, which leaves it out of that one, as the one-pass kernel does, which knows no other. It counts
+    as non-finite either way. ||sum of a sample's weighted tensors|| <= C (1 + 1e-6) in every mode. The count is a
+    tensor, so that nothing waits for the device.
     """
     L, N = sq.shape
     norm = grad_scale * (sq if clipping == "per_layer" else sq.sum(0, keepdim=True)).sqrt()
@@ -39,10 +41,10 @@ def clip_weights(
         factor = bound / (norm + GAMMA)
     else:
         factor = (bound / norm).clamp(max=1.0)
-    finite = (norm.isfinite() & (factor * grad_scale >= SMALLEST_FACTOR)).all(0)
-    kept, bad = finite, ~finite
+    kept = norm.isfinite() & (factor * grad_scale >= SMALLEST_FACTOR)  # (L,N) per layer, else (1,N)
+    bad = ~kept.all(0)
     if valid < N:
         real = torch.arange(N, device=sq.device) < valid
-        kept, bad = finite & real, real & bad
+        kept, bad = kept & real, bad & real
     weights = torch.where(kept, factor * grad_scale, 0.0).to(dtype)
     return weights.expand(L, N), bad.sum()

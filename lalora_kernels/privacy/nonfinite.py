@@ -1,4 +1,5 @@
-"""Records that steps leave out because their gradient is not finite: counted on the device, told without waiting."""
+"""Records that steps leave out, per layer of some tensors only, because their gradient is not finite: counted on the
+device, told without waiting."""
 
 import warnings
 
@@ -34,7 +35,8 @@ class NonfiniteCount:
         if known > self._said:
             warnings.warn(
                 f"{known - self._said} record(s) of this batch, or on a GPU of the last ones, had a gradient that is "
-                f"NaN, Inf or beyond float32; they contribute nothing to the step",
+                f"NaN, Inf or beyond float32; they are left out of the step, or with clipping='per_layer' of those "
+                f"tensors' sums alone whose gradient is not finite",
                 stacklevel=5,
             )
         self._said = known

@@ -112,7 +112,8 @@ class PrivateOptimizer(Optimizer):
 
     @property
     def nonfinite_samples(self) -> int:
-        """Records left out so far: their gradient was NaN, Inf or beyond float32. Not privatized: do not publish."""
+        """Records left out so far, with clipping="per_layer" of some tensors at least: their gradient was NaN, Inf or
+        beyond float32. Not privatized: do not publish."""
         return int(self.engine.nonfinite.total)
 
     @property

@@ -124,6 +124,7 @@ class Recorder:
         batch = self.engine.batch
         if batch is None or batch.rows == 1 or x.dim() < 2 or x.shape[0] != 1 or not torch.is_grad_enabled():
             return x
+        self.engine.expanded.add(self.name)
         return x.expand(batch.rows, *x.shape[1:])
 
     def reset(self) -> None:
@@ -237,7 +238,7 @@ class LoRARecorder(Recorder):
                 assert sq is not None  # what was asked for
                 site.sq = sq
                 e.mark(site)
-        return dz if dz is None or dy3 is dy else dz.view(*dy.shape[:-1], -1)
+        return dz if dz is None or dy3 is dy else dz.view(*dy.shape[:-1], dz.shape[-1])
 
     def record_embedding(self, dy: Tensor, B: Tensor, scaling: float, h: Tensor | None, ids: Tensor) -> None:
         """An adapted table's: dy (..., m), h (..., r), ids (...). A (r,V) is deferred: few of V tokens are named."""

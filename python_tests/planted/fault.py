@@ -5,6 +5,7 @@ from dataclasses import dataclass
 ENGINE, MAKE, CLIPPING = (f"lalora_kernels/privacy/{name}.py" for name in ("engine", "make_private", "clipping"))
 NOISE, SAMPLING, LEDGER = (f"lalora_kernels/privacy/{name}.py" for name in ("noise", "sampling", "ledger"))
 RECORDERS, RULES, ACCOUNTANT = (f"lalora_kernels/privacy/{name}.py" for name in ("recorders", "rules", "accountant"))
+TIES, REDUCTION, OPTIMIZER = (f"lalora_kernels/privacy/{name}.py" for name in ("ties", "reduction", "optimizer"))
 REFERENCE, CPU, FEDERATED = "lalora_kernels/reference", "csrc/cpu", "lalora_kernels/federated"
 
 

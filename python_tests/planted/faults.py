@@ -14,6 +14,7 @@ from planted.fault import (
     SAMPLING,
 )
 from planted.fault import fault as _fault
+from planted.files import FILES
 from planted.layers import LAYERS
 
 _CLIP_AFTER_SUM = (
@@ -218,8 +219,8 @@ FAULTS = (
     _fault(
         "NaN sample passed",
         CLIPPING,
-        "finite = (norm.isfinite() & (factor * grad_scale >= SMALLEST_FACTOR)).all(0)",
-        "finite = torch.ones(N, dtype=torch.bool, device=sq.device)",
+        "kept = norm.isfinite() & (factor * grad_scale >= SMALLEST_FACTOR)",
+        "kept = torch.ones_like(norm, dtype=torch.bool)",
         "private_step",
     ),
     _fault(
@@ -390,4 +391,5 @@ FAULTS = (
         "privacy_gaps",
     ),
     *LAYERS,
+    *FILES,
 )  # fmt: skip

@@ -1,10 +1,8 @@
 """Faults in convolutions and embeddings, tied tensors, what the loop's clipping and loss are told, adaptive runs."""
 
-from planted.fault import ENGINE, FEDERATED, MAKE, RECORDERS, RULES, SAMPLING, fault
+from planted.fault import ENGINE, FEDERATED, MAKE, OPTIMIZER, RECORDERS, REDUCTION, RULES, SAMPLING, TIES, fault
 
-AUTOGRAD, TIES, REDUCTION, OPTIMIZER = (
-    f"lalora_kernels/{name}.py" for name in ("autograd", "privacy/ties", "privacy/reduction", "privacy/optimizer")
-)
+AUTOGRAD = "lalora_kernels/autograd.py"
 
 LAYERS = (
     fault(

@@ -1,0 +1,71 @@
+"""Faults in what stands in files: whose records are set aside, who may write a ledger, what leaves the machine."""
+
+from planted.fault import FEDERATED, OPTIMIZER, REDUCTION, fault
+
+DATA, LEDGER_FILE = "lalora_kernels/data.py", "lalora_kernels/privacy/ledger_file.py"
+
+FILES = (
+    fault(
+        "records set aside by where they stand in the file",
+        DATA,
+        "hashlib.sha256(SPLIT_SALT + records.digest(i)).digest()",
+        "hashlib.sha256(SPLIT_SALT + str(i).encode()).digest()",
+        "data",
+    ),
+    fault(
+        "accuracy on private records logged as public",
+        "lalora_kernels/loggers.py",
+        "public_test = not record.get(PRIVATE_TEST)",
+        "public_test = True",
+        "loggers",
+    ),
+    fault(
+        "a record's lifetime ledger depends on which labels others have",
+        f"{FEDERATED}/lifetime.py",
+        "frozenset(records.digest(i) for i in indices)",
+        "frozenset(records.digest(i)[:31] + bytes([records[i][1]]) for i in indices)",
+        "data",
+    ),
+    fault(
+        "a ledger's file written over what another one charged",
+        LEDGER_FILE,
+        "if self.path.exists() and self.path.read_bytes() not in self._known:",
+        "if False:",
+        "ledger_at",
+    ),
+    fault(
+        "two processes on one ledger",
+        LEDGER_FILE,
+        '                lock = FileLock(place.with_name(place.name + ".lock"))\n',
+        '                lock = FileLock(place.with_name(f"{place.name}.{os.getpid()}.lock"))\n',
+        "ledger_at",
+    ),
+    fault(
+        "a run starts at zero from weights that another run trained",
+        f"{FEDERATED}/run.py",
+        "        task.refuse_trained()\n",
+        "",
+        "task",
+    ),
+    fault(
+        "a message that comes again is refused while the first is answered",
+        f"{FEDERATED}/node.py",
+        "RunLock(lifetime, PATIENCE)",
+        "RunLock(lifetime)",
+        "flower_client",
+    ),
+    fault(
+        "a loss that picks records taken for a sum",
+        REDUCTION,
+        "if idle := int(without_gradient(z, dz).sum()):",
+        "if idle := 0:",
+        "reduction",
+    ),
+    fault(
+        "adapters that somebody froze train all the same",
+        OPTIMIZER,
+        "if pair and not any(site.trained for site in pair):",
+        "if False:",
+        "refusals",
+    ),
+)  # fmt: skip
