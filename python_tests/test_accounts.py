@@ -93,6 +93,23 @@ class TestASecondTraining:
         train(model, again, loader, 1)
         assert again.ledger.steps == 1
 
+    def test_of_another_adapter_over_what_the_first_was_merged_into(self):
+        """ReLoRA: what the first phase learned is in the base weights of the second."""
+        model = network()
+        optimizer, loader = private(model)
+        train(model, optimizer, loader, 3)
+        optimizer.detach()
+        lk.adapt(lk.merge_and_unload(model), r=2, target_modules=["0"], verbose=False)
+        with pytest.raises(ValueError, match=r"privately already \(3 releases\)"):
+            private(model)
+        again, loader = private(model, ledger=optimizer.ledger)
+        train(model, again, loader, 1)
+        assert again.ledger.steps == 4
+        again.detach()
+        lk.adapt(lk.unadapt(model), r=2, target_modules=["0"], verbose=False)
+        with pytest.raises(ValueError, match=r"privately already \(4 releases\)"):
+            private(model)
+
     def test_is_none_where_nothing_was_released_or_the_model_is_another(self):
         model = network()
         private(model)[0].detach()

@@ -23,6 +23,13 @@ def note(params: Iterable[nn.Parameter], ledger: Ledger) -> None:
             _last[p] = ledger
 
 
+def pass_on(source: Iterable[nn.Parameter], to: nn.Parameter) -> None:
+    """``to`` holds from now on what the others have learned."""
+    for p in source:
+        if (ledger := _last.get(p)) is not None:
+            note([to], ledger)
+
+
 def refuse_second_account(params: Iterable[nn.Parameter], cure: str = CURE) -> None:
     """Raise ValueError where one of these has trained privately and nobody says under which ledger it goes on."""
     for p in params:
