@@ -246,15 +246,16 @@ def test_a_message_that_is_sent_again_waits_for_the_first_ones_answer(world, tmp
             def ask(*more):
                 answers.append(Node(node.home, 0).answer(messages[0], *more))
 
-            first = threading.Thread(target=ask, args=(step,))
+            first = threading.Thread(target=ask, args=(step,), daemon=True)
             first.start()
             training.wait()
-            second = threading.Thread(target=ask)
+            second = threading.Thread(target=ask, daemon=True)
             second.start()
             second.join(1.0)  # seconds that it would need to refuse
-            assert second.is_alive() and not answers
+            waited = second.is_alive() and not answers
             go.set()
             first.join(), second.join()
+            assert waited
             yield from ((0, answer) for answer in answers)
 
     Coordinator.start(prepare(config), tmp_path / "run").train(Reconnect([node]))
