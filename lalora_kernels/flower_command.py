@@ -135,6 +135,8 @@ def _interrupt(*_: object) -> None:
 def _run(args: argparse.Namespace, given: dict[str, Any]) -> int:
     if args.resume and (given or args.out):
         raise BadInput("--resume continues a run with its own settings; leave the other flags out")
+    if not 1.0 <= args.round_timeout < math.inf:
+        raise BadInput(f"--round-timeout is a number of seconds, 1 or more; got {args.round_timeout:g}")
     config = None if args.resume else make_config(given)
     folder = Path(args.resume or args.out or f"runs/flower-{time.strftime('%Y%m%d-%H%M%S')}")
     if config is None:

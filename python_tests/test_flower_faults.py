@@ -20,7 +20,7 @@ from flower_nodes import (  # noqa: F401
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from lalora_kernels import flower_command
+from lalora_kernels import cli, flower_command
 from lalora_kernels.cli import main
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.client import Client
@@ -224,3 +224,11 @@ def test_the_run_folder_holds_what_the_in_process_one_does(without_two):
     adapter = load_file(without_two.folder / "adapter/adapter_model.safetensors")
     with safe_open(without_two.folder / "checkpoint.safetensors", framework="pt") as file:
         assert len(adapter) == len([key for key in file.keys() if key.startswith("state/")])
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "0", "-5"])
+def test_a_timeout_that_is_none_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, seconds):
+    monkeypatch.setattr(flower_command, "_need_flower", lambda *_: None)
+    assert cli.main(["flower", "run", f"--round-timeout={seconds}", "--out", str(tmp_path / "run")]) == 2
+    assert "--round-timeout is a number of seconds, 1 or more" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
