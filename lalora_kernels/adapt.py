@@ -1,15 +1,15 @@
 """Put LoRA layers into a model, and take them out again. Names of modules and parameters do not change."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 from lalora_kernels.nn import LoRALayer, LoRALinear, lora_layers
 from lalora_kernels.targets import (
-    fused_projections,
+    adapted_rows,
     lora_class,
     modules_by_name,
     refusal,
@@ -17,11 +17,14 @@ from lalora_kernels.targets import (
     resolve_targets,
 )
 
+Model = TypeVar("Model", bound=nn.Module)
+Fused = Literal["qkv", "qv"]
 SAVED = "_saved_with_adapter"  # set on every module of modules_to_save; saved_modules() reads it
+NO_ROWS: Mapping[str, Iterable[tuple[int, int]]] = {}
 
 
 def adapt(
-    model: nn.Module,
+    model: Model,
     *,
     r: int = 8,
     lora_alpha: float | None = None,
@@ -29,37 +32,31 @@ def adapt(
     use_rslora: bool = False,
     target_modules: str | Iterable[str] = "qv",
     modules_to_save: str | Iterable[str] | None = None,
-    fused: str = "qkv",
+    fused: Fused = "qkv",
     verbose: bool = True,
-) -> nn.Module:
+) -> Model:
     """Swap layers for LoRA layers in place, freeze everything else, and return the same model.
 
     ``lora_alpha`` is r where it is not given, so that s = 1. ``target_modules`` means what it means in PEFT: a list of
     names, each the whole name of a module or the end of one after a dot; ``"all-linear"``, every linear layer but the
     output head; any other string a regular expression that matches the whole name. ``"qv"`` is the query and value
-    projections by the names that this model's family gives them, a fused one whole (see ``fused``).
+    projections by the names of known families (targets.QUERY_VALUE), a fused one whole (see ``fused``).
     ``modules_to_save``, a list of such names, stay trainable as they are and are saved with the adapter; nothing inside
     them is adapted. A layer that is reachable under two names becomes one LoRA layer in both places.
     ``fused`` says what is adapted of a fused projection (timm's qkv, GPT-2's c_attn): all of it, as PEFT does, or with
     "qv" its query and value outputs; B's rows for the keys then stay zero, also in the file, so PEFT loads the same
     function. ``verbose`` prints what was done.
 
-    ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding`` and transformers' ``Conv1D`` can be adapted. Raises ValueError,
-    before anything is changed, for names that no module has, for a target that matches nothing, is adapted already or
-    cannot be adapted (with the reason), and for r, lora_alpha or lora_dropout out of range.
+    ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding`` and transformers' ``Conv1D`` and ``FalconLinear`` can be adapted.
+    Raises ValueError, before anything is changed, for names that no module has, for a target that matches nothing, is
+    adapted already or cannot be adapted (with the reason), and for r, lora_alpha or lora_dropout out of range.
     """
     lora_alpha = r if lora_alpha is None else lora_alpha
     check_settings(r, lora_alpha, lora_dropout)
     saved = resolve_saved(model, modules_to_save)
     names, left_out = resolve_targets(model, target_modules, saved)
-    thirds = fused_projections(model, names) if fused == "qv" else []
-    if fused not in ("qkv", "qv") or (fused == "qv" and not thirds):
-        raise ValueError(f"fused={fused!r}: it is 'qkv', or 'qv' with a target named qkv or c_attn")
-    install(model, dict.fromkeys(names, (r, lora_alpha)), saved, lora_dropout, use_rslora)
-    for name in thirds:
-        layer: Any = model.get_submodule(name)
-        third = layer.out_features // 3
-        layer.only_rows(slice(0, third), slice(2 * third, None))
+    rows = adapted_rows(model, names, fused)
+    install(model, dict.fromkeys(names, (r, lora_alpha)), saved, lora_dropout, use_rslora, rows)
     if verbose:
         print(trainable_summary(model))
         for name, why in left_out.items():
@@ -85,9 +82,11 @@ def install(
     saved: Iterable[str] = (),
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
+    rows: Mapping[str, Iterable[tuple[int, int]]] = NO_ROWS,
 ) -> None:
     """Swap the layers named in ``plan`` (name -> r, lora_alpha), mark ``saved`` modules, freeze everything else.
 
+    ``rows``: name -> [(start, stop), ...] of layers of which only these outputs are adapted.
     Raises ValueError for a layer that cannot be adapted, before anything is changed.
     """
     modules = modules_by_name(model)
@@ -103,6 +102,8 @@ def install(
             layer: Any = kind.from_linear(module, r, lora_alpha, lora_dropout, use_rslora)
             layer._plain = (module,)  # in a tuple, so that it is no submodule: unadapt gives this very object back
             fresh[id(module)] = layer
+    for name, parts in rows.items():
+        fresh[id(modules[name])].only_rows(*(slice(*part) for part in parts))
     for name, module in modules.items():
         if id(module) in fresh:
             _replace(model, name, fresh[id(module)])
@@ -162,7 +163,7 @@ def trainable_summary(model: nn.Module) -> Summary:
     )
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: Model) -> Model:
     """Fold every layer's s B A into its weight, all of them or none; evaluation then costs what the base model does.
 
     Raises RuntimeError for a layer that is merged already, ValueError for NaN or Inf in a factor and for a weight that
@@ -175,7 +176,7 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def unmerge(model: nn.Module) -> nn.Module:
+def unmerge(model: Model) -> Model:
     """Undo ``merge``, bit for bit. Raises RuntimeError if a layer is not merged, before anything is changed."""
     for name, layer in lora_layers(model):
         if not layer.merged:
@@ -185,17 +186,21 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: Model) -> Model:
     """Give back the plain layers, in place, with s B A folded into their weights. The weights stay frozen.
 
     Raises ValueError as ``merge`` does, RuntimeError where the model belongs to a private optimizer.
     """
+    from lalora_kernels.privacy.accounts import pass_on
+
     _refuse_private(model)
     _merge_rest(model)
+    for _, layer in lora_layers(model):
+        pass_on((layer.lora_A, layer.lora_B), layer.weight)
     return _unload(model)
 
 
-def unadapt(model: nn.Module) -> nn.Module:
+def unadapt(model: Model) -> Model:
     """Give back the plain layers, in place, with the base weights as they were; the factors are dropped.
 
     Raises RuntimeError where the model belongs to a private optimizer.
@@ -228,7 +233,7 @@ def _refuse_private(model: nn.Module) -> None:
             raise RuntimeError(f"{name} belongs to a private optimizer; call its detach() first")
 
 
-def _unload(model: nn.Module) -> nn.Module:
+def _unload(model: Model) -> Model:
     if isinstance(model, LoRALayer):
         raise ValueError("the model itself is a LoRA layer, which cannot be replaced in place; use merge()")
     for name, layer in list(modules_by_name(model).items()):

@@ -4,17 +4,27 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lalora_kernels.adapt import SAVED, check_settings, install, lora_factors, saved_modules
-from lalora_kernels.nn import LoRAEmbedding, LoRALayer, lora_layers
+from lalora_kernels.adapt import SAVED, Fused, Model, install, lora_factors, saved_modules
+from lalora_kernels.nn import LoRAEmbedding, LoRALayer, LoRALinear, lora_layers
+from lalora_kernels.peft_files import (
+    CONFIG,
+    WEIGHTS,
+    Rows,
+    listed,
+    read_config,
+    read_rows,
+    read_tensors,
+    refuse_nonfinite,
+    tensors_file,
+    write_file,
+)
 from lalora_kernels.peft_names import (
     common_and_pattern,
     peft_saved,
@@ -25,20 +35,9 @@ from lalora_kernels.peft_names import (
     targets_and_saved,
     with_task_heads,
 )
-from lalora_kernels.targets import lora_class, modules_by_name, refusal
+from lalora_kernels.targets import adapted_rows, lora_class, modules_by_name, refusal
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # PEFT puts it before every key
-# Settings that are honoured, or that do not change what a loaded adapter computes. Any other that is switched on does
-# (DoRA, aLoRA, and those that PEFT does not have yet): it is refused by name.
-KNOWN = set(
-    "alpha_pattern auto_mapping base_model_name_or_path bias corda_config eva_config exclude_modules fan_in_fan_out "
-    "inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout "
-    "lora_ga_config megatron_core modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision "
-    "runtime_config target_modules task_type use_rslora".split()
-)
-# Initializations that change the base weights too: the factors alone do not make the model.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def save_adapter(
@@ -51,7 +50,8 @@ def save_adapter(
 
     ``folder`` is made if missing. Each file is replaced in one step: a crash leaves the old one or the new one. Equal
     adapters give equal bytes. ``base_model_name_or_path`` is the model's own ``name_or_path`` where it is not given;
-    ``task_type`` is PEFT's ("SEQ_CLS", "CAUSAL_LM", ...) or None.
+    ``task_type`` is PEFT's ("SEQ_CLS", "CAUSAL_LM", ...) or None. Which outputs of a fused projection are adapted
+    (``fused="qv"``) stands in the weights' header, where PEFT does not look; B's other rows are written as zeros.
 
     Raises ValueError for a model without LoRA layers, for NaN or Inf in a tensor (by name), and for what the format
     cannot say: a trainable parameter outside factors and modules_to_save, layers that differ in dropout or rsLoRA, a
@@ -64,29 +64,34 @@ def save_adapter(
     config = _config(model, layers, base_model_name_or_path, task_type)
     tensors: dict[str, Tensor] = {}
     tensors |= {name if "lora_embedding" in name else f"{name}.weight": factor for name, factor in lora_factors(model)}
+    rows = _rows(layers)
+    tensors |= {f"{name}.lora_B.weight": layers[name].masked_B() for name in rows}  # as it acts, whatever it holds
     for name in peft_saved(model, config["modules_to_save"] or ()):
         tensors |= {f"{name}.{key}": t for key, t in model.get_submodule(name).state_dict().items()}
     tensors = {PREFIX + key: tensors[key].detach().cpu().clone().contiguous() for key in sorted(tensors)}
-    _refuse_nonfinite(tensors, "nothing was saved")
+    refuse_nonfinite(tensors, "nothing was saved")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    _write(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    write_file(folder / WEIGHTS, tensors_file(tensors, rows))
+    write_file(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
+def load_adapter(model: Model, folder: str | os.PathLike, *, fused: Fused | None = None) -> Model:
     """Read an adapter that ``save_adapter`` or PEFT wrote into ``model``, in place; return the model.
 
     A plain model is adapted first, as the files say, and trains what ``adapt`` would let train. An adapted one must
-    have the same layers, ranks and scalings; which of its parameters train does not change.
+    have the same layers, ranks and scalings; which of its parameters train does not change. ``fused`` is ``adapt``'s;
+    None: as the adapter was trained, so that one of ``fused="qv"`` goes on without the keys (a file that PEFT wrote
+    does not say).
 
     Raises FileNotFoundError for a missing file; ValueError for a corrupt or truncated one, for a feature of PEFT that
-    is not supported (by name), for keys that do not fit the model (all of them), for shapes that do not fit (both), and
-    for NaN or Inf. Nothing is changed unless everything fits.
+    is not supported (by name), for keys that do not fit the model (all of them), for shapes that do not fit (both), for
+    outputs that are left out by ``fused`` and not by the file, and for NaN or Inf. Nothing is changed unless everything
+    fits.
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    tensors = _read_tensors(folder)
+    config = read_config(folder)
+    tensors = read_tensors(folder)
     modules = modules_by_name(model)
     saved = peft_saved(model, with_task_heads(config.get("modules_to_save"), config.get("task_type")))
     factors, others, tables = _split(tensors, folder)
@@ -100,15 +105,16 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         _refuse_other_adapter(model, modules, plan, config)
     refuse_two_places(model, [modules[name] for name in names])
     _refuse_shapes(model, modules, plan, factors, others)
-    _refuse_nonfinite(tensors, "nothing was loaded")
+    refuse_nonfinite(tensors, "nothing was loaded")
+    rows = read_rows(folder) if fused is None else adapted_rows(model, names, fused)
+    _refuse_rows(modules, factors, rows, fused)
 
     if adapted:
         for name in saved:
             setattr(modules[name], SAVED, True)
     else:
-        install(model, plan, saved, float(config.get("lora_dropout") or 0.0), bool(config.get("use_rslora")))
+        install(model, plan, saved, float(config.get("lora_dropout") or 0.0), bool(config.get("use_rslora")), rows)
         modules = modules_by_name(model)
-    _refuse_rows(modules, factors)
     state = model.state_dict()
     with torch.no_grad():
         for (name, factor), value in factors.items():
@@ -118,26 +124,15 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     return model
 
 
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _list(keys: Iterable[str]) -> str:
-    return "\n  " + "\n  ".join(sorted(keys))
-
-
-def _refuse_nonfinite(tensors: dict[str, Tensor], outcome: str) -> None:
-    bad = [key for key, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
-    if bad:
-        raise ValueError(f"NaN or Inf in the adapter, {outcome}:{_list(bad)}")
+def _rows(layers: Mapping[str, LoRALayer]) -> Rows:
+    """The outputs that are adapted, of layers of which not all are."""
+    found: Rows = {}
+    for name, layer in layers.items():
+        if layer.trained_rows is not None:
+            flags = [0.0, *layer.trained_rows.flatten().tolist(), 0.0]
+            edges = [i for i in range(len(flags) - 1) if flags[i] != flags[i + 1]]
+            found[name] = list(zip(edges[::2], edges[1::2]))
+    return found
 
 
 def _refuse_unsayable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
@@ -154,7 +149,7 @@ def _refuse_unsayable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     if lost:
         raise ValueError(
             "trainable, but neither LoRA factors nor inside modules_to_save, so their training would be lost; freeze "
-            f"them, or adapt with modules_to_save naming their modules:{_list(lost)}"
+            f"them, or adapt with modules_to_save naming their modules:{listed(lost)}"
         )
 
 
@@ -190,64 +185,6 @@ def _config(
     }
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no adapter: {CONFIG} is missing")
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is corrupt or truncated: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path}: a LoRA adapter has peft_type LORA, this one says {kind!r}")
-    unsupported = sorted(key for key, value in config.items() if key not in KNOWN and value)
-    if config.get("bias") not in (None, "none"):
-        unsupported.append(f"bias={config['bias']!r}")
-    if str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
-        unsupported.append(f"init_lora_weights={config['init_lora_weights']!r} (it changes the base weights)")
-    if unsupported:
-        raise ValueError(f"{path} uses what is not supported here: {', '.join(unsupported)}")
-    try:
-        _check_values(config)
-    except (ValueError, re.error) as error:
-        raise ValueError(f"{path}: {error}") from None
-    return config
-
-
-def _check_values(config: dict[str, Any]) -> None:
-    kinds: dict[str, Any] = {"modules_to_save": list, "rank_pattern": dict, "alpha_pattern": dict}
-    kinds |= {"target_modules": (str, list), "exclude_modules": (str, list)}
-    for key, kind in kinds.items():
-        if config.get(key) is not None and not isinstance(config[key], kind):
-            raise ValueError(f"{key} cannot be {config[key]!r}")
-        if isinstance(config.get(key), list) and not all(isinstance(name, str) for name in config[key]):
-            raise ValueError(f"{key} holds names, got {config[key]!r}")
-    if not isinstance(config.get("task_type"), (str, type(None))):
-        raise ValueError(f"task_type cannot be {config['task_type']!r}")
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    for pattern in (config.get("target_modules"), config.get("exclude_modules")):
-        re.compile(pattern if isinstance(pattern, str) else "")
-    for pattern in (*(config.get("modules_to_save") or ()), *ranks, *alphas):
-        re.compile(rf"(^|.*\.)({pattern})($|\..*)")  # inside others, as they are used
-    for r in (config.get("r"), *ranks.values()):
-        for alpha in (config.get("lora_alpha"), *alphas.values()):
-            check_settings(r, alpha, config.get("lora_dropout") or 0.0)
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        pickled = "; adapter_model.bin is a pickle, which is not read: save it with PEFT as safetensors"
-        raise FileNotFoundError(
-            f"{folder}: {WEIGHTS} is missing{pickled if (folder / 'adapter_model.bin').exists() else ''}"
-        )
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is corrupt or truncated: {error}") from None
-
-
 def _split(
     tensors: dict[str, Tensor], folder: Path
 ) -> tuple[dict[tuple[str, str], Tensor], dict[str, Tensor], set[str]]:
@@ -266,7 +203,7 @@ def _split(
             others[name] = value
     unsupported = [key for key in others if ".lora_" in key]
     if unsupported:
-        raise ValueError(f"{folder}: only lora_A and lora_B weights are supported, found:{_list(unsupported)}")
+        raise ValueError(f"{folder}: only lora_A and lora_B weights are supported, found:{listed(unsupported)}")
     if not factors:
         raise ValueError(f"{folder} holds no LoRA factor")
     return factors, others, tables
@@ -283,7 +220,7 @@ def _refuse_kinds(
     kinds: dict[str, Any] = {n: type(m) if isinstance(m := modules[n], LoRALayer) else lora_class(m) for n in names}
     wrong = [n for n in names if kinds[n] is not None and (n in tables) != issubclass(kinds[n], LoRAEmbedding)]
     if wrong:
-        raise ValueError(f"an embedding in the file or in the model, but not in both:{_list(wrong)}")
+        raise ValueError(f"an embedding in the file or in the model, but not in both:{listed(wrong)}")
     for name, base in bases.items():
         weight: Any = modules[name].weight
         if base is not None and not (base.shape == weight.shape and torch.equal(base.to(weight), weight)):
@@ -307,7 +244,7 @@ def _refuse_keys(
     strange = [name for name in names if name not in modules] + [key for key in others if key not in inside]
     if strange:
         raise ValueError(
-            f"the adapter does not fit this model, which has no place for:{_list(strange)}{renamed(strange, modules)}"
+            f"the adapter does not fit this model, which has no place for:{listed(strange)}{renamed(strange, modules)}"
         )
     missing = [_file_key(modules[name], name, f) for name in names for f in "AB" if (name, f) not in factors]
     missing += [key for key in inside if key not in others]
@@ -320,7 +257,7 @@ def _refuse_keys(
             if meant and id(module) not in held and (lora_class(module) or isinstance(module, LoRALayer)):
                 missing.append(_file_key(module, name, "A"))
     if missing:
-        raise ValueError(f"the adapter is incomplete, nothing in it for:{_list(missing)}")
+        raise ValueError(f"the adapter is incomplete, nothing in it for:{listed(missing)}")
 
 
 def _refuse_other_adapter(
@@ -339,16 +276,37 @@ def _refuse_other_adapter(
         if layer.r != r or not math.isclose(layer.scaling, scaling, rel_tol=1e-9):
             wrong.append(f"{name}: r {r}, scaling {scaling:g} in the file; {layer.r}, {layer.scaling:g} in the model")
     if wrong:
-        raise ValueError(f"the model is adapted in another way; call unadapt(model) first:{_list(wrong)}")
+        raise ValueError(f"the model is adapted in another way; call unadapt(model) first:{listed(wrong)}")
 
 
-def _refuse_rows(modules: dict[str, nn.Module], factors: dict[tuple[str, str], Tensor]) -> None:
+def _refuse_rows(
+    modules: dict[str, nn.Module], factors: dict[tuple[str, str], Tensor], rows: Rows, fused: str | None
+) -> None:
+    """``rows``: the outputs to adapt where not all are, by ``fused``, or by the file if that is None."""
+    source = "in the file" if fused is None else f"with fused={fused!r}"
+    wrong = [name for name in rows if (name, "B") not in factors]
     for (name, factor), value in factors.items():
-        rows = getattr(modules[name], "trained_rows", None)
-        if factor == "B" and rows is not None and value[rows.cpu().flatten() == 0].any():
-            raise ValueError(
-                f"{name}: the file adapts outputs that fused='qv' leaves out in this model; adapt it with fused='qkv'"
-            )
+        if factor == "A":
+            continue
+        module, wanted = modules[name], rows.get(name)
+        kept = wanted
+        if isinstance(module, LoRALayer):
+            kept = _rows({name: module}).get(name)
+            if kept != wanted and (wanted is not None or fused is not None):  # a file of PEFT's does not say
+                raise ValueError(
+                    f"the model is adapted in another way; call unadapt(model) first, or give the model's own fused=: "
+                    f"{name} has outputs {wanted or 'all'} {source}, {kept or 'all'} in the model"
+                )
+        elif wanted is not None:
+            linear = issubclass(lora_class(module) or LoRALayer, LoRALinear)
+            wrong += [] if linear and (not wanted or wanted[-1][1] <= len(value)) else [name]
+        out = torch.ones(len(value), dtype=torch.bool)
+        for start, stop in [(0, len(value))] if kept is None else kept:
+            out[start:stop] = False
+        if value[out].any():
+            raise ValueError(f"{name}: the file adapts outputs that fused='qv' leaves out; take fused='qkv'")
+    if wrong:
+        raise ValueError(f"the file says which outputs are adapted of what is not such a layer:{listed(wrong)}")
 
 
 def _refuse_shapes(
@@ -370,4 +328,4 @@ def _refuse_shapes(
     expected += [(key, value, tuple(state[key].shape)) for key, value in others.items()]
     wrong = [f"{k}: {tuple(v.shape)} in the file, {s} in the model" for k, v, s in expected if tuple(v.shape) != s]
     if wrong:
-        raise ValueError(f"shapes that do not fit:{_list(wrong)}")
+        raise ValueError(f"shapes that do not fit:{listed(wrong)}")

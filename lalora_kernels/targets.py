@@ -22,23 +22,34 @@ from lalora_kernels.nn import (
 )
 from lalora_kernels.quantized import bits
 
-# Query and value by the names of each family. Both names of a pair belong to the same parent; a fused projection
-# (GPT-2, timm, Bloom, Phi-3, MPT) holds query, key and value, and is adapted whole, as PEFT does.
+# Query and value by the names of each family: all that PEFT has targets for but RWKV, which has no query. Both names of
+# a pair belong to the same parent; a fused projection holds query, key and value, and is adapted whole, as PEFT does.
 QUERY_VALUE = (
     ("query", "value"),  # BERT, RoBERTa, ELECTRA, ViT and Swin before transformers 5
     ("q_proj", "v_proj"),  # Llama and its kin, BART, OPT; ViT, DeiT and Swin from transformers 5 on
     ("q_lin", "v_lin"),  # DistilBERT, XLM
     ("q", "v"),  # T5
     ("query_proj", "value_proj"),  # DeBERTa-v2
-    ("c_attn",),
-    ("qkv",),
-    ("query_key_value",),
-    ("qkv_proj",),
-    ("Wqkv",),
+    ("q_head", "v_head"),  # Funnel
+    ("linear_q", "linear_v"),  # Conformers, such as Wav2Vec2-BERT's
+    ("Wq", "Wv"),  # CTRL
+    ("projection_query", "projection_value"),  # CvT
+    ("c_attn",),  # GPT-2
+    ("qkv",),  # timm
+    ("query_key_value",),  # Bloom, Falcon, GPT-NeoX
+    ("qkv_proj",),  # Phi-3
+    ("Wqkv",),  # MPT, ModernBERT
+    ("in_proj",),  # DeBERTa; a name of Mamba's, too: see _query_value
 )
 FUSED = ("qkv", "c_attn")  # outputs are all queries, then all keys, then all values
-INTERLEAVED = ("query_key_value", "qkv_proj", "Wqkv")  # by heads, or with fewer keys than queries
+INTERLEAVED = ("query_key_value", "qkv_proj", "Wqkv", "in_proj")  # by heads, or with fewer keys than queries
 HEADS = ("score", "classifier", "lm_head", "head")  # where neither transformers nor timm says what the head is
+# Known by name: a class exists in this process only if somebody else imported transformers. Falcon's linear layer says
+# x @ W^T + b where nn.Linear calls linear(x, W, b).
+THEIRS: dict[tuple[str, str], type[LoRALayer]] = {
+    ("transformers.pytorch_utils", "Conv1D"): LoRAConv1D,
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear"): LoRALinear,
+}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -57,16 +68,13 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 def lora_class(module: nn.Module) -> type[LoRALayer] | None:
     """The LoRA layer for this module's type; None if there is none.
 
-    A subclass of nn.Linear, nn.Conv2d or nn.Embedding counts while it has that class's forward.
+    A subclass of nn.Linear, nn.Conv2d or nn.Embedding counts while it has that class's forward, or is FalconLinear.
     """
     kind = type(module)
     for plain, adapted in ((nn.Linear, LoRALinear), (nn.Conv2d, LoRAConv2d), (nn.Embedding, LoRAEmbedding)):
         if isinstance(module, plain) and kind.forward is plain.forward:
             return adapted
-    # By name: the class exists in this process only if somebody else imported transformers.
-    if (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D"):
-        return LoRAConv1D
-    return None
+    return THEIRS.get((kind.__module__, kind.__qualname__))
 
 
 def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
@@ -168,7 +176,7 @@ def resolve_targets(
         left_out = {n: why for n, why in refused.items() if why}
         names = [n for n in linear if n not in left_out]
     elif target_modules.lower() == "qv":
-        names = _query_value(candidates)
+        names = _query_value(model, candidates)
     else:
         try:
             pattern = re.compile(target_modules)
@@ -180,14 +188,30 @@ def resolve_targets(
     return names, left_out
 
 
+def adapted_rows(model: nn.Module, names: Iterable[str], fused: str) -> dict[str, list[tuple[int, int]]]:
+    """Name -> [(start, stop), ...] of the outputs to adapt, for those of ``names`` that ``fused`` adapts in part.
+
+    Raises ValueError for a ``fused`` that is no setting, or "qv" where no layer is a fused projection.
+    """
+    found = fused_projections(model, names) if fused == "qv" else []
+    if fused not in ("qkv", "qv") or (fused == "qv" and not found):
+        raise ValueError(f"fused={fused!r}: it is 'qkv', or 'qv' with a target named qkv or c_attn")
+    thirds = {name: max(model.get_submodule(name).weight.shape) // 3 for name in found}  # type: ignore[arg-type]
+    return {name: [(0, third), (2 * third, 3 * third)] for name, third in thirds.items()}
+
+
 def fused_projections(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Those of ``names`` that are fused projections of three equal parts. Raises ValueError for other layouts."""
     found = []
     for name in names:
-        last = name.rpartition(".")[2]
-        m, n = sorted(getattr(model.get_submodule(name), "weight", torch.empty(0, 0)).shape[:2], reverse=True)
-        if last in INTERLEAVED or (last in FUSED and m != 3 * n):
+        above, _, last = name.rpartition(".")
+        module, parent = model.get_submodule(name), type(model.get_submodule(above)).__name__
+        m, n = sorted(getattr(module, "weight", torch.empty(0, 0)).shape[:2], reverse=True)
+        by_heads = last in INTERLEAVED or (last == "c_attn" and parent == "GPTBigCodeAttention")  # unlike GPT-2's
+        if by_heads or (last in FUSED and m != 3 * n):
             raise ValueError(f"fused='qv': the outputs of {name} are not queries, keys and values in three equal parts")
+        if last in FUSED and isinstance(module, nn.Conv2d):
+            raise ValueError(f"fused='qv': {name} is a convolution, which is adapted whole; leave it at fused='qkv'")
         if last in FUSED:
             found.append(name)
     return found
@@ -197,6 +221,9 @@ def _no_match(target_modules: str | Iterable[str], modules: dict[str, nn.Module]
     text = f"target_modules={target_modules!r} matches no layer outside modules_to_save; {_linear_names(modules)}"
     if isinstance(target_modules, str) and any(ends_with(n, target_modules) for n in modules):
         text += f". A string is a regular expression for the whole name; write [{target_modules!r}] for this name"
+    if isinstance(target_modules, str) and target_modules.lower() == "qv":
+        gate = ", and RWKV's receptance is a gate, no query" if any(ends_with(n, "receptance") for n in modules) else ""
+        text += f". 'qv' takes query and value by the names of known families{gate}; give a list of this model's names"
     return text + "".join(f". {name}: {why}" for name, why in left_out.items())
 
 
@@ -217,11 +244,13 @@ def _head(model: nn.Module) -> set[int]:
     return set()
 
 
-def _query_value(candidates: dict[str, nn.Module]) -> list[str]:
+def _query_value(model: nn.Module, candidates: dict[str, nn.Module]) -> list[str]:
     linear = {n for n, m in candidates.items() if _is_linear(m)}
 
     def belongs(name: str) -> bool:
         parent, dot, child = name.rpartition(".")
+        if child == "in_proj" and not hasattr(model.get_submodule(parent), "q_bias"):
+            return False
         return any(child in family and all(parent + dot + one in linear for one in family) for family in QUERY_VALUE)
 
     return [n for n in candidates if n in linear and belongs(n)]

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.utils import logging
 
-from lalora_kernels.nn import set_active
+from lalora_kernels.nn import lora_layers, set_active
+from lalora_kernels.peft_io import save_adapter
 from lalora_kernels.privacy.accountant import get_noise_multiplier
 from lalora_kernels.privacy.accounts import refuse_second_account
 from lalora_kernels.privacy.distributed import quiet_ddp
@@ -27,7 +28,12 @@ from lalora_kernels.privacy.optimizer import PrivateOptimizer
 from lalora_kernels.privacy.sampling import PrivateLoader, _count
 from lalora_kernels.trainer_batches import LogicalBatch, PrivateBatches
 from lalora_kernels.trainer_loss import logits_of, record_losses
-from lalora_kernels.trainer_refusals import refuse_arguments, refuse_settings
+from lalora_kernels.trainer_refusals import (
+    refuse_arguments,
+    refuse_batch_size,
+    refuse_other_batches,
+    refuse_settings,
+)
 
 if TYPE_CHECKING:  # what it stands before
     from transformers import Trainer as _Mixed
@@ -36,7 +42,7 @@ else:
 if not hasattr(Trainer, "_prepare_for_training"):
     raise ImportError("lalora_kernels.trainer needs transformers 5 or later")
 logger = logging.get_logger(__name__)
-LEDGER = "ledger.json"
+LEDGER, ADAPTER = "ledger.json", "adapter"
 LOSS_RTOL, TRIES = 1e-3, 8  # two ways to one number in float32; records to tell them apart by
 
 
@@ -53,11 +59,12 @@ class PrivateTrainerMixin(_Mixed):
     multi-label targets, or ``compute_loss_func(outputs, labels, num_items_in_batch=None)``, a mean over records.
     Every log holds ``epsilon``, spent so far at target_delta. Losses of the training records are logged as
     ``loss_not_private``: the guarantee does not cover them. ``output_dir/ledger.json`` is written before every release,
-    and a copy with every checkpoint; a resumed run continues it under a fresh key. Several processes of
+    and a copy with every checkpoint; a resumed run continues it under a fresh key. Beside a model of ``adapt``'s,
+    wherever it is saved, the folder ``adapter`` holds what ``save_adapter`` writes. Several processes of
     torch.distributed make the step of one: each takes a part of the batch, the first adds the noise, has the ledger.
 
-    Raises ValueError for what would make ε false or go unseen: fp16, several devices a process, samplers of your
-    own or by length, DeepSpeed, FSDP, Liger kernels, auto_find_batch_size, optimizers that step in backward,
+    Raises ValueError for what would make ε false or go unseen: fp16, several devices a process, samplers or loaders
+    of your own or by length, DeepSpeed, FSDP, Liger kernels, auto_find_batch_size, optimizers that step in backward,
     hyper-parameter search, a ledger of another run in ``output_dir``.
     """
 
@@ -88,7 +95,7 @@ class PrivateTrainerMixin(_Mixed):
             raise ValueError("Trainer: training requires a train_dataset.")
         if self._batches is None:
             dataset, collate = self.train_dataset, self.data_collator
-            _count(dataset)
+            refuse_batch_size(self.expected_batch_size, _count(dataset))
             if hasattr(dataset, "remove_columns"):
                 dataset = self._remove_unused_columns(dataset, description="Training")
             else:
@@ -115,6 +122,7 @@ class PrivateTrainerMixin(_Mixed):
     # ---------------------------------------------------------------- the private optimizer
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        refuse_other_batches(self, train_dataloader)
         self._resuming = resume_from_checkpoint is not None
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         quiet_ddp(model)  # accelerate's wrapper: the engine adds the ranks' sums up itself
@@ -131,8 +139,10 @@ class PrivateTrainerMixin(_Mixed):
         """The Trainer's optimizer, or yours, made private."""
         if self._private is not None:
             return self.optimizer
+        if self._batches is None:  # called by hand: the Trainer asks for its batches first
+            refuse_other_batches(self, self.get_train_dataloader())
+        assert self._batches is not None
         set_active(self.model, "AB")
-        assert self._batches is not None  # the Trainer asks for its batches first
         plain = super().create_optimizer(model)
         ledger = self._open_ledger()
         sigma = self._noise_multiplier(ledger)
@@ -351,14 +361,24 @@ class PrivateTrainerMixin(_Mixed):
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The Trainer's, with the ledger beside the weights."""
-        self._write_ledger(self.args.output_dir if output_dir is None else output_dir)
+        """The Trainer's, with the ledger beside the weights, and ``adapt``'s adapter in the folder ``adapter``."""
+        folder = self.args.output_dir if output_dir is None else output_dir
+        self._write_ledger(folder)
+        self._write_adapter(Path(folder, ADAPTER))
         super().save_model(output_dir, _internal_call)
 
     def _write_ledger(self, folder: str) -> None:
         if self._private is not None and self.args.should_save:
             os.makedirs(folder, exist_ok=True)
             self.ledger.save(Path(folder, LEDGER))
+
+    def _write_adapter(self, folder: Path) -> None:
+        """from_pretrained does not know the factors among a saved model's weights."""
+        if self.args.should_save and any(True for _ in lora_layers(self.model)):
+            try:
+                save_adapter(self.model, folder)
+            except ValueError as error:  # the model's weights hold everything
+                logger.warning(f"{folder} was not written: {error}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

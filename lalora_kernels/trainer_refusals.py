@@ -7,6 +7,8 @@ import torch.distributed as dist
 from transformers import Trainer
 
 from lalora_kernels.privacy.optimizer import PrivateOptimizer
+from lalora_kernels.privacy.sampling import _rates
+from lalora_kernels.trainer_batches import PrivateBatches
 
 # What ``privacy`` may say to make_private; the rest follows from TrainingArguments.
 SETTINGS = set(
@@ -54,7 +56,27 @@ def refuse_arguments(trainer: Trainer) -> None:
         ),
         "model_init starts over while the ledger goes on; pass model": trainer.model_init is not None,
         "the optimizer is private already; pass the plain one": isinstance(trainer.optimizer, PrivateOptimizer),
-        "max_grad_norm is C, and above 0": not a.max_grad_norm > 0,
+        f"max_grad_norm is C, and above 0; got {a.max_grad_norm}": a.max_grad_norm is None or not a.max_grad_norm > 0,
     }
     if found := [reason for reason, applies in reasons.items() if applies]:
         raise ValueError("PrivateTrainer: " + "; ".join(found))
+
+
+def refuse_other_batches(trainer: Trainer, batches: object) -> None:
+    """Raise ValueError where a subclass gives the Trainer a loader of its own."""
+    if not isinstance(batches, PrivateBatches):
+        raise ValueError(
+            f"{type(trainer).__name__}.get_train_dataloader returns a {type(batches).__name__}, whose batches are no "
+            f"Poisson draws; leave that method to PrivateTrainer, and give train_dataset and data_collator instead"
+        )
+
+
+def refuse_batch_size(expected_batch_size: float, records: int) -> None:
+    """Raise ValueError, as make_private does, where no q in (0, 1] draws so many of the records on average."""
+    try:
+        _rates(records, None, expected_batch_size, None)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. It is per_device_train_batch_size * gradient_accumulation_steps * processes where "
+            f"privacy['expected_batch_size'] is not given"
+        ) from None

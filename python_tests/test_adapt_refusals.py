@@ -40,6 +40,27 @@ def quantized():
     return model
 
 
+def rwkv():
+    from transformers import RwkvConfig, RwkvModel
+
+    return RwkvModel(RwkvConfig(vocab_size=31, hidden_size=8, num_hidden_layers=2, context_length=8))
+
+
+def bigcode():
+    """Its c_attn has the outputs of each head together, where GPT-2's has all queries first."""
+    from transformers import GPTBigCodeConfig, GPTBigCodeModel
+
+    return GPTBigCodeModel(
+        GPTBigCodeConfig(vocab_size=31, n_positions=8, n_embd=8, n_layer=1, n_head=2, multi_query=False)
+    )
+
+
+def convolved():
+    model = nn.Sequential()
+    model.qkv = nn.Conv2d(4, 12, 1)
+    return model
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -51,6 +72,9 @@ class Doubled(nn.Linear):
         (mlp, {"target_modules": ["fc3"]}, ["no module is named 'fc3'", "did you mean 'fc", "fc1, fc2, head"]),
         (mlp, {"target_modules": ["fc1", "querry"]}, ["no module is named 'querry'"]),
         (mlp, {"target_modules": "qv"}, ["matches no layer", "the linear layers here are fc1, fc2, head"]),
+        (rwkv, {"target_modules": "qv"}, ["key, value, receptance", "RWKV's receptance is a gate, no query; give a"]),
+        (bigcode, {"target_modules": "qv", "fused": "qv"}, ["outputs of h.0.attn.c_attn are not queries, keys and"]),
+        (convolved, {"target_modules": ["qkv"], "fused": "qv"}, ["qkv is a convolution", "leave it at fused='qkv'"]),
         (mlp, {"target_modules": r"layer\..*"}, ["matches no layer"]),
         (mlp, {"target_modules": r"(fc"}, ["not a regular expression"]),
         (mlp, {"target_modules": []}, ["names of modules"]),

@@ -304,3 +304,68 @@ def test_names_of_transformers_4_are_told_with_the_cure(tmp_path):
     save_file(tensors, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match=r"(?s)no place for:.*attention\.query.*query, value are names of trans.* 4"):
         load_adapter(base, tmp_path)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 12), nn.Conv2d(4, 4, 1)
+
+
+def attention(fused=None):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": Attention(), "b": Attention()})
+    return model if fused is None else trained(model, r=2, target_modules=["qkv"], fused=fused)
+
+
+@pytest.mark.parametrize(
+    "file, model, fused, message",
+    [
+        ("qv", "qkv", None, r"call unadapt\(model\) first.* has outputs \[\(0, 4\), \(8, 12\)\] in the file, all in"),
+        ("qv", "qkv", "qv", r"outputs \[\(0, 4\), \(8, 12\)\] with fused='qv', all in the model"),
+        ("qv", "qv", "qkv", r"outputs all with fused='qkv', \[\(0, 4\), \(8, 12\)\] in the model"),
+        ("qkv", None, "qv", "a.qkv: the file adapts outputs that fused='qv' leaves out; take fused='qkv'"),
+        ("qkv", "qv", None, "a.qkv: the file adapts outputs that fused='qv' leaves out; take fused='qkv'"),
+        ("qv", None, "kv", "fused='kv': it is 'qkv', or 'qv'"),
+    ],
+)
+def test_outputs_that_the_file_the_model_and_fused_disagree_about(file, model, fused, message, tmp_path):
+    save_adapter(attention(file), tmp_path)
+    model = attention(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, tmp_path, fused=fused)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in after.items())
+
+
+def test_an_adapted_model_goes_on_as_it_was_adapted(tmp_path):
+    save_adapter(attention("qv"), tmp_path)
+    for model, fused in (("qv", None), ("qv", "qv"), ("qkv", "qkv")):
+        loaded = load_adapter(attention(model), tmp_path, fused=fused)
+        assert all((layer.trained_rows is None) == (model == "qkv") for _, layer in lora_layers(loaded))
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ("{", "is corrupt: lalora_kernels.rows in its header"),
+        ("[]", "is corrupt: lalora_kernels.rows in its header"),
+        ('{"a.qkv": 3}', "is corrupt: lalora_kernels.rows in its header"),
+        ('{"a.qkv": [[0, "4"]]}', "is corrupt: lalora_kernels.rows in its header.*no ranges"),
+        ('{"a.qkv": [[4, 2]]}', "is corrupt: lalora_kernels.rows in its header.*no ranges"),
+        ('{"a.qkv": [[-4, 2]]}', "is corrupt: lalora_kernels.rows in its header.*no ranges"),
+        ('{"a.qkv": [[0, 13]]}', "which outputs are adapted of what is not such a layer:\n  a.qkv"),
+        ('{"a.out": [[0, 4]]}', "which outputs are adapted of what is not such a layer:\n  a.out"),
+        ('{"c.qkv": [[0, 4]]}', "which outputs are adapted of what is not such a layer:\n  c.qkv"),
+        ('{"a.qkv": [[0, 4]]}', "a.qkv: the file adapts outputs that"),
+    ],
+)
+def test_a_header_that_was_edited(header, message, tmp_path):
+    save_adapter(trained(attention(), r=2, target_modules=["qkv", "out"]), tmp_path)
+    metadata = {"format": "pt", "lalora_kernels.rows": header}
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, metadata=metadata)
+    model = attention()
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, tmp_path)
+    assert not list(lora_layers(model))

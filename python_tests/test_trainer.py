@@ -143,6 +143,54 @@ def test_our_own_adapters_and_predict(tmp_path):
     assert lk.load_adapter(bert()[0], tmp_path / "adapter")
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_what_is_saved_comes_back_with_its_adapter(tmp_path):
+    """From the final model and from a checkpoint, here and in PEFT: a base that transformers loads, and the adapter."""
+    from peft import PeftModel
+
+    torch.manual_seed(0)
+    base, _, data, saved = bert()
+    model = lk.adapt(base, r=2, target_modules="qv", modules_to_save=saved, verbose=False)
+    for _, layer in lk.lora_layers(model):
+        nn.init.normal_(layer.lora_B)
+    trainer = trainer_of(
+        model, data, tmp_path, privacy={"noise_multiplier": 1.0}, max_steps=2, save_strategy="steps", save_steps=1
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    inputs = {k: v for k, v in data.items() if k != "labels"}
+    expected = model.eval()(**inputs).logits
+    for folder in (tmp_path / "final", tmp_path / "checkpoint-2"):
+        plain = type(base).from_pretrained(folder).eval()
+        assert float((plain(**inputs).logits - expected).abs().max()) > 1e-3  # what it is without
+        theirs = PeftModel.from_pretrained(copy.deepcopy(plain), folder / "adapter").eval()
+        torch.testing.assert_close(theirs(**inputs).logits, expected, **MODEL_F32)
+        ours = lk.load_adapter(plain, folder / "adapter").eval()
+        torch.testing.assert_close(ours(**inputs).logits, expected, **MODEL_F32)
+    first = lk.load_adapter(type(base).from_pretrained(tmp_path / "checkpoint-1"), tmp_path / "checkpoint-1/adapter")
+    assert not torch.allclose(first.eval()(**inputs).logits, expected, **MODEL_F32)
+
+
+def test_an_adapter_of_pefts_is_saved_once_and_one_without_a_file_does_not_stop_the_training(tmp_path, monkeypatch):
+    from lalora_kernels import trainer as trainer_module
+
+    _, patched, data = adapted("bert", torch.float32)
+    trainer = trainer_of(patched, data, tmp_path / "peft", privacy={"noise_multiplier": 1.0})
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "peft/adapter_model.safetensors").exists() and not (tmp_path / "peft/adapter").exists()
+    base, _, data, _ = bert()
+    model = lk.adapt(base, r=2, target_modules="qv", verbose=False)
+    model.classifier.requires_grad_(True)  # outside modules_to_save, so that no adapter holds it
+    trainer = trainer_of(model, data, tmp_path / "ours", privacy={"noise_multiplier": 1.0})
+    trainer.train()
+    said = []
+    monkeypatch.setattr(trainer_module.logger, "warning", said.append)
+    trainer.save_model()
+    assert (tmp_path / "ours/model.safetensors").exists() and not (tmp_path / "ours/adapter").exists()
+    assert "adapter was not written: trainable, but neither LoRA factors" in said[0]
+
+
 class TestLosses:
     def test_a_mean_over_the_batchs_tokens(self, tmp_path):
         def over_tokens(outputs, labels, num_items_in_batch=None):

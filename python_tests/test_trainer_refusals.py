@@ -15,6 +15,7 @@ class TestRefusals:
             ({"auto_find_batch_size": True}, "auto_find_batch_size starts over after a step was charged"),
             ({"include_num_input_tokens_seen": True}, "counts the tokens of private batches"),
             ({"max_grad_norm": 0.0}, "max_grad_norm is C, and above 0"),
+            ({"max_grad_norm": None}, "max_grad_norm is C, and above 0; got None"),
             ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["x"]}, "steps within backward"),
         ],
     )
@@ -89,6 +90,33 @@ class TestRefusals:
         trainer.train_dataset = Stream()
         with pytest.raises((ValueError, TypeError), match="IterableDataset"):
             trainer.train()
+
+    @pytest.mark.parametrize("noise", [{"noise_multiplier": 1.0}, {"noise_multiplier": None, "target_epsilon": 3.0}])
+    @pytest.mark.parametrize("how", ["arguments", "privacy"])
+    def test_a_batch_larger_than_the_data_set(self, noise, how, tmp_path):
+        _, patched, data = adapted("bert")
+        arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3} if how == "arguments" else {}
+        privacy = noise | ({} if how == "arguments" else {"expected_batch_size": 12})
+        with pytest.raises(
+            ValueError, match=r"5 records, fewer than the expected batch size 12;.*per_device_train_batch_size \* grad"
+        ):
+            trainer_of(patched, data, tmp_path, privacy=privacy, **arguments).train()
+
+    @pytest.mark.parametrize("by_hand", [False, True])
+    def test_a_loader_of_ones_own(self, by_hand, tmp_path, monkeypatch):
+        _, patched, data = adapted("bert")
+        trainer = trainer_of(patched, data, tmp_path)
+
+        class Balanced(type(trainer)):
+            def get_train_dataloader(self):
+                super().get_train_dataloader()
+                return torch.utils.data.DataLoader(self.train_dataset, batch_size=4)
+
+        trainer.__class__ = Balanced
+        with pytest.raises(
+            ValueError, match=r"Balanced.get_train_dataloader returns a DataLoader.*give train_dataset and data_coll"
+        ):
+            trainer.create_optimizer() if by_hand else trainer.train()
 
     def test_peft_unpatched(self, tmp_path):
         model, _, data = adapted("bert")
