@@ -26,6 +26,7 @@ from lalora_kernels.privacy.ledger import Ledger, LedgerError
 from lalora_kernels.privacy.make_private import make_private
 from lalora_kernels.privacy.optimizer import PrivateOptimizer
 from lalora_kernels.privacy.sampling import PrivateLoader, _count
+from lalora_kernels.privacy.trained import refuse_frozen
 from lalora_kernels.trainer_batches import LogicalBatch, PrivateBatches
 from lalora_kernels.trainer_loss import logits_of, record_losses
 from lalora_kernels.trainer_refusals import (
@@ -142,6 +143,7 @@ class PrivateTrainerMixin(_Mixed):
         if self._batches is None:  # called by hand: the Trainer asks for its batches first
             refuse_other_batches(self, self.get_train_dataloader())
         assert self._batches is not None
+        refuse_frozen(self.model)
         set_active(self.model, "AB")
         plain = super().create_optimizer(model)
         ledger = self._open_ledger()

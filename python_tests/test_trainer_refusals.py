@@ -36,6 +36,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match="nn.DataParallel" if name == "_n_gpu" else name):
             refuse_arguments(trainer)
 
+    def test_adapters_that_were_loaded_to_be_used(self, tmp_path):
+        _, patched, data = adapted("bert")
+        for name, p in patched.named_parameters():
+            if "lora_" in name:
+                p.requires_grad_(False)
+        with pytest.raises(ValueError, match=r"both factors of .* are frozen.*is_trainable=True"):
+            trainer_of(patched, data, tmp_path).train()
+
     def test_several_processes(self, tmp_path, monkeypatch):
         from lalora_kernels.trainer_refusals import refuse_arguments
 

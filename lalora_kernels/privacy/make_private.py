@@ -23,6 +23,7 @@ from lalora_kernels.privacy.optimizer import MARK, PrivateOptimizer
 from lalora_kernels.privacy.postprocess import EXPERIMENTAL
 from lalora_kernels.privacy.sampling import PrivateLoader
 from lalora_kernels.privacy.shuffled import ShuffledLoader
+from lalora_kernels.privacy.trained import refuse_frozen
 from lalora_kernels.schedule import DEFAULT, Schedule, get_schedule
 
 SMOOTHING = ("auto", "binomial5", None, *EXPERIMENTAL)
@@ -146,6 +147,7 @@ def make_private(
             "forgotten; call make_private first and load the state into the optimizer that it returns"
         )
     refuse_sharded(model)
+    refuse_frozen(model)
     if ledger is None:
         accounts.refuse_second_account(model.parameters())
     noise = NoiseSource() if noise is None else noise

@@ -156,14 +156,6 @@ class PrivateOptimizer(Optimizer):
 
     def _refuse_strays(self) -> None:
         """Every tensor that the schedule ever trains is in the optimizer, and nothing else that trains is."""
-        for recorder in self.engine.recorders:
-            pair = [site for role, site in recorder.sites.items() if role in ("lora_A", "lora_B")]
-            if pair and not any(site.trained for site in pair):
-                raise ValueError(
-                    f"both factors of {recorder.name} are frozen, and the schedule would train them all the same; "
-                    f"unfreeze them (PEFT: from_pretrained(..., is_trainable=True)), leave the layer out of "
-                    f"target_modules, or merge its adapter"
-                )
         inside = {p for group in self.param_groups for p in group["params"]}
         # as far as a period is expected to reach; _activate asks again, of each step
         factors = {f for r in range(1, 5) for s in range(1, 65) for f in self.schedule.active(r, s)}

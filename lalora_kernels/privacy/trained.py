@@ -11,6 +11,8 @@ from lalora_kernels.privacy.recorders import Recorder, Site
 from lalora_kernels.privacy.rules import rule_of
 from lalora_kernels.privacy.ties import kind_of
 
+FACTOR_ROLES = ("lora_A", "lora_B")
+
 
 @dataclass(frozen=True)
 class Use:
@@ -42,7 +44,7 @@ def trained_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Use
         uses = []
         for role, (owner, key) in lora.get(module, {k: (module, k) for k in module._parameters}).items():
             p = owner._parameters[key]
-            if p is None or not (p.requires_grad or adapted and role in ("lora_A", "lora_B")):
+            if p is None or not (p.requires_grad or adapted and role in FACTOR_ROLES):
                 continue
             if not adapted and (owner, key) in held:
                 continue
@@ -55,6 +57,20 @@ def trained_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Use
             table, defers = getattr(module, "is_table", False), rule is not None and rule.defers
             uses.append(Use(full, owner, key, role, adapted, kind_of(role, adapted, table, defers)))
         yield name, module, uses
+
+
+def refuse_frozen(model: nn.Module) -> None:
+    """Raise ValueError, naming it, for an adapted layer both of whose factors are frozen."""
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            held = _tensors(name, module)
+            pair = [held[role][0]._parameters[held[role][1]] for role in FACTOR_ROLES if role in held]
+            if not any(p is not None and p.requires_grad for p in pair):
+                raise ValueError(
+                    f"both factors of {name} are frozen, and the schedule would train them all the same; unfreeze them "
+                    f"(PEFT: from_pretrained(..., is_trainable=True)), leave the layer out of target_modules, or merge "
+                    f"its adapter"
+                )
 
 
 def refuse_changes(

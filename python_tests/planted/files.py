@@ -1,6 +1,6 @@
 """Faults in what stands in files: whose records are set aside, who may write a ledger, what leaves the machine."""
 
-from planted.fault import FEDERATED, OPTIMIZER, REDUCTION, fault
+from planted.fault import FEDERATED, REDUCTION, fault
 
 DATA, LEDGER_FILE = "lalora_kernels/data.py", "lalora_kernels/privacy/ledger_file.py"
 
@@ -63,8 +63,8 @@ FILES = (
     ),
     fault(
         "adapters that somebody froze train all the same",
-        OPTIMIZER,
-        "if pair and not any(site.trained for site in pair):",
+        "lalora_kernels/privacy/trained.py",
+        "if not any(p is not None and p.requires_grad for p in pair):",
         "if False:",
         "refusals",
     ),
