@@ -123,7 +123,7 @@ class Display:
             counts = ", ".join(f"{count} at client {name}" for name, count in left_out.items())
             self.last(f"left out because their gradient was not finite: {counts} (counted once a draw; not privatized)")
         epsilon = show_epsilon(last["epsilon"], self.private)
-        who = " for the most exposed client" if last["epsilon"] is not None else ""
+        who = f", δ = {run.task.config.delta:g} for the most exposed client" if last["epsilon"] is not None else ""
         self.note(f"report in {run.folder}/report.html")
         what = {ADAPTER: "adapter", ADAPTERS: "each client's adapter"}.get(run.weights.name, "weights")
         mean = "mean over the clients' own models: " if run.weights.name == ADAPTERS else ""

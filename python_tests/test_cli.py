@@ -71,7 +71,7 @@ def test_train_ends_with_the_line_that_says_it_all(world, tmp_path, capsys):
     assert main(flags(world, "--out", str(tmp_path / "run"))) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     pattern = (
-        r"accuracy \d\.\d\d \(before \d\.\d\d\) · ε = (\d\.\d\d) for the most exposed client · "
+        r"accuracy \d\.\d\d \(before \d\.\d\d\) · ε = (\d\.\d\d), δ = \S+ for the most exposed client · "
         rf"adapter in {re.escape(str(tmp_path / 'run' / 'adapter'))}"
     )
     assert 2.9 <= float(re.fullmatch(pattern, lines[-1])[1]) <= 3.0
@@ -215,7 +215,7 @@ def test_records_with_a_gradient_that_is_not_finite_are_counted_and_said(world, 
         kept = dict(arrays) | {"x_test": arrays["x_test"].astype(np.float32) / 255}
     np.savez(data, **kept)
     args = flags((world[0], data), "--out", str(tmp_path / "run"), "--batch-size", "40", "--min-records", "40")
-    with pytest.warns(UserWarning, match="contribute"):
+    with pytest.warns(UserWarning, match="they are left out of the step"):
         assert main([*args, "--fraction", "1.0"]) == 0
     # q = 1: both records are drawn in each of 2 rounds x 2 steps
     books = json.loads((tmp_path / "run/ledger.json").read_text())["clients"].values()

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_robustness import copy_of_it, finishes, small_task, stopped_folder  # noqa: F401
+from test_robustness import copy_of_it, finishes, fresh_task, small_config, stopped_folder  # noqa: F401
 
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.checkpoint import load_checkpoint, save_checkpoint
