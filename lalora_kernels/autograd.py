@@ -59,6 +59,18 @@ def _maker(x: Tensor) -> Any:
     return node if all(hook is None for hook in hooks) else None
 
 
+def _made_again(node: Any) -> Tensor:
+    try:
+        return MAKERS[node.name()][1](node)
+    except RuntimeError as error:
+        if "second time" not in str(error):  # changed in place, say
+            raise
+        raise RuntimeError(
+            f"the input of an adapted layer is made again from what {node.name()} keeps, and an earlier backward "
+            f"through that alone has freed it; give that one retain_graph=True"
+        ) from error
+
+
 class LoRAFunction(torch.autograd.Function):
     """y = x W0^T + b + s (x_lora A^T) B^T; x (..., n), W0 (m,n), A (r,n), B (m,r).
 
@@ -105,7 +117,7 @@ class LoRAFunction(torch.autograd.Function):
         need_x, need_xl, _, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         h, xl, weight, lora_A, lora_B = ctx.saved_tensors
         if ctx.maker is not None:
-            xl = MAKERS[ctx.maker.name()][1](ctx.maker)
+            xl = _made_again(ctx.maker)
         separate = need_x and ctx.dtypes[1] is None and not ctx.merged  # dx takes its low-rank part from dz
         through_A = need_xl or separate
         dx = dxl = None

@@ -84,6 +84,16 @@ def test_nothing_is_made_for_b_nor_behind_dropout():
     assert dropped.grad_fn.maker is None and dropped.grad_fn.saved_tensors[1] is not None
 
 
+def test_an_earlier_backward_that_freed_what_made_the_input():
+    g = torch.randn(4, 5, requires_grad=True)
+    A = torch.randn(2, 5, requires_grad=True)
+    x = nn.functional.gelu(g)
+    y = autograd.lora_linear(x, torch.randn(6, 5), None, A, torch.randn(6, 2), 1.0)
+    torch.autograd.grad(x.sum(), g)
+    with pytest.raises(RuntimeError, match="made again from what GeluBackward0 keeps.*retain_graph=True"):
+        torch.autograd.grad(y.sum(), A)
+
+
 def test_an_input_that_was_changed_in_place_is_refused_as_ever():
     torch.manual_seed(0)
     linear, last = nn.Linear(6, 9), layer()
