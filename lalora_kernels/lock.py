@@ -18,7 +18,7 @@ class FileLock:
     """Holds the file ``path`` until ``release``, or until the process ends, however it ends.
 
     The file is made where it is missing, and its folder too. Raises InUse where another holder is alive, OSError where
-    the file cannot be written.
+    the file cannot be written or locked.
     """
 
     def __init__(self, path: Path):
@@ -28,10 +28,13 @@ class FileLock:
         self._handle: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             holder = os.pread(self._handle, 200, 0).decode(errors="replace").strip() or "unknown"
             self.release()
             raise InUse(path, holder) from error
+        except OSError:  # a file system without locks
+            self.release()
+            raise
         os.ftruncate(self._handle, 0)
         os.pwrite(self._handle, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
