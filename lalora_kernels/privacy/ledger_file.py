@@ -2,12 +2,22 @@
 
 import os
 from pathlib import Path
+from threading import Lock
 from weakref import WeakValueDictionary
 
 from lalora_kernels.files import write_atomic
 from lalora_kernels.lock import FileLock, InUse
 
 _held: WeakValueDictionary[Path, FileLock] = WeakValueDictionary()  # of this process, whose ledgers may share a file
+_opening = Lock()  # of threads
+
+
+def _hold(place: Path) -> FileLock:
+    with _opening:
+        lock = _held.get(place)
+        if lock is None:
+            lock = _held[place] = FileLock(place.with_name(place.name + ".lock"))
+        return lock
 
 
 class LedgerError(ValueError):
@@ -22,18 +32,14 @@ class LedgerFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path, self._process = Path(path), os.getpid()
-        place = self.path.resolve()
-        lock = _held.get(place)
-        if lock is None:
-            try:
-                lock = FileLock(place.with_name(place.name + ".lock"))
-            except InUse as error:
-                raise LedgerError(
-                    f"{path} is in use by process {error.holder}; two processes on one ledger would spend its budget "
-                    f"twice. Wait for that one or stop it"
-                ) from error
-            _held[place] = lock
-        self._lock, self._known = lock, {b""}
+        try:
+            self._lock = _hold(self.path.resolve())
+        except InUse as error:
+            raise LedgerError(
+                f"{path} is in use by process {error.holder}; two processes on one ledger would spend its budget "
+                f"twice. Wait for that one or stop it"
+            ) from error
+        self._known = {b""}
 
     def read(self) -> bytes | None:
         """What it holds, which ``write`` may then replace; None where there is no such file."""

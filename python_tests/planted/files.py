@@ -36,8 +36,8 @@ FILES = (
     fault(
         "two processes on one ledger",
         LEDGER_FILE,
-        '                lock = FileLock(place.with_name(place.name + ".lock"))\n',
-        '                lock = FileLock(place.with_name(f"{place.name}.{os.getpid()}.lock"))\n',
+        'FileLock(place.with_name(place.name + ".lock"))',
+        'FileLock(place.with_name(f"{place.name}.{os.getpid()}.lock"))',
         "ledger_at",
     ),
     fault(
