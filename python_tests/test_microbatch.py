@@ -70,6 +70,22 @@ def peak_of(physical: int) -> int:
     return most
 
 
+def test_what_was_held_before_and_is_freed_meanwhile_does_not_count():
+    """torch keeps the sizes that it saw in an earlier measurement, and tells them of what came to lie there since."""
+    device, held = torch.device("cpu"), []
+
+    def freed_and_taken():
+        held.clear()
+        held.append(torch.empty(10))
+
+    for elements in range(30_000, 30_040):
+        microbatch.peak_bytes(lambda: held.append(torch.empty(elements)), device)  # noqa: B023
+        held.clear()
+        held.append(torch.empty(elements))  # often at the same address
+        assert microbatch.peak_bytes(freed_and_taken, device) == 40
+        held.clear()
+
+
 def test_the_largest_that_fits():
     """By what ordinary steps at fixed sizes allocate, measured here."""
     peaks = {n: peak_of(n) for n in (4, 5, 6, 7, 8)}

@@ -1,16 +1,18 @@
 """``physical_batch_size="auto"``: the largest physical batch whose step fits a memory budget.
 
-At the model's first private forward, steps of one and of two placeholder records are taken on a copy of the model that
-shares its parameters, and their peaks of memory noted; in between and beyond, the peak is linear in the records, since
-activations and per-sample gradients have a row for each. The first physical batch holds one record, so that nothing
-large is tried before. A logical batch is only split: noise, ledger and result are those of any other physical size.
+At the model's first private forward, steps of one, two and three placeholder records are taken on a copy of the model
+that shares its parameters, and their peaks of memory noted; from two on the peak is linear in the records, since
+activations and per-sample gradients have a row for each (of a single record some views need no copy). The first
+physical batch holds one record, so that nothing large is tried before. A logical batch is only split: noise, ledger and
+result are those of any other physical size.
 """
 
 import copy
 import gc
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +54,19 @@ class AutoBatch:
         size = sys.maxsize
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
             for factors in self.factors:
-                one, two = self._peaks(engine, model, args, kwargs, factors, device)
+                one, two, three = self._peaks(engine, model, args, kwargs, factors, device)
                 if one > budget:
                     raise RuntimeError(
                         f"a step of one record takes {one / 1e6:,.1f} MB, more than the memory budget of "
                         f"{budget / 1e6:,.1f} MB; raise memory_budget, free memory, or train fewer layers"
                     )
-                if two > one:
-                    size = min(size, 1 + int((budget - one) / (two - one)))
+                if three > two:
+                    size = min(size, 2 + math.floor((budget - two) / (three - two)) if two <= budget else 1)
         self.sampler.physical_batch_size, engine.auto_batch = size, None
 
     def _peaks(
         self, engine: Engine, model: nn.Module, args: tuple, kwargs: dict, factors: str, device: torch.device
-    ) -> tuple[int, int]:
+    ) -> tuple[int, int, int]:
         memo = {id(p): p for p in model.parameters()}
         twin = copy.deepcopy(model, memo)
         other = Engine(
@@ -87,10 +89,10 @@ class AutoBatch:
 
             steps(1)()  # libraries' own buffers, which are there from then on
             peaks = []
-            for rows in (1, 2):
+            for rows in (1, 2, 3):
                 other._buffers.clear()
                 peaks.append(peak_bytes(steps(rows), device))
-            return peaks[0], peaks[1]
+            return peaks[0], peaks[1], peaks[2]
         finally:
             other.detach()  # what trains is again what trained before
 
@@ -104,7 +106,7 @@ def _two_physical_batches(engine: Engine, model: nn.Module, args: tuple, kwargs:
         _stand_in(model(*inputs[0], **inputs[1])).backward()
         engine.finish()
     for site in engine.sites:
-        site.param.grad = site.released = None
+        site.param.grad = site.released = site.S = None  # or the next one would free it, which counts for less
 
 
 def _stand_in(outputs: Any) -> Tensor:
@@ -133,12 +135,26 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
     finally:
         if quiet:
             del os.environ["KINETO_LOG_LEVEL"]
-    events = profiled.profiler.kineto_results.events()
     level = peak = 0
-    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
-        level += change
+    held: dict[int, int] = {}  # address -> bytes
+    for _, address, size in sorted(_allocations(profiled.profiler.kineto_results.experimental_event_tree())):
+        # What is freed may have been there before: torch then tells the size of what it last saw at that address.
+        level += size if size > 0 else -held.pop(address, 0)
+        if size > 0:
+            held[address] = size
         peak = max(peak, level)
     return peak
+
+
+def _allocations(events: list) -> Iterator[tuple[int, int, int]]:
+    """(time, address, bytes) of each block taken, and freed with bytes < 0, in these profiled events and below them."""
+    waiting = list(events)
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            block = event.extra_fields
+            yield event.start_time_ns, block.ptr, block.alloc_size
 
 
 def free_bytes(device: torch.device) -> int:
