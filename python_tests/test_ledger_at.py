@@ -77,6 +77,18 @@ def test_another_budget_than_the_files(tmp_path):
     assert lk.Ledger.at(tmp_path / "ledger.json").target_epsilon == 8.0
 
 
+@pytest.mark.parametrize("left", [b"", b"{", b"\xff"])
+def test_a_damaged_file_is_no_new_ledger(tmp_path, left):
+    path = tmp_path / "ledger.json"
+    lk.Ledger.at(path, **BUDGET).charge(1.0, 0.1)
+    path.write_bytes(left)
+    with pytest.raises(lk.LedgerError, match="truncated or corrupt"):
+        lk.Ledger.at(path, **BUDGET)
+    with pytest.raises(lk.LedgerError, match="truncated or corrupt"):
+        lk.Ledger().path = path
+    assert path.read_bytes() == left
+
+
 class TestTwoUsers:
     """Of one file: neither may lose what the other has charged."""
 

@@ -39,13 +39,13 @@ class LedgerFile:
                 f"{path} is in use by process {error.holder}; two processes on one ledger would spend its budget "
                 f"twice. Wait for that one or stop it"
             ) from error
-        self._known = {b""}
+        self._known: set[bytes] = set()
 
     def read(self) -> bytes | None:
         """What it holds, which ``write`` may then replace; None where there is no such file."""
-        stored = self.path.read_bytes() if self.path.exists() else b""
-        self._known = {stored}
-        return stored or None
+        stored = self.path.read_bytes() if self.path.exists() else None
+        self._known = set() if stored is None else {stored}
+        return stored  # an empty file is a damaged one, not a new one
 
     def write(self, text: str) -> None:
         """Replace what was read or written last. Raises LedgerError where it is not that any more."""
