@@ -197,6 +197,21 @@ class TestTheLoop:
         with pytest.raises(ValueError, match="A loss that picks records of the batch.*is refused|count over the whole"):
             loop(picked, claimed, steps=80, sample_rate=0.5)
 
+    @pytest.mark.parametrize("classes", [3, 5000])  # of 5,000 that are alike the largest has 0.0002
+    def test_records_whose_cross_entropy_would_have_a_gradient(self, classes):
+        """Not the one that is certain of its class: rounding leaves it none."""
+        z, y = torch.zeros(4, 2, classes), torch.tensor([[-100] * 2, [0, 0], [0, 0], [-100] * 2])
+        z[1, :, 0] = 200.0
+        z.requires_grad_(True)
+        (dz,) = torch.autograd.grad(F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="sum"), z)
+        assert not dz[1].any() and checking.without_gradient(z.detach(), dz).tolist() == [True, False, False, True]
+
+    def test_records_whose_logistic_loss_would_have_a_gradient(self):
+        z = torch.tensor([[0.0, 3.0], [200.0, -200.0], [0.0, 0.0]], requires_grad=True)
+        each = F.binary_cross_entropy_with_logits(z, torch.tensor([[1.0, 0.0]] * 3), reduction="none")
+        (dz,) = torch.autograd.grad(each[1:].sum(), z)
+        assert checking.without_gradient(z.detach(), dz).tolist() == [True, False, False]
+
     def test_a_number_or_a_share_that_stays(self):
         sizes = torch.arange(16) % 7 + 20
         some = torch.bernoulli(torch.full((16, 30), 0.5), generator=torch.Generator().manual_seed(0))

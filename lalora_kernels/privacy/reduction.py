@@ -153,10 +153,12 @@ def lengths(dz: Tensor, axis: int) -> Tensor:
 
 def without_gradient(z: Tensor, dz: Tensor) -> Tensor:
     """Which of the N records of outputs z (N, ...) have none though a loss of theirs would have one, (N,) bool."""
-    axis = class_axis(z, dz) if z.dim() > 1 else None
-    p = torch.sigmoid(z) if axis is None else z.softmax(axis).amax(axis)
-    certain = (p > CERTAIN) | (p < 1 - CERTAIN)  # of a softmax's largest the second is never so
-    return (dz == 0).reshape(len(z), -1).all(1) & ~certain.reshape(len(z), -1).all(1)
+    found = (dz == 0).reshape(len(z), -1).all(1)
+    axis = class_axis(z, dz) if z.dim() > 1 and found.any() else None
+    for i in found.nonzero().flatten().tolist():  # one after the other: a vocabulary is long
+        p = torch.sigmoid(z[i].abs()) if axis is None else z[i].softmax(axis - 1).amax(axis - 1)
+        found[i] = bool((p <= CERTAIN).any())
+    return found
 
 
 def chosen(seen: list[tuple[int, int]]) -> bool:
