@@ -45,10 +45,11 @@ FUSED = ("qkv", "c_attn")  # outputs are all queries, then all keys, then all va
 INTERLEAVED = ("query_key_value", "qkv_proj", "Wqkv", "in_proj")  # by heads, or with fewer keys than queries
 HEADS = ("score", "classifier", "lm_head", "head")  # where neither transformers nor timm says what the head is
 # Known by name: a class exists in this process only if somebody else imported transformers. Falcon's linear layer says
-# x @ W^T + b where nn.Linear calls linear(x, W, b).
+# x @ W^T + b where nn.Linear calls linear(x, W, b); timm's differs from it in TorchScript only.
 THEIRS: dict[tuple[str, str], type[LoRALayer]] = {
     ("transformers.pytorch_utils", "Conv1D"): LoRAConv1D,
     ("transformers.models.falcon.modeling_falcon", "FalconLinear"): LoRALinear,
+    ("timm.layers.linear", "Linear"): LoRALinear,
 }
 # PEFT refuses their out_proj: the kernels of GPUs take its weight and never call it.
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # by model_type
@@ -70,7 +71,7 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 def lora_class(module: nn.Module) -> type[LoRALayer] | None:
     """The LoRA layer for this module's type; None if there is none.
 
-    A subclass of nn.Linear, nn.Conv2d or nn.Embedding counts while it has that class's forward, or is FalconLinear.
+    A subclass of nn.Linear, nn.Conv2d or nn.Embedding counts while it has that class's forward, or is named in THEIRS.
     """
     kind = type(module)
     for plain, adapted in ((nn.Linear, LoRALinear), (nn.Conv2d, LoRAConv2d), (nn.Embedding, LoRAEmbedding)):
