@@ -31,6 +31,7 @@ def adapt(
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
     target_modules: str | Iterable[str] = "qv",
+    exclude_modules: str | Iterable[str] | None = None,
     modules_to_save: str | Iterable[str] | None = None,
     fused: Fused = "qkv",
     verbose: bool = True,
@@ -41,6 +42,7 @@ def adapt(
     names, each the whole name of a module or the end of one after a dot; ``"all-linear"``, every linear layer but the
     output head; any other string a regular expression that matches the whole name. ``"qv"`` is the query and value
     projections by the names of known families (targets.QUERY_VALUE), a fused one whole (see ``fused``).
+    ``exclude_modules``, such names or a regular expression, are left out of them.
     ``modules_to_save``, a list of such names, stay trainable as they are and are saved with the adapter; nothing inside
     them is adapted. A layer that is reachable under two names becomes one LoRA layer in both places.
     ``fused`` says what is adapted of a fused projection (timm's qkv, GPT-2's c_attn): all of it, as PEFT does, or with
@@ -54,7 +56,7 @@ def adapt(
     lora_alpha = r if lora_alpha is None else lora_alpha
     check_settings(r, lora_alpha, lora_dropout)
     saved = resolve_saved(model, modules_to_save)
-    names, left_out = resolve_targets(model, target_modules, saved)
+    names, left_out = resolve_targets(model, target_modules, saved, exclude_modules)
     rows = adapted_rows(model, names, fused)
     install(model, dict.fromkeys(names, (r, lora_alpha)), saved, lora_dropout, use_rslora, rows)
     if verbose:

@@ -30,12 +30,14 @@ from lalora_kernels.peft_names import (
     peft_saved,
     peft_targets,
     rank_and_alpha,
+    refuse_apart,
     refuse_two_places,
     renamed,
     targets_and_saved,
     with_task_heads,
+    with_tied,
 )
-from lalora_kernels.targets import adapted_rows, lora_class, modules_by_name, refusal
+from lalora_kernels.targets import adapted_rows, head, lora_class, modules_by_name, refusal
 
 PREFIX = "base_model.model."  # PEFT puts it before every key
 
@@ -59,7 +61,8 @@ def save_adapter(
     """
     layers = dict(lora_layers(model))
     if not layers:
-        raise ValueError("nothing to save: the model has no LoRA layer; call adapt(model, ...) first")
+        own = "call adapt(model, ...) first; a PEFT model is saved by its own save_pretrained"
+        raise ValueError(f"nothing to save: the model has no LoRA layer; {own}")
     _refuse_unsayable(model, layers)
     config = _config(model, layers, base_model_name_or_path, task_type)
     tensors: dict[str, Tensor] = {}
@@ -96,9 +99,9 @@ def load_adapter(model: Model, folder: str | os.PathLike, *, fused: Fused | None
     saved = peft_saved(model, with_task_heads(config.get("modules_to_save"), config.get("task_type")))
     factors, others, tables = _split(tensors, folder)
     names = list(dict.fromkeys(name for name, _ in factors))
-    bases = {name: others.pop(f"{name}.base_layer.weight", None) for name in tables}
+    bases = _take_bases(model, saved, names, others)
     _refuse_keys(model, modules, saved, names, factors, others, config)
-    _refuse_kinds(modules, names, tables, bases)
+    _refuse_kinds(model, modules, names, tables, bases)
     plan = {name: rank_and_alpha(name, config) for name in names}
     adapted = any(True for _ in lora_layers(model))
     if adapted:
@@ -106,6 +109,7 @@ def load_adapter(model: Model, folder: str | os.PathLike, *, fused: Fused | None
     refuse_two_places(model, [modules[name] for name in names])
     _refuse_shapes(model, modules, plan, factors, others)
     refuse_nonfinite(tensors, "nothing was loaded")
+    refuse_apart(model, others)
     rows = read_rows(folder) if fused is None else adapted_rows(model, names, fused)
     _refuse_rows(modules, factors, rows, fused)
 
@@ -136,7 +140,8 @@ def _rows(layers: Mapping[str, LoRALayer]) -> Rows:
 
 
 def _refuse_unsayable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
-    refuse_two_places(model, layers.values())
+    trained = (m for name in saved_modules(model) for m in model.get_submodule(name).modules())
+    refuse_two_places(model, [*layers.values(), *(m for m in trained if m._parameters)])
     for what, values in (
         ("lora_dropout", {getattr(layer.lora_dropout, "p", 0.0) for layer in layers.values()}),
         ("use_rslora", {layer.use_rslora for layer in layers.values()}),
@@ -157,7 +162,7 @@ def _config(
     model: nn.Module, layers: dict[str, LoRALayer], base_model_name_or_path: str | None, task_type: str | None
 ) -> dict[str, Any]:
     first = next(iter(layers.values()))
-    targets, saved = targets_and_saved(model, list(layers), saved_modules(model), task_type)
+    targets, saved = targets_and_saved(model, list(layers), with_tied(model, saved_modules(model)), task_type)
     r, rank_pattern = common_and_pattern({name: layer.r for name, layer in layers.items()})
     alpha, alpha_pattern = common_and_pattern({name: layer.lora_alpha for name, layer in layers.items()})
     auto = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
@@ -213,20 +218,37 @@ def _file_key(module: nn.Module, name: str, factor: str) -> str:
     return f"{name}.lora_embedding_{factor}" if isinstance(module, nn.Embedding) else f"{name}.lora_{factor}.weight"
 
 
+def _take_bases(model: nn.Module, saved: list[str], names: list[str], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{key in the model: tensor}, taken out of ``others``: frozen weights of the model in the file.
+
+    PEFT stores those of the embeddings and of the head where one of them is adapted, or on demand.
+    """
+    modules, ends, state, found = modules_by_name(model), head(model), model.state_dict(), {}
+    for key in [k for k in others if not any(k.startswith(name + ".") for name in saved)]:
+        owner, _, leaf = key.rpartition(".")
+        name = owner.removesuffix(".base_layer")
+        module = modules.get(name)
+        if name in names if name != owner else isinstance(module, nn.Embedding) or id(module) in ends:
+            if f"{name}.{leaf}" in state:
+                found[f"{name}.{leaf}"] = others.pop(key)
+    return found
+
+
 def _refuse_kinds(
-    modules: dict[str, nn.Module], names: list[str], tables: set[str], bases: dict[str, Tensor | None]
+    model: nn.Module, modules: dict[str, nn.Module], names: list[str], tables: set[str], bases: dict[str, Tensor]
 ) -> None:
-    """Factors of embeddings belong to embeddings; PEFT stores their frozen weights too, which must be the model's."""
+    """Factors of embeddings belong to embeddings; frozen weights in the file must be the model's."""
     kinds: dict[str, Any] = {n: type(m) if isinstance(m := modules[n], LoRALayer) else lora_class(m) for n in names}
     wrong = [n for n in names if kinds[n] is not None and (n in tables) != issubclass(kinds[n], LoRAEmbedding)]
     if wrong:
         raise ValueError(f"an embedding in the file or in the model, but not in both:{listed(wrong)}")
+    state = model.state_dict()
     for name, base in bases.items():
-        weight: Any = modules[name].weight
-        if base is not None and not (base.shape == weight.shape and torch.equal(base.to(weight), weight)):
+        if not (base.shape == state[name].shape and torch.equal(base.to(state[name]), state[name])):
             raise ValueError(
-                f"the adapter also holds a weight for {name} that is not the model's (it was trained or resized); save "
-                "it with PEFT's save_pretrained(..., save_embedding_layers=False), or load the model it belongs to"
+                f"the adapter also holds a weight for {name.rpartition('.')[0]} that is not the model's (it was "
+                "trained or resized); save it with PEFT's save_pretrained(..., save_embedding_layers=False), or load "
+                "the model it belongs to"
             )
 
 
@@ -241,6 +263,8 @@ def _refuse_keys(
 ) -> None:
     state = model.state_dict()
     inside = {key for key in state if any(key.startswith(name + ".") for name in saved)}
+    if any(isinstance(getattr(m, "base_layer", None), nn.Module) for m in modules.values()):
+        raise ValueError("the model has layers of PEFT's; load with its own load_adapter, or into the plain model")
     strange = [name for name in names if name not in modules] + [key for key in others if key not in inside]
     if strange:
         raise ValueError(

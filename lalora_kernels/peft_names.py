@@ -2,10 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lalora_kernels.targets import ends_with, modules_by_name
 
@@ -46,6 +47,45 @@ def with_task_heads(names: Iterable[str] | None, task_type: str | None, model: n
     names = list(names or ())
     extra = [h for h in TASK_HEADS.get(task_type or "", ()) if h not in names]
     return names + [h for h in extra if model is None or any(n.endswith(h) for n in modules_by_name(model))]
+
+
+def with_tied(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """``names`` of modules_to_save and of the modules that hold a tensor of theirs, too (an embedding and the head).
+
+    PEFT gives a copy of its own to every module that it trains: one that is not named would keep the old tensor.
+    """
+    names, modules = list(names), modules_by_name(model)
+    inside = {id(m) for name in names for m in modules[name].modules()}
+    held = {id(p) for name in names for p in modules[name].parameters()}
+    found = names + [n for n, m in modules.items() if id(m) not in inside and not held.isdisjoint(_own(m))]
+    return [n for n in found if not any(n.startswith(other + ".") for other in found)]
+
+
+def refuse_apart(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a file's ``values`` (by the names of modules_to_save's parameters) are not one tensor for
+    what is one tensor in the model: PEFT trained a copy of it, or several."""
+    places: dict[int, dict[tuple[int, str, str], str]] = {}
+    for name, module in modules_by_name(model).items():
+        parent, _, child = name.rpartition(".")
+        for key, p in module._parameters.items():
+            if p is not None:
+                place = (id(model.get_submodule(parent)), child, key)
+                places.setdefault(id(p), {}).setdefault(place, f"{name}.{key}")
+    tensors = {id(p): p for p in model.parameters()}
+    for at, found in places.items():
+        names, p = list(found.values()), tensors[at]
+        if any(n in values for n in names) and not all(
+            torch.equal(values.get(n, p).to(p), values.get(names[0], p).to(p)) for n in names[1:]
+        ):
+            raise ValueError(
+                f"{' and '.join(names)} are one tensor in this model and not in the adapter, since PEFT trains copies; "
+                f"untie them before loading: "
+                f"module.weight = torch.nn.Parameter(module.weight.detach().clone()) for all but one of them"
+            )
+
+
+def _own(module: nn.Module) -> set[int]:
+    return set(map(id, module.parameters(recurse=False)))
 
 
 def peft_saved(model: nn.Module, names: Iterable[str]) -> list[str]:

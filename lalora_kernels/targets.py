@@ -45,11 +45,14 @@ FUSED = ("qkv", "c_attn")  # outputs are all queries, then all keys, then all va
 INTERLEAVED = ("query_key_value", "qkv_proj", "Wqkv", "in_proj")  # by heads, or with fewer keys than queries
 HEADS = ("score", "classifier", "lm_head", "head")  # where neither transformers nor timm says what the head is
 # Known by name: a class exists in this process only if somebody else imported transformers. Falcon's linear layer says
-# x @ W^T + b where nn.Linear calls linear(x, W, b).
+# x @ W^T + b where nn.Linear calls linear(x, W, b); timm's differs from it in TorchScript only.
 THEIRS: dict[tuple[str, str], type[LoRALayer]] = {
     ("transformers.pytorch_utils", "Conv1D"): LoRAConv1D,
     ("transformers.models.falcon.modeling_falcon", "FalconLinear"): LoRALinear,
+    ("timm.layers.linear", "Linear"): LoRALinear,
 }
+# PEFT refuses their out_proj: the kernels of GPUs take its weight and never call it.
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # by model_type
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -68,7 +71,7 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 def lora_class(module: nn.Module) -> type[LoRALayer] | None:
     """The LoRA layer for this module's type; None if there is none.
 
-    A subclass of nn.Linear, nn.Conv2d or nn.Embedding counts while it has that class's forward, or is FalconLinear.
+    A subclass of nn.Linear, nn.Conv2d or nn.Embedding counts while it has that class's forward, or is named in THEIRS.
     """
     kind = type(module)
     for plain, adapted in ((nn.Linear, LoRALinear), (nn.Conv2d, LoRAConv2d), (nn.Embedding, LoRAEmbedding)):
@@ -86,6 +89,8 @@ def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
         return "it is adapted already; call unadapt(model) or merge_and_unload(model) first"
     if isinstance(parent, nn.MultiheadAttention) or _bypasses(type(parent), child):  # type: ignore[arg-type]  # a class is hashable
         return f"{type(parent).__name__} uses its weight without calling it, so an adapter would do nothing"
+    if child == "out_proj" and getattr(getattr(model, "config", None), "model_type", None) in MAMBA:
+        return "PEFT adapts no out_proj of a Mamba, whose kernels for GPUs use its weight without calling it"
     if bits(module):
         return "it is quantized; PEFT adapts it, and patch_peft(get_peft_model(model, LoraConfig(...))) makes that ours"
     if lora_class(module) is None:
@@ -146,12 +151,23 @@ def resolve_saved(model: nn.Module, modules_to_save: str | Iterable[str] | None)
                 raise ValueError(f"modules_to_save: {name} ({type(modules[name]).__name__}) has no parameters")
             if any(isinstance(m, LoRALayer) for m in modules[name].modules()):
                 raise ValueError(f"modules_to_save: {name} is or holds an adapted layer; call unadapt(model) first")
-        found += [n for n in names if n not in found]
+        found += [n for name in names for n in _in_lists(modules, name) if n not in found]
     return found
 
 
+def _in_lists(modules: dict[str, nn.Module], name: str) -> list[str]:
+    """The module itself, or what trains in a ModuleList or ModuleDict, which PEFT's modules_to_save cannot be."""
+    if not isinstance(modules[name], (nn.ModuleList, nn.ModuleDict)):
+        return [name]
+    inside = [f"{name}.{child}" for child in modules[name]._modules]
+    return [n for c in inside if any(True for _ in modules[c].parameters()) for n in _in_lists(modules, c)]
+
+
 def resolve_targets(
-    model: nn.Module, target_modules: str | Iterable[str], saved: list[str]
+    model: nn.Module,
+    target_modules: str | Iterable[str],
+    saved: list[str],
+    exclude_modules: str | Iterable[str] | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """Names to adapt, and what "all-linear" has to leave out (name -> reason)."""
     modules = modules_by_name(model)
@@ -170,8 +186,8 @@ def resolve_targets(
                 raise ValueError(f"target_modules: no module is named {target!r}{hint}")
         names = [n for n in candidates if any(ends_with(n, t) for t in targets)]
     elif target_modules.lower() == "all-linear":
-        head = _head(model)
-        linear = {n: m for n, m in candidates.items() if _is_linear(m) and id(m) not in head}
+        left = head(model)
+        linear = {n: m for n, m in candidates.items() if _is_linear(m) and id(m) not in left}
         refused = {n: refusal(model, n, m) for n, m in linear.items() if not isinstance(m, LoRALayer)}
         left_out = {n: why for n, why in refused.items() if why}
         names = [n for n in linear if n not in left_out]
@@ -183,9 +199,29 @@ def resolve_targets(
         except re.error as error:
             raise ValueError(f"target_modules: {target_modules!r} is not a regular expression ({error})") from None
         names = [n for n in candidates if pattern.fullmatch(n)]
-    if not names:
+    excluded = _excluded(modules, exclude_modules)
+    kept = [n for n in names if n not in excluded]
+    if names and not kept:
+        raise ValueError(f"exclude_modules={exclude_modules!r} leaves nothing of target_modules={target_modules!r}")
+    if not kept:
         raise ValueError(_no_match(target_modules, modules, left_out))
-    return names, left_out
+    return kept, {n: why for n, why in left_out.items() if n not in excluded}
+
+
+def _excluded(modules: dict[str, nn.Module], exclude_modules: str | Iterable[str] | None) -> set[str]:
+    if exclude_modules is None:
+        return set()
+    if isinstance(exclude_modules, str):
+        try:
+            pattern = re.compile(exclude_modules)
+        except re.error as error:
+            raise ValueError(f"exclude_modules: {exclude_modules!r} is not a regular expression ({error})") from None
+        return {n for n in modules if pattern.fullmatch(n)}
+    targets = _as_names("exclude_modules", exclude_modules)
+    for target in targets:
+        if not any(ends_with(n, target) for n in modules):
+            raise ValueError(f"exclude_modules: no module is named {target!r}{_suggest(target, modules)}")
+    return {n for n in modules if any(ends_with(n, t) for t in targets)}
 
 
 def adapted_rows(model: nn.Module, names: Iterable[str], fused: str) -> dict[str, list[tuple[int, int]]]:
@@ -231,14 +267,14 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or lora_class(module) is LoRAConv1D
 
 
-def _head(model: nn.Module) -> set[int]:
+def head(model: nn.Module) -> set[int]:
     """ids of the modules that make up the output head: transformers' and timm's own word, else the usual names."""
     found = [
         getattr(model, getter)() for getter in ("get_output_embeddings", "get_classifier") if hasattr(model, getter)
     ]
     found += [getattr(model, name, None) for name in HEADS]
-    for head in found:
-        heads = head if isinstance(head, (tuple, list)) else (head,)  # a distilled DeiT has two
+    for one in found:
+        heads = one if isinstance(one, (tuple, list)) else (one,)  # a distilled DeiT has two
         if all(isinstance(h, nn.Module) for h in heads):
             return {id(m) for h in heads for m in h.modules()}
     return set()

@@ -44,7 +44,7 @@ if not hasattr(Trainer, "_prepare_for_training"):
     raise ImportError("lalora_kernels.trainer needs transformers 5 or later")
 logger = logging.get_logger(__name__)
 LEDGER, ADAPTER = "ledger.json", "adapter"
-LOSS_RTOL, TRIES = 1e-3, 8  # two ways to one number in float32; records to tell them apart by
+LOSS_RTOL, HALF_RTOL, TRIES = 1e-3, 1e-2, 8  # two ways to one number, in half precision; records to tell them apart by
 
 
 class PrivateTrainerMixin(_Mixed):
@@ -305,7 +305,8 @@ class PrivateTrainerMixin(_Mixed):
             if own is not None and not own.isfinite():
                 continue  # a record without a label that counts
             ours = [float(record_losses(logits_of(outputs), record["labels"], shift=shift)) for shift in (False, True)]
-            fits = [own is not None and abs(x - float(own)) <= LOSS_RTOL * abs(float(own)) + 1e-6 for x in ours]
+            rtol = HALF_RTOL if own is not None and own.dtype.itemsize < 4 else LOSS_RTOL
+            fits = [own is not None and abs(x - float(own)) <= rtol * abs(float(own)) + 1e-6 for x in ours]
             if not any(fits):
                 raise ValueError(
                     f"the model's own loss of one record is {own} and the cross-entropy of its logits {ours[0]:.6g} "

@@ -1,11 +1,16 @@
 """What adapt() refuses or leaves out, by name, and that the model is then as before."""
 
+import copy
+
 import peft
 import pytest
 import torch
 from adapting import mlp
+from models import FAMILIES
+from test_adapt import peft_layers
 from torch import nn
 
+import lalora_kernels as lk
 from lalora_kernels.adapt import adapt, saved_modules
 from lalora_kernels.nn import lora_layers
 
@@ -55,6 +60,12 @@ def bigcode():
     )
 
 
+def mamba():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    return MambaForCausalLM(MambaConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1, state_size=4))
+
+
 def convolved():
     model = nn.Sequential()
     model.qkv = nn.Conv2d(4, 12, 1)
@@ -79,6 +90,10 @@ class Doubled(nn.Linear):
         (mlp, {"target_modules": r"(fc"}, ["not a regular expression"]),
         (mlp, {"target_modules": []}, ["names of modules"]),
         (mlp, {"target_modules": [1]}, ["names of modules"]),
+        (mlp, {"target_modules": ["fc1"], "exclude_modules": ["fcc"]}, ["exclude_modules: no module is named 'fcc'"]),
+        (mlp, {"target_modules": ["fc1"], "exclude_modules": "(fc"}, ["exclude_modules: '(fc' is not a regular exp"]),
+        (mlp, {"target_modules": ["fc1"], "exclude_modules": "fc."}, ["exclude_modules='fc.' leaves nothing"]),
+        (mamba, {"target_modules": ["in_proj", "out_proj"]}, ["mixer.out_proj cannot be adapted: PEFT adapts no out"]),
         (mlp, {"target_modules": ["head"], "modules_to_save": ["head"]}, ["matches no layer outside modules_to_save"]),
         (lambda: nn.Sequential(mlp()), {"target_modules": "fc1"}, ["write ['fc1'] for this name"]),
         (lambda: nn.Linear(3, 3), {"target_modules": "all-linear"}, ["no linear layer below its root"]),
@@ -145,6 +160,53 @@ def test_all_linear_reports_what_it_leaves_out(capsys):
     adapt(model, target_modules="all-linear")
     assert [n for n, _ in lora_layers(model)] == ["fc"]
     assert "left out attention.out_proj: MultiheadAttention uses its weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "targets, excluded",
+    [
+        ("all-linear", ["q_proj", "fc1"]),
+        ("all-linear", r".*layers\.1\..*"),
+        (["q_proj", "v_proj"], ["0.attention.q_proj"]),
+    ],
+    ids=str,
+)
+def test_excluded_modules_are_pefts(targets, excluded):
+    model = FAMILIES["vit"][0]()[0]
+    expected = peft_layers(model, target_modules=targets, exclude_modules=excluded)
+    everything = peft_layers(model, target_modules=targets)
+    adapt(model, target_modules=targets, exclude_modules=excluded, modules_to_save=["classifier"], verbose=False)
+    assert {n for n, _ in lora_layers(model)} == expected - {"classifier"} < everything
+
+
+def test_what_a_swin_v2_gives_one_input_for_all_records_can_be_excluded():
+    from transformers import Swinv2Config, Swinv2ForImageClassification
+
+    torch.manual_seed(0)
+    config = Swinv2Config(
+        image_size=16, patch_size=2, embed_dim=12, depths=[1, 1], num_heads=[2, 3], window_size=4, num_labels=3
+    )
+    model, batch = Swinv2ForImageClassification(config).eval(), (torch.randn(2, 3, 16, 16), torch.tensor([0, 2]))
+
+    def loss(m, b):
+        return nn.functional.cross_entropy(m(b[0]).logits, b[1])
+
+    twin = adapt(copy.deepcopy(model), target_modules="all-linear", verbose=False)
+    with pytest.raises(ValueError, match=r"continuous_position_bias_mlp\.0.* is given one input.*name it in"):
+        lk.check_per_sample(twin, batch, loss)
+    adapt(model, target_modules="all-linear", exclude_modules=r".*continuous_position_bias_mlp.*", verbose=False)
+    assert len(list(lora_layers(model))) == len(list(lora_layers(twin))) - 4
+    lk.check_per_sample(model, batch, loss)
+
+
+def test_a_mamba_is_adapted_where_peft_does(capsys):
+    model = mamba()
+    with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
+        peft.get_peft_model(mamba(), peft.LoraConfig(target_modules="all-linear"))
+    adapt(model, target_modules="all-linear")
+    adapted = {n.rpartition(".")[2] for n, _ in lora_layers(model)}
+    assert adapted == {"in_proj", "x_proj", "dt_proj"} and "left out backbone.layers.0" in capsys.readouterr().out
+    peft.get_peft_model(mamba(), peft.LoraConfig(target_modules=sorted(adapted)))
 
 
 TIMM_BYPASS = {

@@ -1,5 +1,7 @@
 """What may train beside the adapters, and how models may call it, against N single-sample backwards."""
 
+import importlib
+
 import pytest
 import torch
 from test_per_sample import largest_relative_error
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lalora_kernels.nn import LoRALinear, set_active
 from lalora_kernels.privacy.checks import per_sample_gradients, single_sample_gradients
+from lalora_kernels.privacy.rules import RULES_BY_NAME
 
 F = nn.functional
 
@@ -64,15 +67,20 @@ def test_norms_over_the_last_axes(norm):
     check(model, (torch.randn(3, 7, 4, dtype=torch.float64), torch.randint(0, 3, (3,))), classify)
 
 
-def test_llamas_norms_and_timms_channel_norms():
+def test_timms_channel_norms():
     from timm.layers import LayerNorm2d
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     torch.manual_seed(2)
     norm = LayerNorm2d(4)
     nn.init.normal_(norm.weight)
     check(nn.Sequential(norm, Pool(), nn.Linear(4, 3)), images(), classify)
-    norm = LlamaRMSNorm(5)
+
+
+@pytest.mark.parametrize("name", [n for n in RULES_BY_NAME if n.startswith("transformers.models.")])
+def test_transformers_norms(name):
+    module, _, kind = name.rpartition(".")
+    torch.manual_seed(2)
+    norm = getattr(importlib.import_module(module), kind)(5)
     nn.init.normal_(norm.weight)
     check(
         nn.Sequential(nn.Linear(4, 5), norm, nn.Flatten(), nn.Linear(35, 3)),

@@ -182,6 +182,23 @@ def test_several_adapters():
     assert not first & same(model, patched)
 
 
+def test_an_adapter_that_is_not_in_every_layer():
+    """The layers of another one, which is inactive and frozen, are not in the way."""
+    _, patched = pair(targets=["fc1"], modules_to_save=None)
+    patched.add_adapter("other", LoraConfig(r=2, target_modules=["fc2"]))
+    patched.set_adapter("other")
+    lk.patch_peft(patched.double())
+    nn.init.normal_(patched.base_model.model.fc2.lora_B["other"].weight)
+    lk.set_active(patched, "AB")
+    expected = single_sample_gradients(patched, batch(), loss_of)
+    assert len(expected) == 2
+    opt, loader, _ = private(patched, method="dp-lora", max_grad_norm=1e3)
+    before = copy.deepcopy(patched.state_dict())
+    train(patched, loss_of, opt, loader, 1)
+    moved = {n for n, p in patched.state_dict().items() if not torch.equal(p, before[n])}
+    assert moved == set(expected)
+
+
 def test_two_active_adapters_are_pefts_and_not_private():
     model, patched = pair(adapters=2, modules_to_save=None)
     for m in (model, patched):

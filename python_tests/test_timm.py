@@ -98,6 +98,21 @@ def check_steps(ours, twin, data, smoothing, rows=None):
     assert moved >= 4
 
 
+def test_the_head_of_a_mobilenet():
+    """timm's own Linear: trained in full, adapted here, and adapted by PEFT."""
+    torch.manual_seed(0)
+    model = timm.create_model("mobilenetv3_small_050", num_classes=3).eval()
+    x, y = records("convnext", n=2, dtype=torch.float32).tensors
+    assert type(model.classifier) is timm.layers.Linear
+    theirs = get_peft_model(copy.deepcopy(model), LoraConfig(r=3, lora_alpha=5, target_modules=["classifier"]))
+    ours = lk.adapt(copy.deepcopy(model), r=3, lora_alpha=5, target_modules=["classifier"], verbose=False)
+    randomize(ours), randomize(theirs)
+    torch.testing.assert_close(ours(x), theirs.eval()(x), **MERGED_F32)
+    model.requires_grad_(False).classifier.requires_grad_(True)
+    for m in (model, ours, lk.patch_peft(theirs)):
+        lk.check_per_sample(m, (x, y), loss_of)
+
+
 def test_convnext_with_convolutions():
     """timm's 1x1 convolutions are covered; its depthwise ones are refused by name."""
     model, _ = build("convnext_conv")

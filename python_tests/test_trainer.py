@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from test_private_step import KEY, written_out
-from tolerances import LAYER_F32, LAYER_F64, MODEL_F32, PRIVATE_STEP_F64
+from tolerances import AUTOCAST_BF16, LAYER_F32, LAYER_F64, MODEL_F32, PRIVATE_STEP_F64
 from torch import nn
 from trainer_models import FAMILIES, RECORDS, WHOLE, adapted, bert, rows, text, trainer_of
 
@@ -234,6 +234,19 @@ class TestLosses:
         patched.base_model.model.register_forward_hook(scale)
         with pytest.raises(ValueError, match="model's own loss of one record is .* computes something else"):
             trainer_of(patched, data, tmp_path, privacy=WHOLE).train()
+
+    def test_a_base_in_half_precision(self, tmp_path):
+        """Whose own loss has 8 bits."""
+        torch.manual_seed(0)
+        base, _, data, _ = bert()
+        model = lk.adapt(base.bfloat16(), r=3, target_modules="qv", verbose=False)
+        twin = copy.deepcopy(model).double()
+        grads = written_out(twin, data, alone, clipping="flat", C=0.3, smoothing=None, divisor=RECORDS)
+        before = copy.deepcopy(model.state_dict())
+        trainer_of(model, data, tmp_path, privacy=WHOLE).train()
+        found = torch.cat([(2 * (before[n] - model.state_dict()[n])).flatten() for n in grads if n.endswith("_B")])
+        expected = torch.cat([g.flatten() for n, g in grads.items() if n.endswith("_B")])
+        assert (found - expected).norm() < AUTOCAST_BF16 * expected.norm()
 
     def test_a_batch_without_labels(self, tmp_path):
         _, patched, data = adapted("bert")

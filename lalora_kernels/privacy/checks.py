@@ -37,7 +37,7 @@ def tree_map(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 ONE_FOR_ALL = (
     "{} is given one input for all records, and what the model does with the output does not keep a row for each of "
-    "them, so no record's gradient shows; leave it out of target_modules"
+    "them, so no record's gradient shows; leave it out of target_modules, or name it in exclude_modules"
 )
 
 

@@ -94,18 +94,43 @@ RULES: dict[type[nn.Module], Rule] = {
 }
 # By qualified name, so that nothing is imported for them. A subclass that is not named may compute something else.
 RULES_BY_NAME: dict[str, Rule] = {
+    "timm.layers.linear.Linear": Rule(_linear),  # the head of MobileNets, as nn.Linear but in TorchScript
     "timm.layers.norm.LayerNorm": Rule(_layer_norm),
     "timm.layers.norm.LayerNorm2d": Rule(_layer_norm_2d),
     "transformers.pytorch_utils.Conv1D": Rule(_conv1d),
     **{
         f"transformers.models.{family}.modeling_{family}.{name}": _HF_RMS_NORM
         for family, name in (
+            ("bitnet", "BitNetRMSNorm"),
+            ("deepseek_v2", "DeepseekV2RMSNorm"),
+            ("deepseek_v3", "DeepseekV3RMSNorm"),
+            ("exaone4", "Exaone4RMSNorm"),
+            ("falcon_mamba", "FalconMambaRMSNorm"),
+            ("glm", "GlmRMSNorm"),
+            ("glm4", "Glm4RMSNorm"),
+            ("granite", "GraniteRMSNorm"),
+            ("jamba", "JambaRMSNorm"),
+            ("lfm2", "Lfm2RMSNorm"),
             ("llama", "LlamaRMSNorm"),
+            ("longt5", "LongT5LayerNorm"),
+            ("mamba", "MambaRMSNorm"),
+            ("mamba2", "Mamba2RMSNorm"),
             ("mistral", "MistralRMSNorm"),
-            ("qwen2", "Qwen2RMSNorm"),
-            ("qwen3", "Qwen3RMSNorm"),
+            ("mixtral", "MixtralRMSNorm"),
+            ("mt5", "MT5LayerNorm"),
+            ("olmoe", "OlmoeRMSNorm"),
             ("phi3", "Phi3RMSNorm"),
+            ("qwen2", "Qwen2RMSNorm"),
+            ("qwen2_5_vl", "Qwen2_5_VLRMSNorm"),
+            ("qwen2_moe", "Qwen2MoeRMSNorm"),
+            ("qwen3", "Qwen3RMSNorm"),
+            ("qwen3_moe", "Qwen3MoeRMSNorm"),
+            ("seed_oss", "SeedOssRMSNorm"),
+            ("smollm3", "SmolLM3RMSNorm"),
+            ("switch_transformers", "SwitchTransformersLayerNorm"),
             ("t5", "T5LayerNorm"),
+            ("umt5", "UMT5LayerNorm"),
+            ("zamba2", "Zamba2RMSNorm"),
         )
     },
 }

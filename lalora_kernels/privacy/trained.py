@@ -65,7 +65,7 @@ def refuse_frozen(model: nn.Module) -> None:
         if isinstance(module, Adapted):
             held = _tensors(name, module)
             pair = [held[role][0]._parameters[held[role][1]] for role in FACTOR_ROLES if role in held]
-            if not any(p is not None and p.requires_grad for p in pair):
+            if pair and not any(p is not None and p.requires_grad for p in pair):  # none: no active adapter is in it
                 raise ValueError(
                     f"both factors of {name} are frozen, and the schedule would train them all the same; unfreeze them "
                     f"(PEFT: from_pretrained(..., is_trainable=True)), leave the layer out of target_modules, or merge "
