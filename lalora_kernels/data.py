@@ -31,6 +31,7 @@ TEXT_PAIRS = (  # the first of these that a table has goes before a single text:
     ("text1", "text2"),
 )
 TEST_SHARE = 0.2  # where a source has no test split; which records these are is the same in every run
+MOST_CLASSES = 100_000  # a larger label is a number of something else, and each class costs a row of the head
 SPLIT_SEED, SPLIT_SALT = 0, b"lalora_kernels: which records are set aside"  # both public
 Text = str | tuple[str, str]
 
@@ -170,12 +171,18 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 def _npz(path: Path) -> Data:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it is a single array")
+        with loaded as archive:
             arrays = {key: archive[key] for key in archive.files}
+        if strange := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{strange[0]} is no array")
     except FileNotFoundError:
         raise no_such_file(path) from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise BadInput(f"{path}: not a readable .npz of plain arrays, corrupt or truncated ({error})") from error
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError) as why:
+        # RuntimeError: encrypted, or compressed by another method; MemoryError: a header that claims more than there is
+        raise BadInput(f"{path}: not a readable .npz of plain arrays, corrupt or truncated ({why})") from why
     if missing := [key for key in ("x_train", "y_train") if key not in arrays]:
         raise BadInput(f"{path}: holds {', '.join(arrays) or 'nothing'}; {' and '.join(missing)} missing")
     classes = [str(c) for c in arrays["classes"].reshape(-1).tolist()] if "classes" in arrays else []
@@ -262,8 +269,10 @@ def _column(
     if wanted is not None:
         if wanted not in header:
             raise BadInput(f"{where}: no column {wanted!r}; the columns are {', '.join(header)}")
-        return header.index(wanted)
+        usual = (wanted,)
     for name in usual:
+        if header.count(name) > 1:
+            raise BadInput(f"{where}: two columns are named {name!r}; which one is the {role}? Rename one")
         if name in header:
             return header.index(name)
     if taken is not None and len(header) == 2:
@@ -334,10 +343,12 @@ def _labels(y: np.ndarray, records: int, where: str) -> Tensor:
     y = np.asarray(y)
     if y.ndim != 1 or len(y) != records:
         raise BadInput(f"{where}: {records} records but labels of shape {y.shape}")
-    if y.dtype.kind not in "iu" and not (y.dtype.kind == "f" and np.all(y == np.floor(y))):
+    if y.dtype.kind not in "iu" and not (y.dtype.kind == "f" and np.isfinite(y).all() and np.all(y == np.floor(y))):
         raise BadInput(f"{where}: labels are whole numbers from 0, got {y.dtype}")
     if len(y) and y.min() < 0:
         raise BadInput(f"{where}: labels count from 0, found {y.min()}")
+    if len(y) and y.max() >= MOST_CLASSES:
+        raise BadInput(f"{where}: labels number the classes from 0 without gaps; found {y.max()}, give each its number")
     return torch.from_numpy(y.astype(np.int64))
 
 
