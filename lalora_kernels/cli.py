@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the input or the settings do not fit (one line says what);
 import argparse
 import contextlib
 import dataclasses
+import re
 import shlex
 import sys
 import time
@@ -29,6 +30,7 @@ from lalora_kernels.reproduce.command import add_reproduce
 from lalora_kernels.reproduce.command import reproduce as reproduce_piece
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")  # torch's, on a card and on the CPU
 EXTRAS = {  # module -> the extra of pyproject.toml that brings it
     "sklearn": "data", "mlxtend": "data", "rich": "federated", "transformers": "text", "timm": "vision", "peft": "peft",
     "flwr": "flower", "ray": "flower", "cryptography": "flower", "matplotlib": "reproduce", "scipy": "reproduce",
@@ -204,7 +206,7 @@ def _add_settings(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the user set: the TOML file's values, overridden by flags."""
-    values = read_toml(args.config) if getattr(args, "config", None) else {}
+    values = read_toml(args.config) if getattr(args, "config", None) is not None else {}
     names = [field.name for field in dataclasses.fields(Config)]
     return values | {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
@@ -212,10 +214,11 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def train(args: argparse.Namespace) -> int:
     """``lalora train``."""
     given = settings(args)
-    if args.resume and (given or args.config or args.out):
+    resumed = args.resume is not None  # "" of an unset variable is no new run, which would spend a second budget
+    if resumed and (given or args.config or args.out):
         raise BadInput("--resume continues a run with its own settings; leave the other flags out")
-    config = None if args.resume else make_config(given, args.config or "the command line")
-    folder = Path(args.resume or args.out or _new_folder(make_config(given)))
+    config = None if resumed else make_config(given, args.config or "the command line")
+    folder = Path(args.resume if resumed else args.out or _new_folder(make_config(given)))
     from lalora_kernels.display import Display, JsonDisplay
     from lalora_kernels.federated.run import Run, prepare
     from lalora_kernels.loggers import KINDS, Loggers, Source, both, check
@@ -227,7 +230,7 @@ def train(args: argparse.Namespace) -> int:
     with (JsonDisplay if args.json else Display)(quiet=args.quiet) as display:
         try:
             with _setup():
-                display.note(f"{'resuming' if args.resume else 'run folder'} {folder}")
+                display.note(f"{'resuming' if resumed else 'run folder'} {folder}")
                 if config is None:
                     run = Run.resume(folder, display.watch())
                 else:
@@ -317,8 +320,6 @@ def report(args: argparse.Namespace) -> int:
     except (FileNotFoundError, NotADirectoryError) as error:
         path = Path(error.filename)
         raise BadInput(f"{path.parent} is not a run: {path.name} is missing") from error
-    except IsADirectoryError as error:
-        raise BadInput(f"{error.filename2 or error.filename} is a folder; --out names a file") from error
     except LedgerError as error:
         raise BadInput(f"the report would not be true: {error}") from error
     return OK
@@ -364,15 +365,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"lalora: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
-    except (BudgetExceeded, QuorumLost, FlowerFailed, Unwritten) as error:
+    except (BudgetExceeded, QuorumLost, FlowerFailed, Unwritten, OSError) as error:
+        # OSError: a full disk, a folder that cannot be written
         if args.debug:
             raise
         print(f"lalora: {error}", file=sys.stderr)
         return FAILED
-    except OSError as error:  # a full disk, a folder that cannot be written
-        if args.debug:
+    except (MemoryError, RuntimeError) as error:
+        if args.debug or not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
             raise
-        print(f"lalora: {error}", file=sys.stderr)
+        from lalora_kernels.models import first_line
+
+        cure = "a smaller --physical-batch-size costs no accuracy; so may fewer --jobs or a smaller --rank help"
+        print(f"lalora: out of memory ({first_line(error)}); {cure}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -133,12 +133,13 @@ def _interrupt(*_: object) -> None:
 
 
 def _run(args: argparse.Namespace, given: dict[str, Any]) -> int:
-    if args.resume and (given or args.out):
+    resumed = args.resume is not None  # "" of an unset variable is no new run
+    if resumed and (given or args.out):
         raise BadInput("--resume continues a run with its own settings; leave the other flags out")
     if not 1.0 <= args.round_timeout < math.inf:
         raise BadInput(f"--round-timeout is a number of seconds, 1 or more; got {args.round_timeout:g}")
-    config = None if args.resume else make_config(given)
-    folder = Path(args.resume or args.out or f"runs/flower-{time.strftime('%Y%m%d-%H%M%S')}")
+    config = None if resumed else make_config(given)
+    folder = Path(args.resume if resumed else args.out or f"runs/flower-{time.strftime('%Y%m%d-%H%M%S')}")
     if config is None:
         _resumable(folder)
     else:

@@ -167,6 +167,14 @@ def test_a_full_disk_while_training_says_how_to_go_on(world, tmp_path, capsys, m
     assert capsys.readouterr().err == said
 
 
+def test_what_does_not_fit_in_memory_is_one_line_with_a_cure(world, tmp_path, capsys):
+    assert main([*flags(world), "--rank", str(10**13), "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("lalora: out of memory (") and "--physical-batch-size" in said and "Traceback" not in said
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        main([*flags(world), "--rank", str(10**13), "--out", str(tmp_path / "run"), "--debug"])
+
+
 def test_a_full_disk_elsewhere_promises_nothing(world, tmp_path, capsys, monkeypatch):
     assert main(flags(world, "--out", str(tmp_path / "run"), "--quiet")) == 0
     monkeypatch.setattr("lalora_kernels.report.write_atomic", full)
