@@ -6,6 +6,8 @@ Exit codes: 0 done; 2 the input or the settings do not fit (one line says what);
 import argparse
 import contextlib
 import dataclasses
+import io
+import os
 import re
 import shlex
 import sys
@@ -352,6 +354,8 @@ def audit(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ε shows a question mark, and the run goes on
     args = build_parser().parse_args(argv)
     commands = {
         "plan": plan, "train": train, "flower": flower, "table": table, "reproduce": reproduce, "report": report,
@@ -359,7 +363,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     command = commands[args.command]
     try:
-        return command(args)
+        code = command(args)
+        sys.stdout.flush()  # here, where what cannot be written has an exit code
+        return code
+    except BrokenPipeError:  # | head has read enough; nothing is left to be written when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except BadInput as error:
         if args.debug:
             raise
