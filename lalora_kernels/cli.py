@@ -228,7 +228,8 @@ def train(args: argparse.Namespace) -> int:
     kinds = [kind for kind in KINDS if getattr(args, kind)]
     check(kinds)
     if args.engine == "flower-sim":
-        return simulate(config, folder, (JsonFlowerDisplay if args.json else FlowerDisplay)(args.quiet), kinds)
+        shown = (JsonFlowerDisplay if args.json else FlowerDisplay)(args.quiet)
+        return simulate(config, folder, shown, kinds, args.log_private)
     with (JsonDisplay if args.json else Display)(quiet=args.quiet) as display:
         try:
             with _setup():
