@@ -6,6 +6,9 @@ Exit codes: 0 done; 2 the input or the settings do not fit (one line says what);
 import argparse
 import contextlib
 import dataclasses
+import io
+import os
+import re
 import shlex
 import sys
 import time
@@ -29,6 +32,7 @@ from lalora_kernels.reproduce.command import add_reproduce
 from lalora_kernels.reproduce.command import reproduce as reproduce_piece
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")  # torch's, on a card and on the CPU
 EXTRAS = {  # module -> the extra of pyproject.toml that brings it
     "sklearn": "data", "mlxtend": "data", "rich": "federated", "transformers": "text", "timm": "vision", "peft": "peft",
     "flwr": "flower", "ray": "flower", "cryptography": "flower", "matplotlib": "reproduce", "scipy": "reproduce",
@@ -204,7 +208,7 @@ def _add_settings(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the user set: the TOML file's values, overridden by flags."""
-    values = read_toml(args.config) if getattr(args, "config", None) else {}
+    values = read_toml(args.config) if getattr(args, "config", None) is not None else {}
     names = [field.name for field in dataclasses.fields(Config)]
     return values | {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
@@ -212,10 +216,11 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def train(args: argparse.Namespace) -> int:
     """``lalora train``."""
     given = settings(args)
-    if args.resume and (given or args.config or args.out):
+    resumed = args.resume is not None  # "" of an unset variable is no new run, which would spend a second budget
+    if resumed and (given or args.config or args.out):
         raise BadInput("--resume continues a run with its own settings; leave the other flags out")
-    config = None if args.resume else make_config(given, args.config or "the command line")
-    folder = Path(args.resume or args.out or _new_folder(make_config(given)))
+    config = None if resumed else make_config(given, args.config or "the command line")
+    folder = Path(args.resume if resumed else args.out or _new_folder(make_config(given)))
     from lalora_kernels.display import Display, JsonDisplay
     from lalora_kernels.federated.run import Run, prepare
     from lalora_kernels.loggers import KINDS, Loggers, Source, both, check
@@ -223,11 +228,12 @@ def train(args: argparse.Namespace) -> int:
     kinds = [kind for kind in KINDS if getattr(args, kind)]
     check(kinds)
     if args.engine == "flower-sim":
-        return simulate(config, folder, (JsonFlowerDisplay if args.json else FlowerDisplay)(args.quiet), kinds)
+        shown = (JsonFlowerDisplay if args.json else FlowerDisplay)(args.quiet)
+        return simulate(config, folder, shown, kinds, args.log_private)
     with (JsonDisplay if args.json else Display)(quiet=args.quiet) as display:
         try:
             with _setup():
-                display.note(f"{'resuming' if args.resume else 'run folder'} {folder}")
+                display.note(f"{'resuming' if resumed else 'run folder'} {folder}")
                 if config is None:
                     run = Run.resume(folder, display.watch())
                 else:
@@ -254,15 +260,15 @@ def flower(args: argparse.Namespace) -> int:
     return run_flower(args, settings(args))
 
 
-class _setup:
+@contextlib.contextmanager
+def _setup() -> Iterator[None]:
     """Turns errors of arguments, raised anywhere before the first step, into BadInput."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (ValueError, FileNotFoundError)) and not isinstance(error, BadInput):
-            raise BadInput(str(error)) from error
+    try:
+        yield
+    except BadInput:
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        raise BadInput(str(error)) from error
 
 
 class Unwritten(Exception):
@@ -317,8 +323,6 @@ def report(args: argparse.Namespace) -> int:
     except (FileNotFoundError, NotADirectoryError) as error:
         path = Path(error.filename)
         raise BadInput(f"{path.parent} is not a run: {path.name} is missing") from error
-    except IsADirectoryError as error:
-        raise BadInput(f"{error.filename2 or error.filename} is a folder; --out names a file") from error
     except LedgerError as error:
         raise BadInput(f"the report would not be true: {error}") from error
     return OK
@@ -351,6 +355,8 @@ def audit(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ε shows a question mark, and the run goes on
     args = build_parser().parse_args(argv)
     commands = {
         "plan": plan, "train": train, "flower": flower, "table": table, "reproduce": reproduce, "report": report,
@@ -358,21 +364,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     command = commands[args.command]
     try:
-        return command(args)
+        code = command(args)
+        sys.stdout.flush()  # here, where what cannot be written has an exit code
+        return code
+    except BrokenPipeError:  # | head has read enough; nothing is left to be written when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except BadInput as error:
         if args.debug:
             raise
         print(f"lalora: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
-    except (BudgetExceeded, QuorumLost, FlowerFailed, Unwritten) as error:
+    except (BudgetExceeded, QuorumLost, FlowerFailed, Unwritten, OSError) as error:
+        # OSError: a full disk, a folder that cannot be written
         if args.debug:
             raise
         print(f"lalora: {error}", file=sys.stderr)
         return FAILED
-    except OSError as error:  # a full disk, a folder that cannot be written
-        if args.debug:
+    except (MemoryError, RuntimeError) as error:
+        if args.debug or not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
             raise
-        print(f"lalora: {error}", file=sys.stderr)
+        from lalora_kernels.models import first_line
+
+        cure = "a smaller --physical-batch-size costs no accuracy; so may fewer --jobs or a smaller --rank help"
+        print(f"lalora: out of memory ({first_line(error)}); {cure}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

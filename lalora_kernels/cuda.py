@@ -17,7 +17,6 @@ from lalora_kernels.reference.chacha20_normal import MAX_ELEMENTS
 from lalora_kernels.segments import Release
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_NONE = (0, 0, 0)
 _TILE = 2048  # elements: two vectors of four a thread
 _module: ModuleType | None = None
 _plans: dict[tuple, Any] = {}

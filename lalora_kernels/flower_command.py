@@ -98,10 +98,16 @@ def flower(args: argparse.Namespace, given: dict[str, Any]) -> int:
     ](args, given)
 
 
-def simulate(config: Config | None, folder: Path, display: FlowerDisplay, kinds: Sequence[str] = ()) -> int:
+def simulate(
+    config: Config | None,
+    folder: Path,
+    display: FlowerDisplay,
+    kinds: Sequence[str] = (),
+    log_private: bool = False,
+) -> int:
     """``lalora train --engine flower-sim``: clients as Ray actors on this machine; no ``config``: resume ``folder``.
 
-    ``kinds``: the writers of loggers.py that take the rounds too.
+    ``kinds``: the writers of loggers.py that take the rounds too; ``log_private``: with what is of private records.
     """
     _need_flower("ray")
     signal.signal(signal.SIGTERM, _interrupt)
@@ -125,7 +131,7 @@ def simulate(config: Config | None, folder: Path, display: FlowerDisplay, kinds:
         wait_for(link, address)
         control = Control(home, address)
         config = None if resumed else config
-        return _to_the_end(control, folder, config, display, [link], kinds, simulate=federation)
+        return _to_the_end(control, folder, config, display, [link], kinds, log_private, simulate=federation)
 
 
 def _interrupt(*_: object) -> None:
@@ -133,12 +139,13 @@ def _interrupt(*_: object) -> None:
 
 
 def _run(args: argparse.Namespace, given: dict[str, Any]) -> int:
-    if args.resume and (given or args.out):
+    resumed = args.resume is not None  # "" of an unset variable is no new run
+    if resumed and (given or args.out):
         raise BadInput("--resume continues a run with its own settings; leave the other flags out")
     if not 1.0 <= args.round_timeout < math.inf:
         raise BadInput(f"--round-timeout is a number of seconds, 1 or more; got {args.round_timeout:g}")
-    config = None if args.resume else make_config(given)
-    folder = Path(args.resume or args.out or f"runs/flower-{time.strftime('%Y%m%d-%H%M%S')}")
+    config = None if resumed else make_config(given)
+    folder = Path(args.resume if resumed else args.out or f"runs/flower-{time.strftime('%Y%m%d-%H%M%S')}")
     if config is None:
         _resumable(folder)
     else:
@@ -154,6 +161,7 @@ def _to_the_end(
     display: FlowerDisplay,
     processes: Sequence[Process],
     kinds: Sequence[str] = (),
+    log_private: bool = False,
     **options: Any,
 ) -> int:
     run = control.submit(folder, config, **options)
@@ -165,7 +173,7 @@ def _to_the_end(
             if kinds and not record["round"]:  # a resumed run is told from its beginning too
                 from lalora_kernels.loggers import Loggers, Source
 
-                writers.append(stack.enter_context(Loggers(kinds, Source.read(folder))))
+                writers.append(stack.enter_context(Loggers(kinds, Source.read(folder), log_private)))
             display.round(folder, record)
             for write in writers:
                 write(record)

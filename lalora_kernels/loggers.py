@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lalora_kernels.data import BadInput
+from lalora_kernels.data import BadInput, need
 from lalora_kernels.federated.diagnostics import NOT_PRIVATE, PRIVATE_TEST, QUANTILES
 from lalora_kernels.federated.run import Run
-from lalora_kernels.models import first_line, need
+from lalora_kernels.models import first_line
 
 KINDS = ("tensorboard", "wandb")
 FOLDER = "tensorboard"  # in the run folder

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lalora_kernels.data import BadInput, Text, no_such_file
+from lalora_kernels.data import BadInput, Text, need, no_such_file
 from lalora_kernels.embedded import SIZE, embedded_model
 
 _torchvision_schemas: list[torch.library.Library] = []  # a Library's definitions live as long as it does
@@ -247,14 +247,6 @@ def _image_collate(name: str, config: Any, image_size: int | None) -> "ImageBatc
     size = size if isinstance(size, int) else size.get("height") or size.get("shortest_edge")
     size = image_size or getattr(config, "image_size", None) or size
     return ImageBatch(size, channels, tuple(mean), tuple(std))
-
-
-def need(module: str, package: str | None = None) -> Any:
-    """Import an optional dependency, or say what to install."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise BadInput(f"{error.name} is not installed; pip install {package or module}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lalora_kernels.data import BadInput
+from lalora_kernels.data import BadInput, need
 from lalora_kernels.embedded import SIZE, architecture
 from lalora_kernels.models import (
     Classifier,
@@ -19,7 +19,6 @@ from lalora_kernels.models import (
     first_line,
     load_model,
     longest_text,
-    need,
     torchvision_beside_cpu_torch,
 )
 

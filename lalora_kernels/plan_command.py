@@ -21,6 +21,7 @@ from lalora_kernels.federated.config import CHOICES, Config, make_config
 from lalora_kernels.federated.methods import METHODS, Method, get_method
 from lalora_kernels.federated.plan import Plan, deal, make_plan
 from lalora_kernels.federated.server import update_bytes
+from lalora_kernels.nn import factor_of
 from lalora_kernels.privacy.accountant import compute_epsilon
 
 POINTS = 12  # of the ε curve, where there are more rounds
@@ -140,20 +141,15 @@ def epsilon_curve(config: Config, costs: Plan) -> list[dict[str, Any]]:
     return curve
 
 
-def _factor(key: str) -> str:
-    """A, B, or nothing for what is trained in full."""
-    return key.rpartition(".lora_")[2] if ".lora_" in key else ""
-
-
 def _method(config: Config, method: Method, costs: Plan, state: Mapping[str, Tensor]) -> dict[str, Any]:
     rounds = range(1, config.rounds + 1)
     steps = Counter(method.schedule.active(t, k) for t in rounds for k in range(1, config.local_steps + 1))
-    trained = {"", *(factor for factors in steps for factor in factors)}
+    trained = {None, *(factor for factors in steps for factor in factors)}
     update = [update_bytes({key: v for key, v in state.items() if method.travels(key, t)}) for t in rounds]
     sent = [one * len(chosen) for one, chosen in zip(update, costs.participation)]
     return {
         "method": method.name,
-        "trainable_parameters": sum(v.numel() for key, v in state.items() if _factor(key) in trained),
+        "trainable_parameters": sum(v.numel() for key, v in state.items() if factor_of(key) in trained),
         "bytes_sent_per_update": update,  # of one client, in each round
         "bytes_sent_per_round": sent,
         "bytes_sent": sum(sent),

@@ -175,8 +175,8 @@ def write_report(folder: str | Path, *more: str | Path, out: str | Path | None =
     """Write one page on one run, or on several side by side; returns its path.
 
     ``out``: the file; else report.html in the only run's folder, or comparison.html here. ``public`` leaves out
-    whatever was computed on private data. Raises as ``read_run``, and BadInput for a public page on a run whose
-    accuracy is of private records.
+    whatever was computed on private data. Raises as ``read_run``, and BadInput for files that lack something, for a
+    folder as ``out``, and for a public page on a run whose accuracy is of private records.
     """
     from lalora_kernels.data import BadInput
     from lalora_kernels.report_page import page
@@ -188,7 +188,17 @@ def write_report(folder: str | Path, *more: str | Path, out: str | Path | None =
             f"be published; run it with test records of their own (--test-dataset, or x_test in the .npz)"
         )
     path = Path(out) if out is not None else Path("comparison.html") if more else Path(folder) / "report.html"
-    write_atomic(path, page(runs, public))
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder; --out names a file")
+    try:
+        text = page(runs, public)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        names = " or ".join(run.name for run in runs)
+        raise BadInput(
+            f"{names} is not a complete run ({type(error).__name__}: {error}); lalora train --resume writes "
+            f"metrics.jsonl anew, other files have to come from a copy"
+        ) from error
+    write_atomic(path, text)
     return path
 
 

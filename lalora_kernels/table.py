@@ -28,6 +28,7 @@ def make_table(shared: dict[str, Any], grid: dict[str, Sequence], out: Path, job
     """
     if jobs < 1:
         raise BadInput(f"--jobs is a whole number >= 1, got {jobs}")
+    grid = {name: list(dict.fromkeys(values)) for name, values in grid.items()}  # a seed twice is no second sample
     names = list(grid)
     todo = [dict(zip(names, values)) for values in itertools.product(*grid.values())]
     configs = {_name(cell): make_config(shared | cell) for cell in todo}
@@ -55,6 +56,8 @@ def put_into(page: Path, table: str, mark: str = "accuracy") -> None:
         head, found, rest = page.read_text(encoding="utf-8").partition(begin)
     except FileNotFoundError:
         raise BadInput(f"{page}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{page}: not a page in UTF-8 ({error})") from error
     _, closed, tail = rest.partition(end)
     if not found or not closed:
         raise BadInput(f"{page}: has no lines {begin} and {end} to put the table between")

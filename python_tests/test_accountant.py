@@ -153,6 +153,12 @@ def test_calibration_beside_what_was_spent_before():
     assert sigma > get_noise_multiplier(**plan)
 
 
+@pytest.mark.parametrize("epsilon", [1e-300, 1e-30, 1e-9])
+def test_an_epsilon_as_small_as_can_be_has_a_noise_that_keeps_it(epsilon):
+    sigma = get_noise_multiplier(target_epsilon=epsilon, target_delta=1e-5, sample_rate=0.1, steps=1)
+    assert compute_epsilon([(sigma, 0.1, 1)], 1e-5) <= epsilon and math.isfinite(sigma)
+
+
 def test_calibration_keeps_a_coarser_tolerance_too():
     sigma = get_noise_multiplier(
         target_epsilon=3.0, target_delta=DELTA, sample_rate=0.1, steps=100, epsilon_tolerance=0.1

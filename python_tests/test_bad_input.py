@@ -59,8 +59,11 @@ def refused(capsys, args: list[str]) -> str:
         ({"delta": 1e-30}, "delta"),
         ({"max_grad_norm": 0}, "--max-grad-norm is a number > 0"),
         ({"max_grad_norm": "inf"}, "--max-grad-norm is a number > 0"),
+        ({"max_grad_norm": 1e300}, "--max-grad-norm is a number > 0 and <= 1e+15"),
+        ({"lr": 1e300}, "--lr is a number > 0 and <= 1e+15"),
         ({"fraction": 1.5}, "--fraction is a number > 0 and <= 1"),
         ({"rounds": 0}, "--rounds is a whole number >= 1"),
+        ({"rounds": 10**400}, "--rounds is a whole number >= 1 and <= 1e+07"),
         ({"lr": "nan"}, "--lr is a number > 0"),
         ({"momentum": 1.0}, "--momentum is a number >= 0 and < 1"),
         ({"batch_size": 0}, "--batch-size is a whole number >= 1"),
@@ -102,12 +105,20 @@ def test_argparse_refuses_with_the_same_code(args):
         ('lr = "fast"', "--lr is a number, got 'fast'"),
         ("rank = true", "--rank is a whole number, got True"),
         ("clients = 3\n[federation]\nclients = 4", "clients is given twice"),
+        (f"epsilon = 1{'0' * 400}", "--epsilon is a number > 0 and <= 1e+300, or inf"),
         ('method = "sgd"', "--method is one of dp-lora, ffa-lora, rolora, la-lora"),
     ],
 )
 def test_toml_that_does_not_fit(tmp_path, capsys, text, message):
     (tmp_path / "c.toml").write_text(text)
     assert message in refused(capsys, ["train", "--config", str(tmp_path / "c.toml")])
+
+
+def test_an_unset_variable_for_a_folder_starts_no_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "not a run that can be resumed" in refused(capsys, ["train", "--resume", ""])
+    assert "not a readable TOML file" in refused(capsys, ["train", "--config", ""])
+    assert not list(tmp_path.iterdir())
 
 
 def test_resume_takes_no_other_settings(finished, capsys):
@@ -142,6 +153,9 @@ def npz(path, **arrays) -> str:
         ({"y_train": np.zeros((20, 2), int)}, r"20 records but labels of shape \(20, 2\)"),
         ({"y_train": np.arange(20) % 2 - 1}, "labels count from 0, found -1"),
         ({"y_train": np.arange(20) / 7}, "labels are whole numbers from 0, got float64"),
+        ({"y_train": np.where(np.arange(20) % 2, np.inf, 0.0)}, "labels are whole numbers from 0, got float64"),
+        ({"y_train": np.arange(20) % 2 * 20260101}, "labels number the classes from 0 without gaps; found 20260101"),
+        ({"y_train": np.arange(20, dtype=np.uint64) * 2**60}, "labels number the classes from 0"),
         ({"y_train": np.zeros(20, int)}, "one class only"),
         ({"y_train": None}, "y_train missing"),
         ({"x_train": np.zeros((20, 64), np.uint8)}, r"got shape \(20, 64\)"),

@@ -18,6 +18,7 @@ from small import digits_npz, vit_folder
 
 from lalora_kernels.cli import EXTRAS, FLAGS, build_parser, main
 from lalora_kernels.federated.config import NAMES, Config, make_config, read_toml, tomllib
+from lalora_kernels.privacy.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -167,6 +168,14 @@ def test_a_full_disk_while_training_says_how_to_go_on(world, tmp_path, capsys, m
     assert capsys.readouterr().err == said
 
 
+def test_what_does_not_fit_in_memory_is_one_line_with_a_cure(world, tmp_path, capsys):
+    assert main([*flags(world), "--rank", str(10**13), "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("lalora: out of memory (") and "--physical-batch-size" in said and "Traceback" not in said
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        main([*flags(world), "--rank", str(10**13), "--out", str(tmp_path / "run"), "--debug"])
+
+
 def test_a_full_disk_elsewhere_promises_nothing(world, tmp_path, capsys, monkeypatch):
     assert main(flags(world, "--out", str(tmp_path / "run"), "--quiet")) == 0
     monkeypatch.setattr("lalora_kernels.report.write_atomic", full)
@@ -189,6 +198,30 @@ def test_a_missing_module_is_installed_by_the_extra_that_holds_it(monkeypatch, c
     assert main(["report", "run"]) == 2
     module = name.partition(".")[0]
     assert capsys.readouterr().err == f"lalora: {module} is not installed; pip install {install}\n"
+
+
+def called(command: str, **env: str) -> subprocess.CompletedProcess:
+    """A shell's command, with ``lalora`` for this one."""
+    lalora = f"{shlex.quote(sys.executable)} -m lalora_kernels.cli"
+    command = "set -o pipefail; " + command.replace("lalora", lalora)
+    return subprocess.run(["bash", "-c", command], cwd=ROOT, env=os.environ | env, capture_output=True, timeout=120)
+
+
+def test_a_locale_without_greek_letters_shows_question_marks(world, tmp_path):
+    folder = shlex.quote(str(tmp_path / "run"))
+    train = called(f"{shlex.join(['lalora', *flags(world)])} --rounds 1 --out {folder}", PYTHONIOENCODING="ascii")
+    assert train.returncode == 0 and b"noise ?/C" in train.stdout and not train.stderr
+    assert b"budget of each client" in called("lalora train --help", PYTHONIOENCODING="latin-1").stdout
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
+    ledger = Ledger(target_delta=1e-5)
+    ledger.charge(2.0, 0.1)
+    ledger.save(tmp_path / "one.json")
+    done = called(f"(sleep 1; lalora ledger {shlex.quote(str(tmp_path / 'one.json'))}) | true")
+    assert (done.returncode, done.stderr) == (1, b"")
+    done = called(f"lalora ledger {shlex.quote(str(tmp_path / 'one.json'))} > /dev/full")
+    assert done.returncode == 1 and done.stderr == b"lalora: [Errno 28] No space left on device\n"
 
 
 def test_the_extras_hold_the_modules():

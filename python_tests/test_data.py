@@ -2,6 +2,8 @@
 
 import csv
 import gzip
+import io
+import zipfile
 
 import numpy as np
 import pytest
@@ -47,6 +49,41 @@ def test_npz_keeps_its_arrays_and_its_class_names(tmp_path):
     data = load_data(str(tmp_path / "a.npz"))
     assert np.array_equal(data.train.inputs.permute(0, 2, 3, 1).numpy(), x)
     assert np.array_equal(data.test.labels.numpy(), y[:6]) and data.classes == ["cat", "dog", "eel"]
+
+
+def no_archive(path):
+    np.save(path.with_suffix(".npy"), np.zeros((20, 8, 8), np.uint8))
+    path.with_suffix(".npy").rename(path)
+
+
+def no_arrays(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x_train", b"abc")
+        archive.writestr("y_train", b"abc")
+
+
+def bad_deflate(path):
+    np.savez_compressed(path, x_train=np.arange(2000) % 251, y_train=np.arange(20))
+    raw = bytearray(path.read_bytes())
+    raw[60:300:3] = bytes(80)
+    path.write_bytes(raw)
+
+
+def claims_petabytes(path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**13, 28, 28)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x_train.npy", header.getvalue())
+
+
+@pytest.mark.parametrize("make, why", [
+    (no_archive, "it is a single array"), (no_arrays, "x_train is no array"), (bad_deflate, "Error -3"),
+    (claims_petabytes, "Unable to allocate"),
+])  # fmt: skip
+def test_an_npz_that_is_none_inside(tmp_path, make, why):
+    make(tmp_path / "a.npz")
+    with pytest.raises(BadInput, match=f"a.npz: not a readable .npz of plain arrays.*{why}"):
+        load_data(str(tmp_path / "a.npz"))
 
 
 def images_npz(path, x, y) -> str:
@@ -168,6 +205,14 @@ def pairs_tsv(path, columns=("question", "sentence"), records=20):
 
 
 PAIRS = [(f"q{i} and", f"s{i} then") for i in range(20)]
+
+
+@pytest.mark.parametrize("header", ["text,text,label", "text,label,label"])
+def test_two_columns_of_one_name_are_not_guessed_between(tmp_path, header):
+    (tmp_path / "a.csv").write_text(f"{header}\nhello,1,0\nworld,0,1\n")
+    for named in (None, "label"):
+        with pytest.raises(BadInput, match="two columns are named '(text|label)'; which one is the (text|label)"):
+            load_data(str(tmp_path / "a.csv"), label_column=named)
 
 
 @pytest.mark.parametrize("columns, named", [

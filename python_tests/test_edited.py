@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_robustness import copy_of_it, finishes, fresh_task, small_config, stopped_folder  # noqa: F401
 
+from lalora_kernels.cli import main
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.checkpoint import load_checkpoint, save_checkpoint
 from lalora_kernels.federated.run import Run
@@ -52,3 +53,53 @@ def test_steps_of_the_plan_that_were_edited_are_refused(run_folder):
     change_config(run_folder, "plan", steps=steps + 1)
     with pytest.raises(BadInput, match="the stored plan is not the one that the stored settings make"):
         Run.resume(run_folder)
+
+
+def change_metrics(folder: Path, change) -> None:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    change(lines)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+DAMAGED = {
+    "no ε of each client": lambda lines: [line.pop("epsilons") for line in lines],
+    "ε of fewer clients": lambda lines: lines[0].update(epsilons=[1.0]),
+    "no accuracy": lambda lines: [line.pop("accuracy") for line in lines],
+    "an accuracy that is none": lambda lines: [line.update(accuracy=float("nan")) for line in lines],
+    "text for ε": lambda lines: [line.update(epsilon="3") for line in lines],
+    "a list for a round": lambda lines: lines.insert(0, [1]),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_report_on_damaged_metrics_is_refused_and_resuming_mends_them(task, run_folder, capsys, how):
+    change_metrics(run_folder, DAMAGED[how])
+    for more in ([], [str(run_folder), "--out", str(run_folder / "both.html")]):
+        assert main(["report", str(run_folder), *more]) == 2
+        said = capsys.readouterr().err
+        assert "is not a complete run" in said and "--resume writes metrics.jsonl anew" in said
+    assert not list(run_folder.glob("*.html"))
+    finishes(run_folder, task)
+    assert main(["report", str(run_folder)]) == 0
+
+
+def test_a_report_on_a_plan_that_was_edited_is_refused(run_folder, capsys):
+    change_config(run_folder, "plan", client=99)
+    assert main(["report", str(run_folder)]) == 2
+    assert "is not a complete run (KeyError: '99')" in capsys.readouterr().err
+
+
+def test_a_report_s_place_is_no_folder_not_even_this_one(run_folder, capsys, monkeypatch):
+    monkeypatch.chdir(run_folder)
+    assert main(["report", str(run_folder), "--out", "."]) == 2
+    assert ". is a folder; --out names a file" in capsys.readouterr().err
+
+
+def test_the_ledger_command_misses_a_client_whose_ledger_was_cut_out(run_folder, capsys):
+    books = json.loads((run_folder / "ledger.json").read_text())
+    del books["clients"]["2"]
+    (run_folder / "ledger.json").write_text(json.dumps(books))
+    assert main(["ledger", str(run_folder)]) == 2
+    assert "holds no ledger of client 2, which config.json names" in capsys.readouterr().err
+    (run_folder / "config.json").write_text("{")  # what is there can still be read
+    assert main(["ledger", str(run_folder)]) == 0

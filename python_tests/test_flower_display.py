@@ -8,6 +8,7 @@ import sys
 import types
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 from flower_nodes import CLIENTS, Calls, K, close_logs, ledger_of, settings, small_world  # noqa: F401
 from test_loggers import events
@@ -191,3 +192,22 @@ def test_the_ledgers_of_a_run_are_its_clients_own(world, tmp_path, capsys, comma
     (run / "clients").rename(tmp_path / "elsewhere")
     assert main(["ledger", str(run)]) == 2
     assert "every client keeps its own, in its HOME folder" in capsys.readouterr().err
+
+
+def test_accuracy_of_records_set_aside_from_the_clients_is_not_published(world, tmp_path, commanded, capsys):
+    arrays = dict(np.load(world[1]))
+    np.savez(tmp_path / "d.npz", x_train=arrays["x_train"], y_train=arrays["y_train"])
+    alone, folder = (world[0], str(tmp_path / "d.npz")), tmp_path / "run"
+    assert simulated(alone, folder, "--tensorboard", "--quiet") == 0
+    assert all(record["test_is_private"] for record in metrics(folder))
+    assert not any("accuracy" in name for name in events(folder))
+    assert main(["report", str(folder), "--public"]) == 2
+    assert "set aside from the private ones" in capsys.readouterr().err
+    resumed = Coordinator.resume(folder)
+    assert resumed.private_test
+    resumed.lock.release()
+    told = Coordinator.start(prepare(settings(alone)), tmp_path / "told", sizes=[40] * CLIENTS)
+    told.lock.release()
+    assert not any("test_is_private" in record for record in told.at.history)
+    assert simulated(alone, tmp_path / "all", "--tensorboard", "--log-private", "--quiet") == 0
+    assert "not_private/accuracy" in events(tmp_path / "all")

@@ -14,6 +14,7 @@ from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.guard import QuorumLost, Rules, combine, refuse_lost_rounds, schema_hash, why_refused
 from lalora_kernels.federated.methods import get_method, weighted_mean
 from lalora_kernels.federated.server import Server
+from lalora_kernels.federated.wire import group, lacking
 
 REFERENCE = {"l.lora_A": torch.tensor([[3.0, 4.0]]), "head.bias": torch.zeros(2)}
 
@@ -152,3 +153,10 @@ def test_the_schema_knows_names_dtypes_and_shapes_in_any_order():
 def test_robust_rules_do_not_take_weights():
     with pytest.raises(ValueError, match="does not go with --average size"):
         make_config({"aggregator": "median", "average": "size"})
+
+
+def test_an_embedding_s_factors_travel_as_factors_do():
+    names = ("e.lora_embedding_A", "e.lora_embedding_B", "l.lora_A", "l.lora_B", "head.weight")
+    assert [group(name) for name in names] == ["A", "B", "A", "B", "rest"]
+    state = {name: torch.zeros(1) for name in names}
+    assert set(lacking(state, {"A": 1, "B": 2}, 1)) == {"e.lora_embedding_B", "l.lora_B"}

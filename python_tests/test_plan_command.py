@@ -43,6 +43,16 @@ def refused(capsys, *args: str) -> str:
     return capsys.readouterr().err
 
 
+def test_an_adapted_embedding_counts_among_what_is_trained(tmp_path, capsys):
+    model = bert_folder(tmp_path / "bert")
+    settings = SMALL | {"model": model, "targets": "word_embeddings", "train_head": "no"}
+    plan = planned(capsys, *flags(settings), "--records", "160", "--classes", "2", "--no-dry-run")
+    about = json.loads((tmp_path / "bert/config.json").read_text())
+    a, b = (SMALL["rank"] * about[size] for size in ("vocab_size", "hidden_size"))
+    counts = {row["method"]: row["trainable_parameters"] for row in plan["ranks"][0]["methods"]}
+    assert counts == {"dp-lora": a + b, "ffa-lora": b, "rolora": a + b, "la-lora": a + b}
+
+
 @pytest.mark.parametrize("method, head", list(zip(METHODS, ["no", "yes", "yes", "no"])))
 def test_the_plan_is_what_the_run_then_does(world, tmp_path, capsys, method, head):
     # these layers' A and B differ in size, so that rounds of RoLoRA do

@@ -2,12 +2,17 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from small import digits_npz, vit_folder
 
 from lalora_kernels.data import BadInput
-from lalora_kernels.table import make_table
+from lalora_kernels.reproduce.tables import markdown
+from lalora_kernels.table import make_table, put_into
 
 GRID = {"method": ["ffa-lora"], "smoothing": ["none"], "epsilon": [math.inf], "seed": [0]}
 
@@ -44,3 +49,43 @@ def test_metrics_that_a_crash_left_behind_are_not_a_result(tmp_path):
         (folder / "config.json").write_text(broken)
         with pytest.raises(BadInput, match=says):
             make_table(shared, GRID, tmp_path / "out")
+
+
+def test_a_seed_that_is_named_twice_counts_once(tmp_path):
+    shared = {
+        "model": vit_folder(tmp_path / "vit"), "dataset": digits_npz(tmp_path / "d.npz", 80, 40), "clients": 2,
+        "rounds": 1, "local_steps": 1, "rank": 2, "batch_size": 6, "partition": "iid", "device": "cpu",
+    }  # fmt: skip
+    once = make_table(shared, GRID | {"seed": [0, 1]}, tmp_path / "out")
+    twice = GRID | {"seed": [0, 0, 1, 0], "method": ["ffa-lora", "ffa-lora"]}
+    assert make_table(shared, twice, tmp_path / "out") == once
+
+
+def test_a_page_in_another_encoding_is_named(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_bytes("<!-- accuracy:begin --> é <!-- accuracy:end -->".encode("latin-1"))
+    with pytest.raises(BadInput, match="page.md: not a page in UTF-8"):
+        put_into(page, "| table |")
+
+
+def test_a_published_table_reaches_its_page_whatever_the_locale(tmp_path):
+    (tmp_path / "question-1.md").write_text("## Title\n\n| ε = ∞ | 1.0 ± 2.0 |\n", encoding="utf-8")
+    (tmp_path / "page.md").write_text("<!-- evidence-p-1:begin --><!-- evidence-p-1:end -->", encoding="utf-8")
+    code = (
+        "import sys; from pathlib import Path; from lalora_kernels.reproduce.command import _publish; "
+        "out = Path(sys.argv[1]); _publish(out, 'question-1', 'p', None, out / 'page.md')"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    root = Path(__file__).resolve().parent.parent
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ | ascii_only, check=True, cwd=root)
+    assert "| ε = ∞ | 1.0 ± 2.0 |" in (tmp_path / "page.md").read_text(encoding="utf-8")
+
+
+def test_a_cell_of_fewer_seeds_than_the_table_s_is_named():
+    def lines(arm: str, *seeds: int) -> list[dict]:
+        return [{"arm": arm, "epsilon": 3.0, "seed": s, "accuracy": s / 10, "accuracy_before": 0.1} for s in seeds]
+
+    whole = markdown("T", lines("a", 0, 1, 2) + lines("b", 0, 1, 2), ["a", "b", "none"], "a", "")
+    part = markdown("T", lines("a", 0, 1, 2) + lines("b", 0, 2), ["a", "b", "none"], "a", "")
+    assert "Of fewer seeds" not in whole
+    assert "over seeds 0, 1, 2;" in part and "Of fewer seeds: b at ε = 3 0, 2." in part

@@ -33,6 +33,10 @@ def show_ledger(run: str | Path, *, accountant: str = "pld", delta: float | None
     try:
         if isinstance(books, dict) and "clients" in books:
             ledgers = read_ledgers(path.parent, books)
+            if lost := [name for name in _planned(path.parent) if name not in ledgers]:
+                raise BadInput(
+                    f"{path} holds no ledger of client {lost[0]}, which {CONFIG} names; it was cut or edited"
+                )
             claimed = {name: book.get("epsilon") for name, book in books["clients"].items()}
             run_delta = books.get("delta")
         elif isinstance(books, dict) and "ledger" in books:  # a client's own, node.py
@@ -52,6 +56,14 @@ def show_ledger(run: str | Path, *, accountant: str = "pld", delta: float | None
 def _head(path: Path, ledgers: list[Ledger], accountant: str) -> str:
     many = f"{len(ledgers)} ledger{'s' * (len(ledgers) != 1)}, {sum(ledger.steps for ledger in ledgers)} releases"
     return f"{path}: {many}; every hash chain holds; epsilon by {accountant.upper()}"
+
+
+def _planned(folder: Path) -> list[str]:
+    """The clients of a run, by its config.json; none where that cannot be read: the ledgers are whole without it."""
+    try:
+        return [str(one["client"]) for one in read_json(folder / CONFIG)["plan"]["clients"]]
+    except (ValueError, KeyError, TypeError):  # a BadInput is a ValueError
+        return []
 
 
 def _homes(folder: Path) -> dict[str, Path]:

@@ -16,6 +16,7 @@ else:
 
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.methods import FURTHER, METHODS, get_method
+from lalora_kernels.privacy.accountant import MAX_STEPS
 from lalora_kernels.privacy.clipping import CLIPPING
 from lalora_kernels.privacy.postprocess import EXPERIMENTAL
 from lalora_kernels.schedule import DEFAULT
@@ -32,28 +33,29 @@ CHOICES = {
     "lr_schedule": ("cosine", "constant"),
     "train_head": ("auto", "yes", "no"),
 }
+LARGEST = 1e15  # of factors and rates: a product of two still fits float32
 # name: (low, high, whether low itself is allowed)
 RANGES = {
     "clients": (1, math.inf, True),
     "fraction": (0, 1, False),
-    "rounds": (1, math.inf, True),
-    "local_steps": (1, math.inf, True),
+    "rounds": (1, MAX_STEPS, True),
+    "local_steps": (1, MAX_STEPS, True),
     "quorum": (0, 1, False),
     "trim": (0, 0.5, True),
     "max_update_norm": (0, math.inf, False),
     "clip_update_norm": (0, math.inf, False),
     "batch_size": (1, math.inf, True),
     "physical_batch_size": (1, math.inf, True),
-    "epsilon": (0, math.inf, False),
+    "epsilon": (0, 1e300, False),
     "delta": (0, 1, False),
-    "max_grad_norm": (0, math.inf, False),
+    "max_grad_norm": (0, LARGEST, False),
     "target_unclipped_quantile": (0, 1, True),
-    "lr": (0, math.inf, False),
-    "lr_b_ratio": (0, math.inf, False),
+    "lr": (0, LARGEST, False),
+    "lr_b_ratio": (0, LARGEST, False),
     "momentum": (0, 1, True),
-    "weight_decay": (0, math.inf, True),
+    "weight_decay": (0, LARGEST, True),
     "rank": (1, math.inf, True),
-    "lora_alpha": (0, math.inf, False),
+    "lora_alpha": (0, LARGEST, False),
     "dirichlet_alpha": (0, math.inf, False),
     "min_records": (1, math.inf, True),
     "image_size": (1, math.inf, True),
@@ -136,13 +138,14 @@ class Config:
         if name in RANGES and not self._inside(name, value):
             low, high, closed = RANGES[name]
             below = "" if high == math.inf else f" and {'<' if name in OPEN_ABOVE else '<='} {high:g}"
+            below += ", or inf" * (name in INFINITE)
             number = f"a {'whole ' if wanted is int else ''}number {'>=' if closed else '>'} {low:g}{below}"
             raise BadInput(f"{flag} is {number}, got {value!r}")
 
     @staticmethod
     def _inside(name: str, value: float) -> bool:
         low, high, closed = RANGES[name]
-        if math.isinf(value):
+        if abs(value) == math.inf:  # math.isinf stops at whole numbers that no float holds
             return name in INFINITE and value > 0
         above = value < high if name in OPEN_ABOVE else value <= high
         return above and (value >= low if closed else value > low)

@@ -29,6 +29,7 @@ from lalora_kernels.federated.checkpoint import FILE as CHECKPOINT
 from lalora_kernels.federated.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lalora_kernels.federated.client import get_state, set_state
 from lalora_kernels.federated.config import make_config
+from lalora_kernels.federated.diagnostics import PRIVATE_TEST
 from lalora_kernels.federated.guard import Outcome, QuorumLost, Rules, refuse_lost_rounds, schema_hash, why_refused
 from lalora_kernels.federated.lock import RunLock
 from lalora_kernels.federated.methods import Method, get_method
@@ -83,6 +84,7 @@ class Coordinator:
     lock: RunLock
     changed: dict[str, int] = field(default_factory=dict)  # group -> the last round that changed it
     known: dict[int, int] = field(default_factory=dict)  # client -> the round up to which it has seen all changes
+    private_test: bool = False  # the test records were set aside from those that are dealt to the clients
 
     @classmethod
     def start(
@@ -101,6 +103,7 @@ class Coordinator:
         folder, config = Path(folder), task.config
         if get_method(config.method).in_process_only:
             raise BadInput(f"{config.method} changes more than travels, and runs in one process only: lalora train")
+        private_test = sizes is None and task.data.set_aside  # with sizes the clients hold records of their own
         sizes = [len(part) for part in task.parts] if sizes is None else list(sizes)
         if len(sizes) != config.clients or any(type(n) is not int or n < 1 for n in sizes):
             raise BadInput(f"--sizes are {config.clients} whole numbers, one a client; got {sizes}")
@@ -111,7 +114,7 @@ class Coordinator:
             state = get_state(task.classifier.model)
             settings = json.loads(config.to_json())
             at = Checkpoint(0, state, settings=settings)
-            run = cls(folder, task, secrets.token_hex(8), sizes, timeout, at, lock)
+            run = cls(folder, task, secrets.token_hex(8), sizes, timeout, at, lock, private_test=private_test)
             run._record(Server(get_method(config.method), state), Outcome([]), {}, 0.0, watch)
             run._save()
             about = {
@@ -146,6 +149,7 @@ class Coordinator:
                     if about["fingerprints"][what] != found:
                         raise BadInput(f"{folder}: the {what} is not the one that this run was started with")
                 run = cls(folder, task, about["run"], about["sizes"], about["timeout"], at, lock)
+                run.private_test = any(PRIVATE_TEST in record for record in at.history)
             except (KeyError, TypeError) as error:
                 raise BadInput(f"{folder} is not a run with Flower: {type(error).__name__} {error}") from error
             method = get_method(task.config.method)
@@ -297,6 +301,8 @@ class Coordinator:
             "statuses": traffic.get("statuses", {}),
             "seconds": round(self.at.seconds, 3),
         }
+        if self.private_test:
+            record[PRIVATE_TEST] = True
         self.at.history.append(record)
         watch.on_round(record)
 

@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lalora_kernels.files import tensor_digest
+from lalora_kernels.nn import factor_of
 
 # Everything that a client says beside its tensors; what it means, for the server's display.
 STATUS = {
@@ -92,8 +93,7 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 
 def group(key: str) -> str:
     """ "A" or "B" for a LoRA factor, "rest" for what else trains: what changes together is sent together."""
-    factor = key.rpartition(".lora_")[2] if ".lora_" in key else ""
-    return factor if factor in ("A", "B") else "rest"
+    return factor_of(key) or "rest"
 
 
 def lacking(state: Mapping[str, Tensor], changed: Mapping[str, int], known: int) -> dict[str, Tensor]:

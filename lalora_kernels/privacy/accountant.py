@@ -336,7 +336,7 @@ def _search(cost: Callable[[float], float], guess: float, target: float, toleran
             return math.exp(high)
         y = _log(epsilon)
         if last is not None and (y - last[1]) * (x - last[0]) < 0:
-            slope = (y - last[1]) / (x - last[0])
+            slope = min((y - last[1]) / (x - last[0]), -1e-3)  # flat where cost is hardly more than 0
         last = x, y
         x = min(max(x + min(max((aim - y) / slope, -1.5), 1.5), ends[0]), ends[1])
         if not low < x < high or turn % 4 == 3 and high - low < math.inf:

@@ -60,7 +60,7 @@ def reproduce(args: argparse.Namespace, say: Callable[[str], None] = print) -> b
 
     Raises BadInput for a task or an arm that is not the preset's, and for a seed that is kept for tuning.
     """
-    if args.jobs < 1 or (args.minutes is not None and args.minutes <= 0):
+    if args.jobs < 1 or (args.minutes is not None and not args.minutes > 0):
         raise BadInput("--jobs is a whole number >= 1, --minutes a number > 0")
     preset = PRESETS[args.preset]
     task = args.task or next(iter(preset.tasks))
@@ -110,7 +110,8 @@ def _publish(out: Path, question: str, name: str, folder: Path | None, page: Pat
             write_atomic(published, json.dumps(read_tuned(published, out / TUNED), indent=2) + "\n")
     table = out / f"{question}.md"
     if page is not None and table.exists():
-        put_into(page, table.read_text().partition("\n")[2], f"evidence-{name}-{question.removeprefix('question-')}")
+        text = table.read_text(encoding="utf-8").partition("\n")[2]
+        put_into(page, text, f"evidence-{name}-{question.removeprefix('question-')}")
 
 
 def _whole(question: Question, further: bool) -> Question:
@@ -126,8 +127,8 @@ def answer(
 ) -> bool:  # fmt: skip
     """Tune where asked, train what is missing, write question-N.jsonl, .md and .svg into ``out``; whether all that was
     asked for is there. ``arms``, ``seeds`` and ``epsilons`` choose what is trained (default: the whole question, and
-    with some arms what they are compared with); the table has everything that is there. ``known``: a folder, and the
-    name that a preset was published under, whose results and tuning count as done.
+    with some arms what they are compared with); the table has all that is there of these and of the preset's own.
+    ``known``: a folder, and the name that a preset was published under, whose results and tuning count as done.
 
     Raises BadInput for an arm that is not the question's, and where the tuning seed is among ``seeds``: what was tuned
     on is never reported.
@@ -145,7 +146,7 @@ def answer(
     there = runs.NOTHING if known is None else runs.read_known(*known)
     published = [] if known is None else [known[0] / f"{known[1]}-{runs.TUNED}"]
     asked = replace(question, arms=have)
-    if tune and not _tune(asked, epsilons, preset, dict(base), out, published, there, jobs, deadline, say):
+    if tune and not _tune(asked, epsilons, preset, dict(base), out, published, jobs, deadline, say):
         say("tuning is not complete; the same command continues")
         return False
     tuned = runs.read_tuned(*published, out / runs.TUNED)
@@ -182,7 +183,7 @@ def answer(
 
 def _tune(
     question: Question, epsilons: list[float], preset: Preset, base: dict[str, Any], out: Path,
-    published: list[Path], known: Mapping, jobs: int, deadline: float | None, say: Callable[[str], None],
+    published: list[Path], jobs: int, deadline: float | None, say: Callable[[str], None],
 ) -> bool:  # fmt: skip
     """Tune every arm of the question that is not, at every ε; ``tuned.json`` holds choice and all that was tried."""
     from lalora_kernels.reproduce import runs
@@ -194,7 +195,7 @@ def _tune(
         if key not in tuned
     }
     everything = [job for plan in plans.values() for job in plan]
-    for job in runs.train(everything, out, jobs, deadline, known):
+    for job in runs.train(everything, out, jobs, deadline):
         config = job.config
         say(f"tuning at ε = {config.epsilon:g}: {config.method} lr {config.lr:g} C {config.max_grad_norm:g}")
     for key, plan in plans.items():

@@ -75,9 +75,10 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-# (arm, settings); what an arm leaves open is its method's. "@lr" multiplies the tuned learning rate. "@K" sets the
-# local steps and divides the rate by as much as they grow: at one ε that leaves both the noise and the way of a round
-# as they were. "@rounds" multiplies the rounds and divides K, so that the steps stay as many.
+# (arm, settings); what an arm leaves open is its method's. "@lr" multiplies the learning rate that was tuned for the
+# arm's own kind of filter; so "none, equal noise" has the noise that the filter would leave at none's rate. "@K" sets
+# the local steps and divides the rate by as much as they grow: at one ε that leaves both the noise and the way of a
+# round as they were. "@rounds" multiplies the rounds and divides K, so that the steps stay as many.
 FOUR = {
     "dp-lora": {"method": "dp-lora", "smoothing": "none"},
     "ffa-lora": {"method": "ffa-lora", "smoothing": "none"},

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lalora_kernels.data import BadInput, Data, Records, load_data
+from lalora_kernels.data import BadInput, Data, Records, load_data, need
 from lalora_kernels.files import write_atomic
-from lalora_kernels.models import Classifier, load_model, need, quiet
+from lalora_kernels.models import Classifier, load_model, quiet
 
 PUBLIC, SEED, BATCH = 2000, 0, 100
 DEAD = 1e-6  # of the median deviation: below it a feature gets no weight. MiniLM's last LayerNorm scales three by 1e-9

@@ -1,5 +1,6 @@
 """From results to numbers: mean ± sd, paired differences with confidence intervals, one table and figure a question."""
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,12 @@ def markdown(title: str, results: Sequence[Mapping[str, Any]], arms: Sequence[st
         f"Test accuracy in percent, mean ± standard deviation over seeds {', '.join(map(str, seeds))}; differences are "
         f"paired by seed, with Student's t interval of 95 % (*: it excludes 0). Before fine-tuning: {before.mean:.1f}."
     )
+    fewer = [
+        f"{arm} at {label(e)} {', '.join(map(str, sorted(grid[arm, e])))}"
+        for arm, e in itertools.product(arms, epsilons)
+        if len(grid.get((arm, e), seeds)) < len(seeds)
+    ]
+    about += f" Of fewer seeds: {'; '.join(fewer)}." if fewer else ""
     return f"## {title}\n\n" + "\n".join(lines) + f"\n\n{about} {note}\n"
 
 
