@@ -54,6 +54,7 @@ class Engine:
         self.grad_scaler, self.group = grad_scaler, group
         self._ddp = quiet_ddp(model)
         self.strict, self.check_pending = bool(check), check is True  # pending: no batch had two records to compare yet
+        self._checked: set[bool] = set()  # in train mode, in eval mode
         self.forwarded = False  # the model itself has seen this physical batch
         self.sites: list[Site] = []
         self.recorders: list[Recorder] = []
@@ -150,10 +151,12 @@ class Engine:
         self.check_rows(self.batch.rows if first is None else first.shape[0])
         if self.auto_batch is not None:
             self.auto_batch.measure(self, model, args, kwargs)
-        if self.check_pending and self.batch.valid >= 2:
+        if (self.check_pending or self._checked and model.training not in self._checked) and self.batch.valid >= 2:
             from lalora_kernels.privacy.first_batch import check_inputs  # it builds an Engine of its own
 
-            self.check_pending = not check_inputs(model, args, kwargs, self.batch.rows)
+            if check_inputs(model, args, kwargs, self.batch.rows):
+                self.check_pending = False
+                self._checked.add(model.training)
 
     def check_rows(self, rows: int) -> None:
         """The model was called with gradients on; all that a compiled model tells."""
@@ -179,7 +182,7 @@ class Engine:
         if t.dim() <= features or t.shape[0] % N:
             raise ValueError(
                 f"{name} saw {tuple(t.shape)}, which does not divide into the batch's {N} records along the first "
-                f"axis; the layer must be batch-major"
+                f"axis; the layer must be batch-major (positions: give them a batch axis of 1)"
             )
         positions = t.numel() // max(N * t.shape[t.dim() - features :].numel(), 1)
         return t.reshape(N, positions, *t.shape[t.dim() - features :])
