@@ -24,7 +24,7 @@ from lalora_kernels.privacy.rules import ExtraRecorder, may_mix, refuse_mixing, 
 from lalora_kernels.privacy.sampling import BatchInfo
 from lalora_kernels.privacy.sentinel import SKIPPED, refuse_foreign, refuse_gradients, stand_in, take_away
 from lalora_kernels.privacy.ties import tie
-from lalora_kernels.privacy.trained import Use, refuse_changes, trained_tensors
+from lalora_kernels.privacy.trained import Use, refuse_changes, refuse_hooks, refuse_upstream, trained_tensors
 from lalora_kernels.privacy.workspace import Workspace
 
 
@@ -106,6 +106,7 @@ class Engine:
 
     def _add_site(self, use: Use) -> Site:
         p = use.param
+        refuse_hooks(use)
         smooth_dim = {"lora_A": 1, "lora_B": 0}.get(use.role) if use.adapted else None
         site = Site(
             use.name, use.owner, use.key, use.role, p, len(self.sites), smooth_dim, p.requires_grad, kind=use.kind
@@ -150,6 +151,7 @@ class Engine:
         first = batch_tensor(args, kwargs, self.batch.rows)
         self.check_rows(self.batch.rows if first is None else first.shape[0])
         if self.auto_batch is not None:
+        refuse_upstream((args, kwargs), self.sites)
             self.auto_batch.measure(self, model, args, kwargs)
         if (self.check_pending or self._checked and model.training not in self._checked) and self.batch.valid >= 2:
             from lalora_kernels.privacy.first_batch import check_inputs  # it builds an Engine of its own
