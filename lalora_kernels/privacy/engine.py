@@ -22,7 +22,7 @@ from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder,
 from lalora_kernels.privacy.reduction import ReductionCheck
 from lalora_kernels.privacy.rules import ExtraRecorder, may_mix, refuse_mixing, refuse_tables
 from lalora_kernels.privacy.sampling import BatchInfo
-from lalora_kernels.privacy.sentinel import SKIPPED, refuse_foreign, refuse_gradients, stand_in, take_away
+from lalora_kernels.privacy.sentinel import SKIPPED, UNSTEPPED, refuse_foreign, refuse_gradients, stand_in, take_away
 from lalora_kernels.privacy.ties import tie
 from lalora_kernels.privacy.trained import Use, refuse_changes, refuse_hooks, refuse_upstream, trained_tensors
 from lalora_kernels.privacy.workspace import Workspace
@@ -150,8 +150,8 @@ class Engine:
         refuse_mixing(self._mixers)
         first = batch_tensor(args, kwargs, self.batch.rows)
         self.check_rows(self.batch.rows if first is None else first.shape[0])
-        if self.auto_batch is not None:
         refuse_upstream((args, kwargs), self.sites)
+        if self.auto_batch is not None:
             self.auto_batch.measure(self, model, args, kwargs)
         if (self.check_pending or self._checked and model.training not in self._checked) and self.batch.valid >= 2:
             from lalora_kernels.privacy.first_batch import check_inputs  # it builds an Engine of its own
@@ -258,15 +258,11 @@ class Engine:
         """Called by the loader before it yields a physical batch."""
         if not self.recorders:
             raise RuntimeError("this loader's optimizer was detached; use a loader of your own, or make_private again")
-        if self.batch is not None and any(s.marked for s in self.sites):
-            raise RuntimeError(
-                "the last batch was backpropagated but not stepped; call optimizer.step() after each backward (large "
-                "batches come in parts by make_private(physical_batch_size=...), not by adding up backwards)"
-            )
-        if self.batch is not None and self.forwarded:
+        if self.batch is not None and (self.forwarded or any(s.marked for s in self.sites)):
+            left = UNSTEPPED if any(s.marked for s in self.sites) else SKIPPED
             self.batch, self._open, self._partial = None, False, False
             self.clear_batch()
-            raise RuntimeError(SKIPPED)
+            raise RuntimeError(left)
         if self._partial if batch.first else not self._open:
             self._partial = False
             raise RuntimeError(
