@@ -138,7 +138,7 @@ def test_a_table_of_positions_without_a_batch_axis_is_named():
         def forward(self, x):
             return (x.unsqueeze(1) + self.table(torch.arange(self.length))).mean(1)
 
-    for length, message in ((5, "table saw .5, 8.*positions: give them a batch axis of 1"), (3, "arange.T..None.")):
+    for length, message in ((5, "table saw .5, 8.*frozen .positions pass with a batch axis"), (3, "arange.T..None.")):
         with pytest.raises(ValueError, match=message):
             check_per_sample(chain(Positions(length)), records(2), classify)
 
