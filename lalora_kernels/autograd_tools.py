@@ -23,13 +23,35 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+ONCE = (
+    "the gradient of a gradient was asked for (create_graph=True: a gradient penalty, a Hessian), and the layers of "
+    "lalora_kernels, which keep what one backward takes, have none; leave that term out, or take it by differences"
+)
+
+
+class Refused(torch.autograd.Function):
+    """The first ``count`` tensors, which have no gradient; the others are what they were computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple:
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(ONCE)
+
+
 def once_differentiable(backward: Callable) -> Callable:
-    """torch's, which switches gradients off; where they are off, as in every first backward, there is nothing to do."""
-    guarded = torch.autograd.function.once_differentiable(backward)
+    """torch's, with an error that says what to do, and not without one where dy is a constant or the gradient of some
+    tensors alone is asked for. Where gradients are off, as in every other backward, there is nothing to do."""
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Any) -> Any:
-        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        return Refused.apply(len(found), *(None if t is None else t.detach().requires_grad_() for t in found), *grads)
 
     return once
 

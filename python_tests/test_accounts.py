@@ -57,6 +57,27 @@ class TestSkippedBatches:
         train(model, optimizer, loader, 2)
         assert optimizer.ledger.steps == 2
 
+    @pytest.mark.parametrize("physical", [None, 3])
+    def test_between_backward_and_step_as_by_ctrl_c(self, physical):
+        """Said once; the noise-free release of the step after it holds nothing of the batch that was left."""
+        model = network()
+        settings = {"noise_multiplier": 0.0, "sample_rate": 1.0, "max_grad_norm": 1e6, "method": "dp-lora"}
+        optimizer, loader = private(model, physical_batch_size=physical, **settings)
+        x, y = next(loader.steps(1))
+        F.cross_entropy(model(x), y).backward()
+        with pytest.raises(RuntimeError, match="not stepped.*run it again: that batch is forgotten now"):
+            next(loader.steps(1))
+        plain = copy.deepcopy(model)
+        for x, y in loader.steps(1):
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        whole = records()[:]
+        F.cross_entropy(plain(whole[0]), whole[1]).backward()
+        for p, q in zip(model.parameters(), plain.parameters()):
+            if q.requires_grad:
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+        assert optimizer.ledger.steps == 1
+
     def test_evaluation_over_the_private_loader_is_no_skip(self):
         model = network()
         optimizer, loader = private(model)
@@ -151,6 +172,36 @@ def test_sigma_is_what_the_ledger_is_charged():
     optimizer, _ = private(network())
     with pytest.raises(AttributeError):
         optimizer.noise_multiplier = 0.1
+
+
+def test_so_is_the_sampling_rate():
+    """A batch size that grows during training would be drawn at a rate that nobody is charged for."""
+    _, loader = private(network(), sample_rate=0.1)
+    for owner in (loader, loader.batch_sampler):
+        with pytest.raises(AttributeError):
+            owner.sample_rate = 0.5
+    assert loader.sample_rate == loader.batch_sampler.sample_rate == 0.1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda privacy: privacy.pop("ledger"), "lacks ledger"),
+        (lambda privacy: privacy.pop("round"), "lacks round"),
+        (lambda privacy: privacy.update(local_step=1.5), r"not \[1, 1.5\]"),
+        (lambda privacy: privacy.update(round="2"), r"not \['2', 3\]"),
+    ],
+)
+def test_a_damaged_state_is_refused_before_anything_of_it_is_taken(change, message):
+    model = network()
+    optimizer, loader = private(model)
+    train(model, optimizer, loader, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    change(state["privacy"])
+    fresh, _ = private(network())
+    with pytest.raises(ValueError, match=f'the "privacy" of this checkpoint .*{message}.*restore it from a copy'):
+        fresh.load_state_dict(state)
+    assert fresh.ledger.steps == 0 and fresh.local_step == 1
 
 
 def test_steps_beside_a_noise_multiplier_are_refused():

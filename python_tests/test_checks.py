@@ -104,6 +104,45 @@ def test_a_wrong_reduction_is_named():
         check_per_sample(chain(nn.ReLU()), records(), summed)
 
 
+class ByLength(nn.Module):
+    """Rows in order of what they hold, put back behind the layer."""
+
+    def __init__(self, descending):
+        super().__init__()
+        self.descending, self.inner = descending, LoRALinear.from_linear(nn.Linear(8, 8), r=2)
+
+    def forward(self, x):
+        order = x.sum(1).argsort(descending=self.descending)
+        return self.inner(x[order])[order.argsort()]
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_two_records_that_are_in_order_already_show_a_sort(descending):
+    torch.manual_seed(6)
+    with pytest.raises(ValueError, match="^middle.inner: .*depends on the other records"):
+        check_per_sample(chain(ByLength(descending)), records(2), classify)
+
+
+def test_an_input_that_requires_a_gradient_is_given_none():
+    x, y = records(2)
+    check_per_sample(chain(nn.ReLU()), (x.requires_grad_(True), y), classify)
+    assert x.grad is None
+
+
+def test_a_table_of_positions_without_a_batch_axis_is_named():
+    class Positions(nn.Module):
+        def __init__(self, length):
+            super().__init__()
+            self.table, self.length = nn.Embedding(length, 8), length
+
+        def forward(self, x):
+            return (x.unsqueeze(1) + self.table(torch.arange(self.length))).mean(1)
+
+    for length, message in ((5, "table saw .5, 8.*frozen .positions pass with a batch axis"), (3, "arange.T..None.")):
+        with pytest.raises(ValueError, match=message):
+            check_per_sample(chain(Positions(length)), records(2), classify)
+
+
 def test_one_record_cannot_show_mixing():
     with pytest.raises(ValueError, match="two records"):
         check_per_sample(chain(nn.ReLU()), records(1), classify)

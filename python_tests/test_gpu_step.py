@@ -157,7 +157,7 @@ def test_tables_do_not_depend_on_the_size_of_a_batch(emulated_release, monkeypat
     _, optimizer, loader, backward = words(F32, check=False, sample_rate=1.0)
     sizes = set()
     for rate in (1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.4, 0.6, 0.7, 0.3):
-        loader.batch_sampler.sample_rate = rate
+        loader.batch_sampler._sample_rate = rate
         for x, y in loader.steps(1):
             sizes.add(len(x))
             backward(x, y)

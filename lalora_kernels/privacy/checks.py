@@ -41,9 +41,15 @@ ONE_FOR_ALL = (
 )
 
 
+def _apart(t: Tensor) -> Tensor:
+    """t without what it was computed from and without its ``grad``, to which the backwards here have nothing to add."""
+    apart = t.detach().requires_grad_(t.requires_grad)
+    return apart.clone() if t.requires_grad else apart  # no leaf, which a model could not change in place
+
+
 def _record(batch: Any, i: int, rows: int) -> Any:
     """Record i alone; a tensor that has no row for each record (one mask for all) stays whole."""
-    return tree_map(lambda t: t[i : i + 1] if t.dim() and t.shape[0] == rows else t, batch)
+    return tree_map(lambda t: _apart(t[i : i + 1] if t.dim() and t.shape[0] == rows else t), batch)
 
 
 def _leaves(tree: Any) -> list[Tensor]:
@@ -159,11 +165,18 @@ def single_sample_gradients(
     """The same by N ordinary backwards of one record each: the definition, {name: (N, *shape)}."""
     rows = _leaves(batch)[0].shape[0]
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    before = [p.grad for p in named.values()]
     per_record = []
-    for i in range(rows):
-        value = loss(model, _record(batch, i, rows))
-        grads = torch.autograd.grad(value, list(named.values()), allow_unused=True)
-        per_record.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, named.values())])
+    try:
+        for i in range(rows):
+            value = loss(model, _record(batch, i, rows))
+            for p in named.values():
+                p.grad = None
+            value.backward()  # not autograd.grad, which reentrant checkpointing does not take
+            per_record.append([torch.zeros_like(p) if p.grad is None else p.grad for p in named.values()])
+    finally:
+        for p, grad in zip(named.values(), before):
+            p.grad = grad
     return {n: torch.stack(g) for n, g in zip(named, zip(*per_record))}
 
 
@@ -184,7 +197,7 @@ def check_per_sample(
     are clean, the tensors whose gradient does (a loss that couples records, a wrong ``loss_reduction``, an axis that is
     not the batch). Source: the microbatch oracle of Opacus' GradSampleModule tests.
     """
-    batch = tree_map(lambda t: t.double() if t.is_floating_point() else t, batch)
+    batch = tree_map(lambda t: _apart(t.double() if t.is_floating_point() else t), batch)
     leaves = _leaves(batch)
     if not leaves or not leaves[0].dim():
         raise ValueError(f"a {type(batch).__name__} is no batch; give two records' tensors, such as (x[:2], y[:2])")
@@ -193,6 +206,9 @@ def check_per_sample(
     rows = leaves[0].shape[0]
     if rows < 2:
         raise ValueError("check_per_sample needs two records or more; one cannot show mixing")
+    # The first record once more: what sorts rows by anything (by length, for an RNN) may leave all others in place.
+    batch = tree_map(lambda t: torch.cat((t, t[:1])) if t.dim() and t.shape[0] == rows else t, batch)
+    rows += 1
     twin = _double(model)
     set_active(twin, factors)
     try:
@@ -213,7 +229,8 @@ def check_per_sample(
         names = ", ".join(wrong[:5]) + (" ..." if len(wrong) > 5 else "")
         raise ValueError(
             f"per-sample gradients of {names} differ from those of single records: the loss couples records, or "
-            f"loss_reduction={loss_reduction!r} is not what the loss does"
+            f"loss_reduction={loss_reduction!r} is not what the loss does; or a hook or a custom backward couples "
+            f"them, or a layer is given positions and no records (arange(T)[None], with a batch axis of 1, is taken)"
         )
     idle = [n for n in expected if not found[n].any() and not expected[n].any()]
     if idle:

@@ -22,9 +22,9 @@ from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder,
 from lalora_kernels.privacy.reduction import ReductionCheck
 from lalora_kernels.privacy.rules import ExtraRecorder, may_mix, refuse_mixing, refuse_tables
 from lalora_kernels.privacy.sampling import BatchInfo
-from lalora_kernels.privacy.sentinel import SKIPPED, refuse_foreign, refuse_gradients, stand_in, take_away
+from lalora_kernels.privacy.sentinel import SKIPPED, UNSTEPPED, refuse_foreign, refuse_gradients, stand_in, take_away
 from lalora_kernels.privacy.ties import tie
-from lalora_kernels.privacy.trained import Use, refuse_changes, trained_tensors
+from lalora_kernels.privacy.trained import Use, refuse_changes, refuse_hooks, refuse_upstream, trained_tensors
 from lalora_kernels.privacy.workspace import Workspace
 
 
@@ -54,6 +54,7 @@ class Engine:
         self.grad_scaler, self.group = grad_scaler, group
         self._ddp = quiet_ddp(model)
         self.strict, self.check_pending = bool(check), check is True  # pending: no batch had two records to compare yet
+        self._checked: set[bool] = set()  # in train mode, in eval mode
         self.forwarded = False  # the model itself has seen this physical batch
         self.sites: list[Site] = []
         self.recorders: list[Recorder] = []
@@ -105,6 +106,7 @@ class Engine:
 
     def _add_site(self, use: Use) -> Site:
         p = use.param
+        refuse_hooks(use)
         smooth_dim = {"lora_A": 1, "lora_B": 0}.get(use.role) if use.adapted else None
         site = Site(
             use.name, use.owner, use.key, use.role, p, len(self.sites), smooth_dim, p.requires_grad, kind=use.kind
@@ -148,12 +150,15 @@ class Engine:
         refuse_mixing(self._mixers)
         first = batch_tensor(args, kwargs, self.batch.rows)
         self.check_rows(self.batch.rows if first is None else first.shape[0])
+        refuse_upstream((args, kwargs), self.sites)
         if self.auto_batch is not None:
             self.auto_batch.measure(self, model, args, kwargs)
-        if self.check_pending and self.batch.valid >= 2:
+        if (self.check_pending or self._checked and model.training not in self._checked) and self.batch.valid >= 2:
             from lalora_kernels.privacy.first_batch import check_inputs  # it builds an Engine of its own
 
-            self.check_pending = not check_inputs(model, args, kwargs, self.batch.rows)
+            if check_inputs(model, args, kwargs, self.batch.rows):
+                self.check_pending = False
+                self._checked.add(model.training)
 
     def check_rows(self, rows: int) -> None:
         """The model was called with gradients on; all that a compiled model tells."""
@@ -179,7 +184,7 @@ class Engine:
         if t.dim() <= features or t.shape[0] % N:
             raise ValueError(
                 f"{name} saw {tuple(t.shape)}, which does not divide into the batch's {N} records along the first "
-                f"axis; the layer must be batch-major"
+                f"axis; the layer must be batch-major, or frozen (positions pass with a batch axis of 1)"
             )
         positions = t.numel() // max(N * t.shape[t.dim() - features :].numel(), 1)
         return t.reshape(N, positions, *t.shape[t.dim() - features :])
@@ -253,15 +258,11 @@ class Engine:
         """Called by the loader before it yields a physical batch."""
         if not self.recorders:
             raise RuntimeError("this loader's optimizer was detached; use a loader of your own, or make_private again")
-        if self.batch is not None and any(s.marked for s in self.sites):
-            raise RuntimeError(
-                "the last batch was backpropagated but not stepped; call optimizer.step() after each backward (large "
-                "batches come in parts by make_private(physical_batch_size=...), not by adding up backwards)"
-            )
-        if self.batch is not None and self.forwarded:
+        if self.batch is not None and (self.forwarded or any(s.marked for s in self.sites)):
+            left = UNSTEPPED if any(s.marked for s in self.sites) else SKIPPED
             self.batch, self._open, self._partial = None, False, False
             self.clear_batch()
-            raise RuntimeError(SKIPPED)
+            raise RuntimeError(left)
         if self._partial if batch.first else not self._open:
             self._partial = False
             raise RuntimeError(

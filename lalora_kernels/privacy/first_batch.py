@@ -8,32 +8,36 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lalora_kernels.privacy.checks import RTOL, _cards, _double, _leaves, _watch, check_per_sample, tree_map
+from lalora_kernels.adapted import Adapted
+from lalora_kernels.privacy.checks import RTOL, _apart, _cards, _double, _leaves, _watch, check_per_sample, tree_map
 
+# Two records and the first one again: what sorts rows by anything leaves two of them in place, but never these.
+ORDER, DRAWN_ORDER = (0, 1, 0), (0, 1, 0, 1)
 DRAWS = 4  # of a model that draws at random: a permutation of four rows that mixes none comes once in six
 Run = tuple[list[tuple[str, list[Tensor]]], bool]  # (module, its outputs) in order of execution; whether it drew
 
 
 def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> bool:
-    """``check_per_sample`` of a forward's arguments, on their first two finite records; False where there are not two.
+    """``check_per_sample`` of a forward's arguments, on two of their records; False where no two are finite and differ.
 
     What make_private runs at the first private step. The loss is a random projection of every output that has a row for
     each record, so it shows what the model mixes, not what the user's criterion couples. Raises as check_per_sample;
     warns of adapters that the two records never reached, which would train on noise alone.
     """
-    finite = torch.ones(rows, dtype=torch.bool)
-    for t in _leaves((args, kwargs)):
-        if t.dim() and t.shape[0] == rows and t.is_floating_point():
-            finite &= t.isfinite().flatten(1).all(1).cpu() if t.dim() > 1 else t.isfinite().cpu()
-    chosen = finite.nonzero().flatten()[:2]
-    if len(chosen) < 2:
-        return False
-    if not any(t.dim() and t.shape[0] == rows for t in _leaves((args, kwargs))):
+    rowed = [t for t in _leaves((args, kwargs)) if t.dim() and t.shape[0] == rows]
+    if not rowed:
         raise ValueError(
             f"none of the tensors that the model was given has a row for each of the batch's {rows} records, so "
             f"nothing shows which rows are whose; pass the batch as the loader yields it, batch axis first"
         )
-    two = tree_map(lambda t: t[chosen.to(t.device)] if t.dim() and t.shape[0] == rows else t, (args, kwargs))
+    chosen = _two(rowed)
+    if chosen is None:
+        return False
+
+    def of_two(t: Tensor) -> Tensor:
+        return _apart(t[chosen.to(t.device)] if t.dim() and t.shape[0] == rows else t)
+
+    two = tree_map(of_two, (args, kwargs))
 
     def project(m: nn.Module, inputs: tuple) -> Tensor:
         outputs = [t for t in _leaves(m(*inputs[0], **inputs[1])) if t.is_floating_point() and t.dim()]
@@ -54,14 +58,29 @@ def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> bool
     return True
 
 
+def _two(rowed: list[Tensor]) -> Tensor | None:
+    """The first finite record, and of those that differ from it in most of the tensors the first; None where none does:
+    what mixes equal records does not show."""
+    each = [t.detach().flatten(1) if t.dim() > 1 else t.detach().unsqueeze(1) for t in rowed]
+    for fits in (torch.isfinite, lambda t: ~t.isnan()):  # a mask that is added to scores has -inf in every record
+        at = torch.stack([fits(t).all(1).cpu() for t in each]).all(0).nonzero().flatten()
+        if len(at) > 1:
+            first = int(at[0])
+            differ = torch.stack([(t != t[first]).any(1).cpu() for t in each]).sum(0)[at]
+            second = int(differ.argmax())
+            return at[[0, second]] if differ[second] else None
+    return None
+
+
 def check_outputs(model: nn.Module, two: tuple) -> None:
     """Raise ValueError where a record's output or a buffer depends on another record, in float64 and the model's mode.
 
     ``two``: (args, kwargs) with two records along the first axis. The gradients of a projection that is the same for
-    both would not show what is the same in both, such as a mean that is taken off. What (a, b) gives for a must be what
-    (a, a) does, and for b what (b, b) does, dropout drawn alike. A model that draws at random is asked again with other
-    draws and (a, b, a, b): of two rows a permutation may change none. A buffer that follows activations (running
-    statistics, a centre) would leave the training without noise, and so would a frozen tensor.
+    both would not show what is the same in both, such as a mean that is taken off. What (a, b, a) gives for a must be
+    what (a, a, a) does, and for b what (b, b, b) does, dropout drawn alike; also in each trained layer, where rows in
+    another order would be taken for the others' even if they are put back behind it. A model that draws at random is
+    asked again with other draws and (a, b, a, b): a permutation may change no row. A buffer that follows activations
+    (running statistics, a centre) would leave the training without noise, and so would a frozen tensor.
     """
     twin = _double(model)
     for (_, m), (_, t) in zip(model.named_modules(), twin.named_modules()):
@@ -95,26 +114,36 @@ def check_outputs(model: nn.Module, two: tuple) -> None:
                 raise ValueError(f"the model's forward writes to {name}, which nothing clips or noises; keep it fixed")
         after.clear()
 
+    trained = {
+        n
+        for n, m in twin.named_modules()
+        if isinstance(m, Adapted) or any(p.requires_grad for p in m.parameters(recurse=False))
+    }
     handles = _watch(twin, calls)
     try:
-        draws = DRAWS if _compare(run, settled, None, 1) else 0
+        draws = DRAWS if _compare(run, settled, trained, None, ORDER) else 0
         for seed in range(draws):
-            _compare(run, settled, seed, 2)
+            _compare(run, settled, trained, seed, DRAWN_ORDER)
     finally:
         for h in handles:
             h.remove()
 
 
-def _compare(run: Callable[..., Run], settled: Callable[[], None], seed: int | None, times: int) -> bool:
+def _compare(
+    run: Callable[..., Run], settled: Callable[[], None], trained: set[str], seed: int | None, order: tuple[int, ...]
+) -> bool:
     """Raise ValueError where a record's output depends on the other one. Returns whether the model draws at random."""
-    together, drawn = run(seed, *(0, 1) * times)
-    alone = [run(seed, *(i, i) * times)[0] for i in (0, 1)]
+    together, drawn = run(seed, *order)
+    alone = [run(seed, *(i for _ in order))[0] for i in (0, 1)]
     settled()
-    rows = [(i, alone[i % 2]) for i in range(2 * times)]
-    if all(_same(together[-1][1], one[-1][1], i, 2 * times) for i, one in rows):
-        return drawn
-    for k, (name, outputs) in enumerate(together):
-        if any(k < len(one) and not _same(outputs, one[k][1], i, 2 * times) for i, one in rows):
+    differ = [
+        any(k < len(alone[r]) and not _same(outputs, alone[r][k][1], i, len(order)) for i, r in enumerate(order))
+        for k, (_, outputs) in enumerate(together)
+    ]
+    same_path = all([name for name, _ in together] == [name for name, _ in one] for one in alone)
+    last = any(not _same(together[-1][1], alone[r][-1][1], i, len(order)) for i, r in enumerate(order))
+    for k, (name, _) in enumerate(together):
+        if differ[k] and (last or same_path and name in trained):
             raise ValueError(
                 f"{name or 'the model'}: the output for one record depends on the other records of the batch; "
                 f"per-sample clipping cannot bound such a layer. Replace it, or keep it in eval mode where it mixes in "

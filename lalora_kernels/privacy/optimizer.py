@@ -287,13 +287,17 @@ class PrivateOptimizer(Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict()``: what was spent is spent, the key is fresh. ValueError without a ledger."""
+        """Continue from ``state_dict()``: what was spent is spent, the key is fresh.
+
+        Raises ValueError for a state without a ledger or a damaged one, LedgerError as ``Ledger.load_state_dict``.
+        """
         if "privacy" not in state_dict:
             raise ValueError(
                 "this checkpoint holds no privacy ledger, so what it spent is unknown; load it into the optimizer "
                 "before make_private if it was trained on public data only"
             )
         privacy = state_dict["privacy"]
+        self._refuse_damaged(privacy)
         self.ledger.load_state_dict(privacy["ledger"])
         self.engine.noise.load_state_dict(privacy["noise"])
         self.original_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "privacy"})
@@ -302,3 +306,12 @@ class PrivateOptimizer(Optimizer):
         if self.engine.adaptive is not None:
             self.engine.adaptive.set_bound(self.engine, privacy["max_grad_norm"])
         self._activate()
+
+    def _refuse_damaged(self, privacy: Any) -> None:
+        """Before anything is taken over of it."""
+        needed = ["ledger", "noise", "round", "local_step", *(["max_grad_norm"] if self.engine.adaptive else [])]
+        lacks = [key for key in needed if not isinstance(privacy, Mapping) or key not in privacy]
+        counts = [] if lacks else [privacy["round"], privacy["local_step"]]
+        if lacks or any(type(count) is not int or count < 1 for count in counts):
+            what = f"lacks {', '.join(lacks)}" if lacks else f"counts rounds and local steps from 1, not {counts}"
+            raise ValueError(f'the "privacy" of this checkpoint {what}: it is damaged; restore it from a copy')

@@ -82,7 +82,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         if lengths is not None and len(lengths) != records:
             raise ValueError(f"lengths has one number a record; got {len(lengths)} for {records} records")
         self.lengths = lengths
-        self.records, self.sample_rate = records, check_sample_rate(sample_rate)
+        self.records, self._sample_rate = records, check_sample_rate(sample_rate)
         if records < 1:
             raise ValueError("the data set has no records; a client without data cannot train")
         if physical_batch_size is not None and (type(physical_batch_size) is not int or physical_batch_size < 1):
@@ -91,6 +91,11 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.source = UniformSource() if source is None else source
         self.logical_batches = len(self)
         self.infos: deque[BatchInfo] = deque()
+
+    @property
+    def sample_rate(self) -> float:
+        """q: fixed, since it is what the ledger is charged."""
+        return self._sample_rate
 
     def __len__(self) -> int:
         """Logical batches in which the expected number of draws is one per record: 1/q, rounded, at least 1."""
@@ -179,12 +184,12 @@ class PrivateLoader:
         records = _count(self.dataset)
         refuse_copies(self.dataset)
         batch_size = None if given is None else _plain_batch_size(given, records)
-        self.sample_rate, self.expected_batch_size = _rates(records, sample_rate, expected_batch_size, batch_size)
+        q, self.expected_batch_size = _rates(records, sample_rate, expected_batch_size, batch_size)
         self.on_batch = on_batch
         noise = NoiseSource() if noise is None else noise
         self.batch_sampler = PoissonBatchSampler(
             records,
-            self.sample_rate,
+            q,
             physical_batch_size=physical_batch_size,
             source=noise.uniform_source() if source is None else source,
             rank=rank,
@@ -194,6 +199,11 @@ class PrivateLoader:
         inherited = {} if given is None else {name: getattr(given, name) for name in INHERITED}
         self._loader = DataLoader(self.dataset, batch_sampler=self.batch_sampler, **inherited)
         self._iterations = 0
+
+    @property
+    def sample_rate(self) -> float:
+        """q: fixed, since it is what the ledger is charged; another one takes another make_private."""
+        return self.batch_sampler.sample_rate
 
     @property
     def physical_batch_size(self) -> int | None:

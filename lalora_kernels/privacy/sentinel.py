@@ -21,6 +21,11 @@ SKIPPED = (
     "step on every batch; a record whose gradient is not finite contributes nothing. Where the loop was interrupted, "
     "run it again: that batch is forgotten now"
 )
+UNSTEPPED = (
+    "the last batch was backpropagated but not stepped; call optimizer.step() after each backward (large batches come "
+    "in parts by make_private(physical_batch_size=...), not by adding up backwards). Where the loop was interrupted, "
+    "run it again: that batch is forgotten now"
+)
 GETTERS = {"dtype", "device", "layout", "shape", "is_sparse", "requires_grad"}
 
 

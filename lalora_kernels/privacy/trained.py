@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -9,6 +10,7 @@ from lalora_kernels.adapted import Adapted, Tensors
 from lalora_kernels.privacy.accounts import AGAIN
 from lalora_kernels.privacy.recorders import Recorder, Site
 from lalora_kernels.privacy.rules import rule_of
+from lalora_kernels.privacy.sampling import _tensors as _tensors_in
 from lalora_kernels.privacy.ties import kind_of
 
 FACTOR_ROLES = ("lora_A", "lora_B")
@@ -73,6 +75,39 @@ def refuse_frozen(model: nn.Module) -> None:
                 )
 
 
+def refuse_hooks(use: Use) -> None:
+    """Raise ValueError where a hook waits for the tensor's gradient: within backward there is none to give to it."""
+    if use.param._backward_hooks:
+        raise ValueError(
+            f"{use.name} has a hook on its gradient (Tensor.register_hook; wandb.watch), which a private step does not "
+            f"have within backward; remove it, and read or change p.grad after optimizer.step(), as often as you like"
+        )
+
+
+def refuse_upstream(inputs: Any, sites: Sequence[Site]) -> None:
+    """Raise ValueError where a forward's inputs were computed by a parameter that is none of the sites'."""
+    given = [t for _, t in _tensors_in(inputs) if t.requires_grad]
+    if not given:
+        return
+    known = {id(s.param) for s in sites}
+    nodes = [t.grad_fn for t in given if t.grad_fn is not None]
+    leaves, seen = [t for t in given if t.grad_fn is None], set(nodes)
+    for node in nodes:  # which grows meanwhile
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
+        for before, _ in node.next_functions:
+            if before is not None and before not in seen:
+                seen.add(before)
+                nodes.append(before)
+    for leaf in leaves:
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in known:
+            raise ValueError(
+                f"the model's input is computed by a trainable parameter of shape {tuple(leaf.shape)} that is not "
+                f"among those of make_private, so nothing clips or noises its gradient; make it a part of the model "
+                f"that make_private is given, freeze it, or detach() the input"
+            )
+
+
 def refuse_changes(
     model: nn.Module, modules: list[nn.Module], sites: Sequence[Site], recorders: Sequence[Recorder]
 ) -> dict[nn.Module, Tensors]:
@@ -103,9 +138,18 @@ def refuse_changes(
 
 def _tensors(name: str, layer: Adapted) -> dict[str, tuple[nn.Module, str]]:
     try:
-        return layer.tensors()
+        told = layer.tensors()
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    for role in FACTOR_ROLES if told else ():
+        owner, key = told.get(role, (layer, role))
+        if key not in owner._parameters:
+            raise ValueError(
+                f"{role} of {name} is no parameter any more but computed (parametrized or pruned), so no rule gives "
+                f"its gradient per sample; call torch.nn.utils.parametrize.remove_parametrizations or prune.remove "
+                f"first"
+            )
+    return told
 
 
 def _is_lora(name: str, module: nn.Module) -> bool:

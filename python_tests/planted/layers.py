@@ -2,7 +2,7 @@
 
 from planted.fault import ENGINE, FEDERATED, MAKE, OPTIMIZER, RECORDERS, REDUCTION, RULES, SAMPLING, TIES, fault
 
-AUTOGRAD = "lalora_kernels/autograd.py"
+AUTOGRAD, FIRST_BATCH = "lalora_kernels/autograd.py", "lalora_kernels/privacy/first_batch.py"
 
 LAYERS = (
     fault(
@@ -136,9 +136,37 @@ LAYERS = (
     fault(
         "a batch skipped after its forward goes unnoticed",
         ENGINE,
-        "if self.batch is not None and self.forwarded:",
-        "if False:",
+        "self.batch is not None and (self.forwarded or any(s.marked for s in self.sites)):",
+        "self.batch is not None and any(s.marked for s in self.sites):",
         "accounts",
+    ),
+    fault(
+        "two equal records asked what mixes them",
+        FIRST_BATCH,
+        "return at[[0, second]] if differ[second] else None",
+        "return at[:2]",
+        "first_batch",
+    ),
+    fault(
+        "rows that are sorted for a trained layer let through where two were in order",
+        FIRST_BATCH,
+        "(last or same_path and name in trained)",
+        "last",
+        "first_batch",
+    ),
+    fault(
+        "the check of one mode taken for the other's",
+        ENGINE,
+        "or self._checked and model.training not in self._checked",
+        "",
+        "first_batch",
+    ),
+    fault(
+        "a trained tensor before the model left to autograd",
+        ENGINE,
+        "        refuse_upstream((args, kwargs), self.sites)\n",
+        "",
+        "gradients_elsewhere",
     ),
     fault(
         "a second training begins an account of its own",
@@ -156,7 +184,7 @@ LAYERS = (
     ),
     fault(
         "layers that mix at random asked with one draw only",
-        "lalora_kernels/privacy/first_batch.py",
+        FIRST_BATCH,
         "DRAWS = 4",
         "DRAWS = 0",
         "first_batch",
