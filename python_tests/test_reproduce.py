@@ -300,8 +300,9 @@ def test_every_arm_of_every_question_is_a_valid_run():
                 base = preset.settings | {"model": "folder", "dataset": "x.tsv"}
             else:
                 base = base_settings(name, task, "large", None)
+            tuned = {f"la-lora, filtered, ε = {e:g}": {"lr": 3.0} for e in preset.epsilons}
             for question in QUESTIONS.values():
-                jobs = runs.jobs_of(question, base, {}, preset.epsilons, preset.seeds)
+                jobs = runs.jobs_of(question, base, tuned, preset.epsilons, preset.seeds)
                 assert question.against in question.arms
                 same = {job.name for job in jobs if job.arm == question.against}
                 others = [job.name for job in jobs if job.arm != question.against]
@@ -334,9 +335,12 @@ def test_settings_go_by_loss_or_by_accuracy():
     assert runs.best(tried[3:] + tried[1:2]) == {"lr": 2.0}
 
 
-def test_equal_noise_scales_the_tuned_rate_and_equal_runs_are_one():
-    arm = QUESTIONS[3].arms["none, equal noise"]
-    assert arm_settings({"lr": 9.0}, arm, {"lr": 2.0})["lr"] == pytest.approx(2.0 * math.sqrt(70 / 256))
+def test_equal_noise_scales_the_filters_rate_and_equal_runs_are_one():
+    tuned = {"la-lora, filtered, ε = 3": {"lr": 2.0}, "la-lora, plain, ε = 3": {"lr": 0.5}}
+    rates = {j.arm: j.config.lr for j in runs.jobs_of(QUESTIONS[3], {"lr": 9.0}, tuned, [3.0], [0])}
+    assert rates["binomial5"] == 2.0 and rates["none"] == 0.5
+    assert rates["none, equal noise"] == pytest.approx(2.0 * math.sqrt(70 / 256))
+    assert rates["none, 0.52 of its rate"] == pytest.approx(0.5 * math.sqrt(70 / 256))
     assert EQUAL_NOISE == pytest.approx(0.5229, abs=1e-4)
     one, two = (runs.jobs_of(QUESTIONS[n], {"lr": 1.0}, {}, [3.0], [0]) for n in (1, 2))
     assert {j.name for j in one if j.arm == "la-lora"} == {j.name for j in two if j.arm == "both"}

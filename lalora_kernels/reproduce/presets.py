@@ -76,9 +76,9 @@ PRESETS = {
 }  # fmt: skip
 
 # (arm, settings); what an arm leaves open is its method's. "@lr" multiplies the learning rate that was tuned for the
-# arm's own kind of filter; so "none, equal noise" has the noise that the filter would leave at none's rate. "@K" sets
-# the local steps and divides the rate by as much as they grow: at one ε that leaves both the noise and the way of a
-# round as they were. "@rounds" multiplies the rounds and divides K, so that the steps stay as many.
+# arm's own kind of filter, or for that which "@tuned" names. "@K" sets the local steps and divides the rate by as much
+# as they grow: at one ε that leaves both the noise and the way of a round as they were. "@rounds" multiplies the rounds
+# and divides K, so that the steps stay as many.
 FOUR = {
     "dp-lora": {"method": "dp-lora", "smoothing": "none"},
     "ffa-lora": {"method": "ffa-lora", "smoothing": "none"},
@@ -112,7 +112,8 @@ QUESTIONS = {
     ),
     3: Question(
         "The filter against other ways to spend the same variance",
-        {"none": PLAIN, "none, equal noise": PLAIN | {"@lr": EQUAL_NOISE}, "binomial5": LA,
+        {"none": PLAIN, "none, 0.52 of its rate": PLAIN | {"@lr": EQUAL_NOISE},
+         "none, equal noise": PLAIN | {"@lr": EQUAL_NOISE, "@tuned": "binomial5"}, "binomial5": LA,
          **{name: LA | {"smoothing": name} for name in ("permuted", "temporal", "laplacian")}}, "binomial5",
     ),
     4: Question(
@@ -193,7 +194,7 @@ KINDS = {"none": "plain", "projected": "plain", "temporal": "temporal"}
 def tuning_key(arm: Settings, epsilon: float) -> str:
     """Which tuning an arm uses at an ε: that of its method family and of the kind of its filter."""
     family = "la-lora" if arm["method"].startswith("la-lora") else arm["method"]
-    return f"{family}, {KINDS.get(arm['smoothing'], 'filtered')}, ε = {epsilon:g}"
+    return f"{family}, {KINDS.get(arm.get('@tuned', arm['smoothing']), 'filtered')}, ε = {epsilon:g}"
 
 
 def tuned_arms(question: Question, epsilons: Iterable[float]) -> Iterator[tuple[str, Settings]]:
