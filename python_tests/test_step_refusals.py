@@ -50,7 +50,9 @@ class TestTheModel:
         model = Regrouped()
         data = TensorDataset(torch.randn(4, 3, 6), torch.randint(0, 3, (4,)))
         opt, loader = private(model, data, sample_rate=1.0, check=False)
-        with pytest.raises(ValueError, match=r"inner saw \(6, 2, 3\), which does not divide into the batch's 4 records"):
+        with pytest.raises(
+            ValueError, match=r"inner saw \(6, 2, 3\), which does not divide into the batch's 4 records"
+        ):
             train(model, classify, opt, loader, 1)
 
     def test_one_that_was_refused_is_as_it_was(self):
