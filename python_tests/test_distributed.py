@@ -56,10 +56,26 @@ def train(rank: int, clipping: str, ddp: bool, physical: int | None, fixed: bool
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def drawn() -> list[list[float]]:
+    """The records that this rank is given of each of 30 batches, under a secret key."""
+    model = lk.adapt(nn.Sequential(nn.Linear(1, 2)), r=1, target_modules=["0"], verbose=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    data = DataLoader(TensorDataset(torch.arange(1.0, 41.0).view(-1, 1)), batch_size=16)
+    optimizer, loader = lk.make_private(model, optimizer, data, noise_multiplier=1.0, check=False)
+    seen = []
+    for (x,) in loader.steps(30):
+        seen.append([record for record in x.flatten().tolist() if record])  # 0: an empty batch's placeholder
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
 def worker(rank: int, folder: str) -> None:
     torchvision_beside_cpu_torch()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save({name: train(rank, *settings) for name, settings in SETTINGS.items()}, f"{folder}/{rank}.pt")
+    found = {name: train(rank, *settings) for name, settings in SETTINGS.items()}
+    torch.save({**found, "drawn": drawn()}, f"{folder}/{rank}.pt")
     # What a cycle of references holds (DDP's reducer) would keep gloo's threads into the interpreter's end, where they
     # abort: pytorch#179291.
     gc.collect()
@@ -67,8 +83,8 @@ def worker(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
-    """What two processes trained."""
+def ranks(tmp_path_factory) -> list[dict]:
+    """What two processes trained, and drew."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(worker, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
@@ -85,6 +101,12 @@ def test_two_processes_equal_one(ranks, name):
 def test_ranks_with_a_secret_key_stay_together(ranks):
     assert torch.equal(ranks[0]["secret"], ranks[1]["secret"])
     assert not torch.equal(ranks[0]["secret"], ranks[0]["flat"])
+
+
+def test_ranks_with_a_secret_key_share_one_draw(ranks):
+    """Draws of their own would give a record two chances of a batch, and ε counts one."""
+    for first, second in zip(ranks[0]["drawn"], ranks[1]["drawn"], strict=True):
+        assert not set(first) & set(second) and len(first) - len(second) in (0, 1)
 
 
 def test_a_group_that_is_not_there():

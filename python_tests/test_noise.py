@@ -162,8 +162,14 @@ def test_the_uniform_stream_is_the_documented_one_on_every_host_backend():
             source = UniformSource.fixed(KEY)
             taken = torch.cat([source.words(n) for n in (1, 7000, 58535, 65536)])
         assert torch.equal(taken, expected)
-    many = UniformSource.fixed(KEY).words(100_000)
-    assert torch.equal(many, chacha20_words(KEY, (SAMPLING_NONCE, 0, 0), 0, 6250).view(-1))
+    many = UniformSource.fixed(KEY).words(100_001)  # which ends within a block
+    assert torch.equal(many, chacha20_words(KEY, (SAMPLING_NONCE, 0, 0), 0, 6251).view(-1)[:100_001])
+
+
+def test_refill_numbers_fill_two_words_of_the_nonce():
+    source = UniformSource.fixed(KEY)
+    source._next = (1 << 32) + 5
+    assert torch.equal(source.words(16), chacha20_words(KEY, (SAMPLING_NONCE, 5, 1), 0, 1).view(-1))
 
 
 def test_sampling_and_noise_share_no_block_even_under_one_key():

@@ -1,0 +1,95 @@
+"""What a private step refuses late, in the middle of a run, and how a refusal leaves the model."""
+
+import copy
+import math
+
+import pytest
+import torch
+from test_checks import BatchMean, chain, classify
+from test_private_step import private, toy, train
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from lalora_kernels.nn import LoRALinear
+
+
+def images(n: int = 8):
+    return TensorDataset(torch.randn(n, 6), torch.randint(0, 3, (n,)))
+
+
+class TestTheModel:
+    @pytest.mark.parametrize("check", [True, "loss", False])
+    def test_a_batch_norm_that_goes_back_to_train_mode(self, check):
+        """As model.train() does at the head of every epoch."""
+        torch.manual_seed(0)
+        model = chain(nn.BatchNorm1d(8).requires_grad_(False)).eval()
+        opt, loader = private(model, images(), sample_rate=1.0, check=check)
+        train(model, classify, opt, loader, 1)
+        model.train()
+        with pytest.raises(ValueError, match=r"middle \(BatchNorm1d\) mixes the records of a batch in train mode"):
+            train(model, classify, opt, loader, 1)
+        assert opt.ledger.steps == 1
+
+    def test_two_precisions(self):
+        model, data, _ = toy()
+        model.fc1.float()
+        with pytest.raises(ValueError, match="some trainable parameters are float64 and some are not"):
+            private(model, data)
+
+    def test_rows_that_only_add_up_to_whole_records(self):
+        """Six rows of two positions are no four records, though they fill four of three."""
+
+        class Regrouped(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = LoRALinear.from_linear(nn.Linear(6, 3), r=2)
+
+            def forward(self, x):
+                return self.inner(x.reshape(6, 2, 6)).reshape(4, 9)
+
+        model = Regrouped()
+        data = TensorDataset(torch.randn(4, 3, 6), torch.randint(0, 3, (4,)))
+        opt, loader = private(model, data, sample_rate=1.0, check=False)
+        with pytest.raises(
+            ValueError, match=r"inner saw \(6, 2, 3\), which does not divide into the batch's 4 records"
+        ):
+            train(model, classify, opt, loader, 1)
+
+    def test_one_that_was_refused_is_as_it_was(self):
+        model, data, loss = toy()
+        model.act.extra = nn.Bilinear(2, 2, 2).double()
+        before = copy.deepcopy(model)
+        with pytest.raises(ValueError, match="act.extra.weight is trainable, but no rule"):
+            private(model, data)
+        assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
+        loss(model, data[:]).backward()  # an ordinary one, which no private optimizer hears of
+        model.zero_grad()
+        model.act.extra.requires_grad_(False)
+        opt, loader = private(model, data)
+        train(model, loss, opt, loader, 1)
+
+
+class TestTheBatch:
+    def test_the_first_with_two_records_to_compare_is_checked_whenever_it_comes(self):
+        torch.manual_seed(0)
+        data = images(4)
+        data.tensors[0][1:] = math.nan
+        model = chain(BatchMean())
+        opt, loader = private(model, data, sample_rate=1.0)
+        with pytest.warns(UserWarning, match="4 record"):  # the mean spreads them
+            train(model, classify, opt, loader, 1)
+        assert not opt.per_sample_checked
+        data.tensors[0][1:] = torch.randn(3, 6)
+        with pytest.raises(ValueError, match=r"^middle: .*depends on the other records"):
+            train(model, classify, opt, loader, 1)
+
+    def test_a_logical_batch_that_is_left_half_way(self):
+        model, data, loss = toy()
+        opt, loader = private(model, data, sample_rate=1.0, physical_batch_size=4)
+        loss(model, next(iter(loader.steps(1)))).backward()
+        opt.step()
+        with pytest.raises(RuntimeError, match="left before its last physical batch and is lost"):
+            next(iter(loader.steps(1)))
+        assert opt.ledger.steps == 0
+        train(model, loss, opt, loader, 1)
+        assert opt.ledger.steps == 1
