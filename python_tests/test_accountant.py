@@ -10,7 +10,7 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 from tolerances import EPSILON_GRID, EPSILON_PRV
 
-from lalora_kernels.privacy.accountant import MAX_STEPS, compute_epsilon, get_noise_multiplier, max_steps
+from lalora_kernels.privacy.accountant import MAX_STEPS, _search, compute_epsilon, get_noise_multiplier, max_steps
 
 DELTA = 1e-5
 
@@ -259,3 +259,8 @@ def test_max_steps_at_its_ends():
     assert max_steps(**budget, noise_multiplier=9.0, limit=3) == 3
     replaced = max_steps(**budget, noise_multiplier=9.0, neighboring_relation="replace_one")
     assert 0 < replaced < max_steps(**budget, noise_multiplier=9.0) / 2
+
+
+def test_where_epsilon_jumps_over_the_target_the_larger_sigma_is_found():
+    found = _search(lambda sigma: 2.0 if sigma < 1.7 else 0.5, guess=1.0, target=1.0, tolerance=0.01)
+    assert 1.7 <= found < 1.7 * (1 + 1e-8)
