@@ -194,7 +194,8 @@ KINDS = {"none": "plain", "projected": "plain", "temporal": "temporal"}
 def tuning_key(arm: Settings, epsilon: float) -> str:
     """Which tuning an arm uses at an ε: that of its method family and of the kind of its filter."""
     family = "la-lora" if arm["method"].startswith("la-lora") else arm["method"]
-    return f"{family}, {KINDS.get(arm.get('@tuned', arm['smoothing']), 'filtered')}, ε = {epsilon:g}"
+    smoothing = arm["@tuned"] if "@tuned" in arm else arm["smoothing"]
+    return f"{family}, {KINDS.get(smoothing, 'filtered')}, ε = {epsilon:g}"
 
 
 def tuned_arms(question: Question, epsilons: Iterable[float]) -> Iterator[tuple[str, Settings]]:

@@ -64,7 +64,7 @@ FILES = (
     fault(
         "adapters that somebody froze train all the same",
         "lalora_kernels/privacy/trained.py",
-        "if not any(p is not None and p.requires_grad for p in pair):",
+        "if pair and not any(p is not None and p.requires_grad for p in pair):",
         "if False:",
         "refusals",
     ),
