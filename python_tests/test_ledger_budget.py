@@ -1,0 +1,34 @@
+"""What a ledger's budget and ε are of: the rate, its own neighbouring relation, what a loaded state says."""
+
+import pytest
+
+from lalora_kernels.privacy.accountant import compute_epsilon, max_steps
+from lalora_kernels.privacy.ledger import BudgetExceeded, Ledger, LedgerError
+
+
+def test_what_a_budget_bears_of_one_rate_is_not_drawn_on_at_another():
+    ledger = Ledger(target_epsilon=3.0, target_delta=1e-5)
+    ledger.charge(1.0, 0.001)
+    with pytest.raises(BudgetExceeded):
+        for _ in range(20):
+            ledger.charge(1.0, 0.9)
+    assert compute_epsilon(ledger.releases, 1e-5) <= 3.0
+
+
+def test_a_budget_and_an_epsilon_are_of_the_ledgers_own_relation():
+    ledger = Ledger(target_epsilon=3.0, target_delta=1e-5, neighboring_relation="replace_one")
+    ledger.charge(4.0, 0.1)
+    replaced = {"neighboring_relation": "replace_one"}
+    assert ledger.epsilon() == compute_epsilon(ledger.releases, 1e-5, **replaced)
+    assert ledger.epsilon() > compute_epsilon(ledger.releases, 1e-5)
+    budget = {"target_epsilon": 3.0, "target_delta": 1e-5, "noise_multiplier": 4.0, "sample_rate": 0.1}
+    assert ledger.remaining_steps(4.0, 0.1) == max_steps(**budget, history=ledger.releases, **replaced)
+
+
+def test_a_state_that_forbids_epsilon_forbids_it_where_it_is_loaded():
+    shown, ledger = Ledger(target_delta=1e-5), Ledger(target_delta=1e-5)
+    shown.charge(2.0, 0.1)
+    shown.refuse_epsilon("its key was shown")
+    ledger.load_state_dict(shown.state_dict())
+    with pytest.raises(LedgerError, match="its key was shown"):
+        ledger.epsilon()
