@@ -1,5 +1,6 @@
 """physical_batch_size="auto": the largest physical batch whose step fits the budget, and the same result."""
 
+import gc
 import sys
 
 import pytest
@@ -78,12 +79,17 @@ def test_what_was_held_before_and_is_freed_meanwhile_does_not_count():
         held.clear()
         held.append(torch.empty(10))
 
-    for elements in range(30_000, 30_040):
-        microbatch.peak_bytes(lambda: held.append(torch.empty(elements)), device)  # noqa: B023
-        held.clear()
-        held.append(torch.empty(elements))  # often at the same address
-        assert microbatch.peak_bytes(freed_and_taken, device) == 40
-        held.clear()
+    gc.collect()
+    gc.freeze()  # or each of 80 measurements would look through all that the suite has imported
+    try:
+        for elements in range(30_000, 30_040):
+            microbatch.peak_bytes(lambda: held.append(torch.empty(elements)), device)  # noqa: B023
+            held.clear()
+            held.append(torch.empty(elements))  # often at the same address
+            assert microbatch.peak_bytes(freed_and_taken, device) == 40
+            held.clear()
+    finally:
+        gc.unfreeze()
 
 
 def test_the_largest_that_fits():
