@@ -1,16 +1,19 @@
-"""Secret randomness: the noise key with its release numbers, and the keyed uniform stream behind Poisson sampling.
+"""Secret randomness: the noise key with its release numbers, the keyed uniform stream behind Poisson sampling, and
+fresh seeds for what models and data sets draw.
 
-Both are ChaCha20 (RFC 8439) under 256-bit keys from the operating system. ε rests on nobody else
+The first two are ChaCha20 (RFC 8439) under 256-bit keys from the operating system. ε rests on nobody else
 knowing a key and on no (key, nonce, block) being used twice, so keys cannot be printed, pickled, copied or saved,
 numbers only move forward, and a forked process draws new keys.
 """
 
 import os
+import random
 import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -170,6 +173,22 @@ class UniformSource(_KeyedSource):
                 self._words = _chacha20_words()(self._key, nonce, 0, blocks).view(-1)
             taken, self._words = self._words[:count], self._words[count:]
             return taken
+
+
+def seed_from_system() -> None:
+    """Seed torch's generators of every device, NumPy's and Python's from the operating system.
+
+    Dropout and augmentation draw from these, in the order in which records stand in a batch, so one record more shifts
+    the draws of all behind it. That moves the sum by no more than the record's own share only where the draws are as
+    unknown as the noise: with a seed that is public, or torch's, which is the same in every process, they are not.
+    """
+    seed = int.from_bytes(os.urandom(8), "big")
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # where there is no device, that takes half a millisecond to note where it was called
+        torch.default_generator.manual_seed(seed)
+    random.seed(os.urandom(KEY_BYTES))
+    np.random.seed(np.frombuffer(os.urandom(KEY_BYTES), np.uint32))
 
 
 def _chacha20_words() -> Callable[..., Tensor]:

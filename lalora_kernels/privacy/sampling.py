@@ -26,7 +26,7 @@ from torch.utils.data import (
     Subset,
 )
 
-from lalora_kernels.privacy.noise import NoiseSource, UniformSource
+from lalora_kernels.privacy.noise import NoiseSource, UniformSource, seed_from_system
 
 # What a new loader takes over from the user's. The sampler is replaced; drop_last has no meaning where batches have no
 # fixed size; in_order stays at its default, because each batch is announced in the order it was drawn.
@@ -144,7 +144,8 @@ class PrivateLoader:
     Iterating gives one pass, ``len(loader)`` = round(1/q) logical batches; ``steps(k)`` gives exactly k. Both yield
     physical batches as the user's collate function makes them. ``on_batch`` is called with each one's BatchInfo in this
     process right before the batch is yielded, whatever the workers have prefetched. An empty draw yields one
-    placeholder: record 0 with every tensor zeroed.
+    placeholder: record 0 with every tensor zeroed. Before each batch the global generators of torch, NumPy and
+    Python are seeded anew from the operating system, since dropout and augmentation must be as unknown as the noise.
 
     Args:
         data: a DataLoader, whose data set, collate function, workers and pinning stay, or a map-style Dataset.
@@ -197,6 +198,9 @@ class PrivateLoader:
             lengths=lengths,
         )
         inherited = {} if given is None else {name: getattr(given, name) for name in INHERITED}
+        self._secret = noise.is_secret
+        if self._secret:
+            inherited["worker_init_fn"] = SecretWorker(inherited.get("worker_init_fn"))
         self._loader = DataLoader(self.dataset, batch_sampler=self.batch_sampler, **inherited)
         self._iterations = 0
 
@@ -232,6 +236,8 @@ class PrivateLoader:
         while True:
             if mine != self._iterations:
                 raise RuntimeError("a second iteration of this loader began; finish one before starting the next")
+            if self._secret:
+                seed_from_system()  # for each batch: a loop may have set seeds meanwhile
             try:
                 batch = next(batches)
             except StopIteration:
@@ -248,6 +254,18 @@ class PrivateLoader:
             if self.on_batch is not None:
                 self.on_batch(info)
             yield batch
+
+
+class SecretWorker:
+    """A worker's start: the user's ``worker_init_fn``, if any, and then seeds that nobody knows."""
+
+    def __init__(self, theirs: Callable[[int], None] | None):
+        self.theirs = theirs
+
+    def __call__(self, worker: int) -> None:
+        if self.theirs is not None:
+            self.theirs(worker)
+        seed_from_system()
 
 
 def check_sample_rate(sample_rate: float) -> float:

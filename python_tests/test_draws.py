@@ -1,0 +1,100 @@
+"""What models and data sets draw at random is as unknown as the noise: one record more shifts the draws of others."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import lalora_kernels as lk
+from lalora_kernels.privacy.sampling import PrivateLoader
+
+KEY = bytes(range(32))
+RECORDS = 6
+
+
+class Augmented(Dataset):
+    """Each record with a draw of all three generators."""
+
+    def __len__(self):
+        return RECORDS
+
+    def __getitem__(self, i):
+        return torch.tensor([torch.rand(()).item(), np.random.random(), random.random()], dtype=torch.float64)
+
+
+def known_seeds():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
+def draws(noise, workers=0):
+    """(batches, record, generator) of the data set, and (batches, generator) of what follows each batch, in a process
+    whose seeds are known, whose loop and workers set them again, and whose loader has a generator of its own."""
+    known_seeds()
+    data = DataLoader(
+        Augmented(), batch_size=2, num_workers=workers, generator=torch.Generator().manual_seed(0),
+        worker_init_fn=lambda _: known_seeds(),
+    )  # fmt: skip
+    records, model = [], []
+    for batch in PrivateLoader(data, sample_rate=1.0, noise=noise).steps(3):
+        records.append(batch)
+        model.append(torch.tensor([torch.rand(()).item(), np.random.random(), random.random()]))
+        known_seeds()
+    return torch.stack(records), torch.stack(model)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_seeds_of_the_process_do_not_tell_them(workers):
+    first, second = draws(lk.NoiseSource(), workers), draws(lk.NoiseSource(), workers)
+    for a, b in zip(first, second):
+        assert (a != b).all()
+        assert len(a.flatten().unique()) == a.numel()  # nor is one batch's seed another's
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_under_a_fixed_key_which_claims_nothing_a_run_can_be_repeated(workers):
+    first, second = draws(lk.NoiseSource.fixed(KEY), workers), draws(lk.NoiseSource.fixed(KEY), workers)
+    for a, b in zip(first, second):
+        assert torch.equal(a, b)
+
+
+class TestWhatItIsFor:
+    """Full batches, so that all positions are known, and a record more at the front; sums without noise, C = 1."""
+
+    def released(self, extra, noise):
+        torch.manual_seed(1)
+        x, y = torch.randn(41, 8), torch.randint(0, 3, (41,))
+        if not extra:
+            x, y = x[1:], y[1:]
+        model = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 3))
+        lk.adapt(model, target_modules=["2"], modules_to_save=[], r=2, verbose=False)
+        nn.init.normal_(model[2].lora_B)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        data = torch.utils.data.TensorDataset(x, y)
+        optimizer, loader = lk.make_private(
+            model, optimizer, DataLoader(data, batch_size=len(x)), method="dp-lora", noise_multiplier=0.0,
+            max_grad_norm=1.0, noise=noise, loss_reduction="sum",
+        )  # fmt: skip
+        torch.manual_seed(2)
+        for batch, target in loader.steps(1):
+            nn.functional.cross_entropy(model(batch), target, reduction="sum").backward()
+            optimizer.step()
+        return len(x) * torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    def test_with_known_draws_a_record_moves_the_sum_by_more_than_its_share(self):
+        """Which is why a fixed key, under which they are known, claims no ε."""
+        with_it, without = (self.released(extra, lk.NoiseSource.fixed(KEY)) for extra in (True, False))
+        assert (with_it - without).norm() > 2.0
+
+    def test_without_dropout_s_draws_it_does_not(self, monkeypatch):
+        monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
+        with_it, without = (self.released(extra, lk.NoiseSource.fixed(KEY)) for extra in (True, False))
+        assert (with_it - without).norm() <= 1.0 + 1e-5
+
+    def test_draws_of_a_private_run_are_not_known(self):
+        first, second = (self.released(True, lk.NoiseSource()) for _ in range(2))
+        assert (first - second).norm() > 1.0
