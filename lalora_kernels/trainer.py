@@ -76,7 +76,7 @@ class PrivateTrainerMixin(_Mixed):
         refuse_settings(privacy)
         self._private: PrivateOptimizer | None = None
         self._batches: PrivateBatches | None = None
-        self._resuming = self._said = self._loss_checked = self._shift = False
+        self._resuming = self._said = self._loss_checked = self._shift = self._sums = False
         self._epsilon: tuple[int, float | None] | None = None
         super().__init__(*args, **kwargs)
         refuse_arguments(self)
@@ -148,6 +148,9 @@ class PrivateTrainerMixin(_Mixed):
         plain = super().create_optimizer(model)
         ledger = self._open_ledger()
         sigma = self._noise_multiplier(ledger)
+        # In half precision the gradient of a mean is rounded by how many records it has. A loss of one's own stays the
+        # mean that it is said to be, which the first backwards check.
+        self._sums = self.compute_loss_func is None and type(self).compute_loss is PrivateTrainerMixin.compute_loss
         rest = {k: v for k, v in self.privacy.items() if k not in ("noise_multiplier", "target_epsilon")}
         self._private, loader = make_private(
             self.model,
@@ -157,6 +160,7 @@ class PrivateTrainerMixin(_Mixed):
             max_grad_norm=self.max_grad_norm,
             expected_batch_size=self.expected_batch_size,
             physical_batch_size=self.args.per_device_train_batch_size,
+            loss_reduction="sum" if self._sums else "mean",
             ledger=ledger,
             **rest,
         )
@@ -237,7 +241,7 @@ class PrivateTrainerMixin(_Mixed):
                 self._check_loss(model, batch)
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, batch)
-            self.accelerator.backward(loss)
+            self.accelerator.backward(loss * info.rows if self._sums else loss)
             if info.valid:
                 total += loss.detach() * info.valid
                 records += info.valid

@@ -11,7 +11,8 @@ import lalora_kernels as lk
 from lalora_kernels.nn import factor_parameters
 
 
-def make(clipping="flat", scaler=None, sample_rate=0.5, peft=False):
+def make(clipping="flat", scaler=None, sample_rate=0.5, peft=False, rate=0.1, loss_reduction=None):
+    """With a scaler the loss is a sum, which it needs."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 24), nn.LayerNorm(24), nn.GELU(), nn.Linear(24, 24), nn.Linear(24, 3))
     settings = {"r": 4, "target_modules": ["0", "3"], "modules_to_save": ["1", "4"]}
@@ -25,20 +26,23 @@ def make(clipping="flat", scaler=None, sample_rate=0.5, peft=False):
         if role == "lora_B":
             nn.init.normal_(p, std=0.3)
     data = TensorDataset(torch.randn(24, 5, 12), torch.randint(0, 3, (24, 5)))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
     optimizer, loader = lk.make_private(
         model, optimizer, DataLoader(data, batch_size=12), noise_multiplier=0.0, sample_rate=sample_rate,
         max_grad_norm=0.5, clipping=clipping, grad_scaler=scaler, noise=lk.NoiseSource.fixed(KEY),
+        loss_reduction=loss_reduction or ("mean" if scaler is None else "sum"),
     )  # fmt: skip
     return model, optimizer, loader
 
 
-def steps(model, optimizer, loader, dtype, scaler=None, count=2):
-    """Released gradients of ``count`` steps."""
+def steps(model, optimizer, loader, dtype, scaler=None, count=2, times=1.0):
+    """Released gradients of ``count`` steps. A record's loss is ``times`` the mean over its five positions."""
     released = []
     for x, y in loader.steps(count):
         with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            loss = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+            loss = times * nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        if optimizer.engine.loss_reduction == "sum":
+            loss = len(x) * loss
         if scaler is None:
             loss.backward()
             optimizer.step()
@@ -80,12 +84,49 @@ def test_a_grad_scaler_changes_nothing_but_rounding(clipping):
     assert distance(found, expected) < AUTOCAST_F16
 
 
-def test_a_record_that_overflows_lowers_the_scale_and_contributes_nothing():
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    model, optimizer, loader = make(scaler=scaler, sample_rate=1.0)
-    with pytest.warns(UserWarning, match="NaN, Inf"):
-        (released,) = steps(model, optimizer, loader, torch.float16, scaler, count=1)
-    assert scaler.get_scale() < 2.0**40 and released.isfinite().all() and optimizer.nonfinite_samples == 24
+class TestWhatOverflows:
+    """One record's overflow must decide nothing about the others: not in its step, not in the next one."""
+
+    SCALE = 2.0**15
+
+    def overflowing(self, count, scaler=None):
+        """(releases at one point, the optimizer) where some records overflow and others do not."""
+        scaler = scaler or torch.amp.GradScaler("cpu", init_scale=self.SCALE)
+        model, optimizer, loader = make(scaler=scaler, sample_rate=1.0, rate=0.0)
+        with pytest.warns(UserWarning, match="NaN, Inf.*start it at a lower scale"):
+            released = steps(model, optimizer, loader, torch.float16, scaler, count, times=13.0)
+        return released, optimizer
+
+    def test_it_contributes_nothing_and_the_scale_stays(self):
+        scaler = torch.amp.GradScaler("cpu", init_scale=self.SCALE)
+        one, optimizer = self.overflowing(1)
+        assert 0 < optimizer.nonfinite_samples < 24 and one[0].isfinite().all() and one[0].any()
+        three, again = self.overflowing(3, scaler)
+        assert scaler.get_scale() == self.SCALE and again.nonfinite_samples == 3 * optimizer.nonfinite_samples
+        # Factors are A, B, A or B, A, B: the third release is of the first one's.
+        assert torch.equal(three[2], three[0]) and torch.equal(three[0], one[0])
+
+    def test_nor_does_a_scale_grow(self):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+        steps(*make(scaler=scaler), torch.float16, scaler, count=3)
+        assert scaler.get_scale() == 2.0**10
+
+    def test_a_state_that_brings_its_factors_does_not_move_it(self):
+        state = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1).state_dict()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        made = make(scaler=scaler)
+        scaler.load_state_dict(state)
+        steps(*made, torch.float16, scaler, count=3)
+        assert scaler.get_scale() == 2.0**10
+
+    def test_of_a_mean_the_batch_decides_what_overflows(self):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        with pytest.raises(ValueError, match="needs the sum over records.*pass loss_reduction='sum'"):
+            make(scaler=scaler, loss_reduction="mean")
+
+    def test_the_default_scale_leaves_out_every_record_that_is_wrong(self):
+        with pytest.raises(ValueError, match=r"scale of 65536.*give GradScaler\(init_scale=2.0\*\*10\)"):
+            make(scaler=torch.amp.GradScaler("cpu"))
 
 
 def test_a_scaler_that_make_private_does_not_know_is_refused():
@@ -97,4 +138,4 @@ def test_a_scaler_that_make_private_does_not_know_is_refused():
 def test_a_scaler_that_is_disabled_is_none():
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     expected = steps(*make(), None)
-    assert distance(steps(*make(scaler=scaler), None, scaler), expected) == 0.0
+    assert distance(steps(*make(scaler=scaler, loss_reduction="mean"), None, scaler), expected) == 0.0

@@ -283,6 +283,7 @@ class TestTheLoop:
     def test_a_scaled_loss_is_seen_unscaled(self):
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         torch.manual_seed(0)
-        assert loop(lambda z, y: scaler.scale(own_mean(z, y)), grad_scaler=scaler, steps=1).loss_reduction_checked
-        with pytest.raises(ValueError, match="pass loss_reduction='sum'"):
-            loop(lambda z, y: scaler.scale(token_sum(z, y)), grad_scaler=scaler, steps=1)
+        done = loop(lambda z, y: scaler.scale(token_sum(z, y)), "sum", grad_scaler=scaler, steps=1)
+        assert done.loss_reduction_checked
+        with pytest.raises(ValueError, match="pass loss_reduction='mean'"):
+            loop(lambda z, y: scaler.scale(own_mean(z, y)), "sum", grad_scaler=scaler, steps=1)

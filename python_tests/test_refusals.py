@@ -280,15 +280,42 @@ class TestAGradientBeforeTheStep:
     def test_unscaling_and_then_clipping_as_with_a_grad_scaler_is_refused(self):
         model, data, loss = toy(dtype=torch.float32)
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-        opt, loader = private(model, data, sample_rate=1.0, grad_scaler=scaler)
+        opt, loader = private(model, data, sample_rate=1.0, grad_scaler=scaler, loss_reduction="sum")
         for batch in loader.steps(1):
-            scaler.scale(loss(model, batch)).backward()
+            scaler.scale(len(batch[0]) * loss(model, batch)).backward()
             scaler.unscale_(opt)
             with pytest.raises(RuntimeError, match="does not exist yet"):
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(opt)
             scaler.update()
         assert opt.local_step == 2
+
+
+class TestASchedulerWithinALogicalBatch:
+    """The number of physical batches is that of the records drawn, which a rate that follows it would tell."""
+
+    def run(self, released_only, lr=0.5, physical_batch_size=5):
+        model, data, loss = toy(12)
+        opt, loader = private(model, data, lr=lr, sample_rate=1.0, physical_batch_size=physical_batch_size)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5**step)
+        rates = []
+        for batch in loader.steps(3):
+            loss(model, batch).backward()
+            opt.step()
+            if opt.stepped or not released_only:
+                rates.append(float(opt.param_groups[0]["lr"]))
+                scheduler.step()
+        return rates
+
+    @pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)])
+    def test_is_refused(self, lr):
+        with pytest.raises(RuntimeError, match="between two parts of one logical batch.*if optimizer.stepped"):
+            self.run(released_only=False, lr=lr)
+
+    @pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)])
+    def test_by_releases_it_is_as_without_parts(self, lr):
+        rates = self.run(released_only=True, lr=lr)
+        assert rates == [0.5, 0.25, 0.125] == self.run(released_only=False, physical_batch_size=None)
 
 
 class TestArguments:

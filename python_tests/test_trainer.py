@@ -102,6 +102,20 @@ def test_empty_draws_and_a_second_call_of_train(tmp_path):
     assert trainer.ledger.steps == 16
 
 
+def test_in_bfloat16_one_record_more_does_not_change_how_the_others_are_rounded(tmp_path):
+    """A record without a label adds nothing to the sum; of a mean it would change by what all are divided."""
+    _, patched, data = adapted("gpt2", torch.float32)
+    data["labels"][3] = -100
+    sums = []
+    for name, d in (("with", data), ("without", {k: torch.cat([v[:3], v[4:]]) for k, v in data.items()})):
+        model, records = copy.deepcopy(patched), len(d["labels"])
+        privacy = WHOLE | {"expected_batch_size": records}
+        trainer_of(model, d, tmp_path / name, privacy=privacy, bf16=True, per_device_train_batch_size=records).train()
+        moved = [(p - q).flatten() for p, q in zip(patched.parameters(), model.parameters())]
+        sums.append(records * torch.cat(moved))
+    torch.testing.assert_close(sums[0], sums[1], **MODEL_F32)
+
+
 def test_bfloat16_autocast(tmp_path):
     _, patched, data = adapted("bert", torch.float32)
     twin = copy.deepcopy(patched)

@@ -77,6 +77,11 @@ class Engine:
             self.detach()
             raise
 
+    @property
+    def within_logical_batch(self) -> bool:
+        """Whether some physical batches of the present logical one are summed."""
+        return self._partial
+
     # ---------------------------------------------------------------- attaching
 
     def _attach(self) -> None:
@@ -348,7 +353,6 @@ class Engine:
         self.nonfinite.add(bad)
         if self.adaptive is not None:
             self.adaptive.count(self.sq, self.grad_scale, batch, self.max_grad_norm)
-        self.left_out = bad
         for s in sites:
             if s.marked and s.deferred is not None:
                 s.deferred.add_weighted_sum(weights[s.row], self.sum_of(s))

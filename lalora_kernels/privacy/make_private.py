@@ -22,6 +22,7 @@ from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.optimizer import MARK, PrivateOptimizer
 from lalora_kernels.privacy.postprocess import EXPERIMENTAL
 from lalora_kernels.privacy.sampling import PrivateLoader
+from lalora_kernels.privacy.scaling import refuse_scaler
 from lalora_kernels.privacy.shuffled import ShuffledLoader
 from lalora_kernels.privacy.trained import refuse_frozen
 from lalora_kernels.schedule import DEFAULT, Schedule, get_schedule
@@ -106,8 +107,9 @@ def make_private(
             a float64 copy of the model (``check_per_sample``), and in the first steps look at the gradient of the
             logits for losses that couple records. "loss": only the latter, for a model too large to be copied; False:
             neither. In a model that is compiled as a whole both see nothing.
-        grad_scaler: the loop's ``torch.amp.GradScaler``, so that norms are those of unscaled gradients. A record whose
-            scaled gradient overflows contributes nothing; the step is never skipped.
+        grad_scaler: the loop's ``torch.amp.GradScaler``, so that norms are those of unscaled gradients. Needs
+            loss_reduction="sum" and an ``init_scale`` below 65504, where the scale stays (privacy/scaling.py). A record
+            whose scaled gradient overflows contributes nothing; the step is never skipped.
         distributed: split each batch over the ranks of torch.distributed's process group, noise once; None: where one
             of several ranks is initialized. ``expected_batch_size`` counts the records of all ranks.
         poisson_sampling: False keeps the loader's own batches: clipped and noised alike, but no ε is reported.
@@ -146,6 +148,8 @@ def make_private(
             "the state of a private training was loaded into the plain optimizer, so what that training spent is "
             "forgotten; call make_private first and load the state into the optimizer that it returns"
         )
+    if grad_scaler is not None:
+        refuse_scaler(grad_scaler, loss_reduction)
     refuse_sharded(model)
     refuse_frozen(model)
     if ledger is None:

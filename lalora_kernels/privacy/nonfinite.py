@@ -36,7 +36,7 @@ class NonfiniteCount:
             warnings.warn(
                 f"{known - self._said} record(s) of this batch, or on a GPU of the last ones, had a gradient that is "
                 f"NaN, Inf or beyond float32; they are left out of the step, or with clipping='per_layer' of those "
-                f"tensors' sums alone whose gradient is not finite",
+                f"tensors' sums alone whose gradient is not finite. With a GradScaler, start it at a lower scale",
                 stacklevel=5,
             )
         self._said = known

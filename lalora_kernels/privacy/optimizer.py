@@ -13,6 +13,7 @@ from lalora_kernels.privacy.accounts import AGAIN
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.graphs import GraphedBackward
 from lalora_kernels.privacy.ledger import Ledger
+from lalora_kernels.privacy.scaling import hold
 from lalora_kernels.schedule import Schedule
 
 STRAY = " trains but is not in the optimizer; build it from all trainable parameters"
@@ -49,6 +50,7 @@ class PrivateOptimizer(Optimizer):
         self._versions_count = False
         self.stepped = False  # whether the last ``step`` released, or only added a physical batch to the sum
         self.postprocess: Callable | None = None  # of released gradients; see postprocess.py
+        self._settings: list[dict[str, Any]] | None = None  # of a logical batch whose first parts are summed
         self._refuse_strays()
         self._activate()
         engine.next_factors = self._next_factors
@@ -196,6 +198,22 @@ class PrivateOptimizer(Optimizer):
                         f"{AGAIN}"
                     )
 
+    def _settings_now(self) -> list[dict[str, Any]]:
+        """Rates and the like of each group; of a tensor, whose value is the device's to know, how often it was set."""
+        return [
+            {k: (id(v), v._version) if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
+            for group in self.param_groups
+        ]
+
+    def _refuse_new_settings(self) -> None:
+        """How many physical batches a logical one has is a matter of the records drawn, so nothing may go by it."""
+        if self._settings is not None and self.engine.within_logical_batch and self._settings != self._settings_now():
+            raise RuntimeError(
+                "the optimizer's settings changed between two parts of one logical batch, so a learning rate would "
+                "tell how many records were drawn, which no ε covers; call scheduler.step(), and whatever else counts "
+                "steps, only `if optimizer.stepped`"
+            )
+
     # ---------------------------------------------------------------- stepping
 
     def graph(self, backward: Callable[..., None], rows: int) -> GraphedBackward:
@@ -217,8 +235,10 @@ class PrivateOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_raw()
+        self._refuse_new_settings()
         last = self.stepped = self.engine.finish()
         self._tell_scaler()
+        self._settings = None if last else self._settings_now()
         if last:
             if self.postprocess is not None:
                 self.postprocess(self.engine.active)
@@ -229,11 +249,12 @@ class PrivateOptimizer(Optimizer):
         return loss
 
     def _tell_scaler(self) -> None:
-        """GradScaler.update lowers its scale where a record overflowed."""
+        """Nothing of what overflowed, which GradScaler asks after; see scaling.py."""
         scaler = self.engine.grad_scaler
         if scaler is not None and scaler.is_enabled():
-            overflowed = (self.engine.left_out > 0).float()
-            scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = {overflowed.device: overflowed}
+            none = torch.zeros((), device=self.engine.sites[0].param.device)
+            scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = {none.device: none}
+            hold(scaler)
         elif getattr(self, "grad_scale", None) is not None:
             raise RuntimeError("GradScaler.step needs make_private(grad_scaler=...), or clipping sees scaled gradients")
 

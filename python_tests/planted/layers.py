@@ -196,4 +196,32 @@ LAYERS = (
         "pass",
         "reduction",
     ),
+    fault(
+        "dropout drawn from seeds that are public",
+        SAMPLING,
+        "seed_from_system()  # for each batch: a loop may have set seeds meanwhile",
+        "pass",
+        "draws",
+    ),
+    fault(
+        "a worker's augmentation drawn from the seeds that the loader was given",
+        SAMPLING,
+        "            self.theirs(worker)\n        seed_from_system()\n",
+        "            self.theirs(worker)\n",
+        "draws",
+    ),
+    fault(
+        "a scale that grows, or follows what overflowed",
+        OPTIMIZER,
+        "            hold(scaler)\n",
+        "",
+        "mixed_precision",
+    ),
+    fault(
+        "the number of records decides which of them overflow",
+        "lalora_kernels/privacy/scaling.py",
+        'if loss_reduction != "sum":',
+        "if False:",
+        "mixed_precision",
+    ),
 )  # fmt: skip
