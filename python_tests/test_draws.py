@@ -1,14 +1,18 @@
 """What models and data sets draw at random is as unknown as the noise: one record more shifts the draws of others."""
 
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from tolerances import FALSE_ALARM
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import lalora_kernels as lk
+from lalora_kernels.privacy import noise
 from lalora_kernels.privacy.sampling import PrivateLoader
 
 KEY = bytes(range(32))
@@ -31,7 +35,7 @@ def known_seeds():
     random.seed(0)
 
 
-def draws(noise, workers=0):
+def draws(source, workers=0):
     """(batches, record, generator) of the data set, and (batches, generator) of what follows each batch, in a process
     whose seeds are known, whose loop and workers set them again, and whose loader has a generator of its own."""
     known_seeds()
@@ -40,7 +44,7 @@ def draws(noise, workers=0):
         worker_init_fn=lambda _: known_seeds(),
     )  # fmt: skip
     records, model = [], []
-    for batch in PrivateLoader(data, sample_rate=1.0, noise=noise).steps(3):
+    for batch in PrivateLoader(data, sample_rate=1.0, noise=source).steps(3):
         records.append(batch)
         model.append(torch.tensor([torch.rand(()).item(), np.random.random(), random.random()]))
         known_seeds()
@@ -62,10 +66,30 @@ def test_under_a_fixed_key_which_claims_nothing_a_run_can_be_repeated(workers):
         assert torch.equal(a, b)
 
 
+def test_a_seed_of_torch_s_is_not_all_that_is_unknown(monkeypatch):
+    """Of a seed the CPU's generator takes 32 bits, so the 2^32 streams that seeds lead to could be tried one by one."""
+    system = os.urandom
+    monkeypatch.setattr(os, "urandom", lambda n: bytes(8) if n == 8 else system(n))
+    states = []
+    for _ in range(2):
+        noise.seed_from_system()
+        states.append(torch.default_generator.get_state()[24 : 24 + 8 * 624].view(torch.int64))
+    seeded = torch.Generator().manual_seed(0).get_state()[24 : 24 + 8 * 624].view(torch.int64)
+    for a, b in [states, (states[0], seeded)]:
+        assert int((a == b).sum()) <= 2
+    assert int(states[0].min()) >= 0 and int(states[0].max()) < 2**32 and len(states[0].unique()) > 600
+
+
+def test_what_is_drawn_then_is_uniform():
+    noise.seed_from_system()
+    assert stats.kstest(torch.rand(100_000).numpy(), "uniform").pvalue > FALSE_ALARM
+    assert stats.kstest(torch.randn(100_000).numpy(), "norm").pvalue > FALSE_ALARM
+
+
 class TestWhatItIsFor:
     """Full batches, so that all positions are known, and a record more at the front; sums without noise, C = 1."""
 
-    def released(self, extra, noise):
+    def released(self, extra, source):
         torch.manual_seed(1)
         x, y = torch.randn(41, 8), torch.randint(0, 3, (41,))
         if not extra:
@@ -77,7 +101,7 @@ class TestWhatItIsFor:
         data = torch.utils.data.TensorDataset(x, y)
         optimizer, loader = lk.make_private(
             model, optimizer, DataLoader(data, batch_size=len(x)), method="dp-lora", noise_multiplier=0.0,
-            max_grad_norm=1.0, noise=noise, loss_reduction="sum",
+            max_grad_norm=1.0, noise=source, loss_reduction="sum",
         )  # fmt: skip
         torch.manual_seed(2)
         for batch, target in loader.steps(1):

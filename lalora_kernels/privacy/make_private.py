@@ -71,7 +71,8 @@ def make_private(
     """Turn ``optimizer`` and ``data_loader`` private for an adapted ``model``, which is not wrapped or renamed.
 
     The user's loop stays ``loss.backward(); optimizer.step(); optimizer.zero_grad()`` over the returned loader, which
-    draws Poisson batches: each record with probability ``sample_rate``, independently.
+    draws Poisson batches: each record with probability ``sample_rate``, independently. Before each batch it seeds the
+    global generators of torch, NumPy and Python from the operating system: dropout and augmentation are secret, too.
 
     Args:
         method: which factor trains at which step: "la-lora-unfiltered", "la-lora", "rolora", "ffa-lora", "dp-lora", or

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 KEY_BYTES = 32
 MAX_RELEASES = 1 << 64  # nonce words 1 and 2
 SAMPLING_NONCE = 0xFFFFFFFF  # nonce word 0 of the sampling stream; a tensor index never gets there
+TWISTER_WORDS, TWISTER_AT = 624, 24  # of torch's CPU generator: 32 bits in 64 each, and where in its state they begin
 _REFILL_BLOCKS = 4096  # 65,536 words: fewer, and the reference backend mostly pays for Python
 
 _live: "weakref.WeakSet[_KeyedSource]" = weakref.WeakSet()
@@ -187,6 +188,11 @@ def seed_from_system() -> None:
         torch.manual_seed(seed)
     else:  # where there is no device, that takes half a millisecond to note where it was called
         torch.default_generator.manual_seed(seed)
+    # Of a seed the CPU's Mersenne Twister takes 32 bits, few enough to be tried out: all its words are replaced.
+    state = torch.default_generator.get_state()
+    words = np.frombuffer(os.urandom(4 * TWISTER_WORDS), np.uint32).astype(np.int64)
+    state[TWISTER_AT : TWISTER_AT + 8 * TWISTER_WORDS] = torch.from_numpy(words).view(torch.uint8)
+    torch.default_generator.set_state(state)
     random.seed(os.urandom(KEY_BYTES))
     np.random.seed(np.frombuffer(os.urandom(KEY_BYTES), np.uint32))
 
