@@ -265,6 +265,14 @@ def test_a_text_model_for_images_and_the_other_way_round(world, tmp_path, capsys
     assert "embedded classifies images, but the data are texts" in refused(capsys, flags(("embedded", tsv)))
 
 
+def test_a_tokenizer_that_pads_on_the_side_for_which_the_model_was_not_made(tmp_path, capsys):
+    bert, tsv = bert_folder(tmp_path / "bert"), text_tsv(tmp_path / "t.tsv")
+    settings = tmp_path / "bert/tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"padding_side": "left"}))
+    message = refused(capsys, flags((bert, tsv), out=tmp_path / "run"))
+    assert "changes when the padding of its batch is cut away" in message
+
+
 def test_no_epsilon_is_claimed_for_what_the_embedded_model_was_trained_on(capsys):
     assert "is pre-trained on these very digits" in refused(capsys, flags(("embedded", "digits")))
 

@@ -16,6 +16,9 @@ from lalora_kernels.federated.plan import deal, partition_digest
 from lalora_kernels.files import tensor_digest
 from lalora_kernels.models import Classifier, load_model
 from lalora_kernels.privacy.first_batch import check_inputs
+from lalora_kernels.privacy.padding import MASK, refuse_padding
+
+PADDED_ALIKE = 32  # test records that are padded together to see what padding does
 
 
 def _nothing(*_: Any) -> None:
@@ -143,6 +146,9 @@ def refuse_unfit(task: Task, client: Client) -> None:
     inputs, _ = classifier.to_device(classifier.collate(_two_records(task)))
     args, named = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
     check_inputs(classifier.model, args, named, 2)
+    if MASK in named:
+        some = [task.data.test[i] for i in range(min(len(task.data.test), PADDED_ALIKE))]
+        refuse_padding(classifier.model, (), classifier.to_device(classifier.collate(some))[0])
 
 
 def _two_records(task: Task) -> list:

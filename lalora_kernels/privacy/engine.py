@@ -54,6 +54,7 @@ class Engine:
         self.grad_scaler, self.group = grad_scaler, group
         self._ddp = quiet_ddp(model)
         self.strict, self.check_pending = bool(check), check is True  # pending: no batch had two records to compare yet
+        self.padding: Any = None  # a PaddingCheck
         self._checked: set[bool] = set()  # in train mode, in eval mode
         self.forwarded = False  # the model itself has seen this physical batch
         self.sites: list[Site] = []
@@ -164,6 +165,8 @@ class Engine:
             if check_inputs(model, args, kwargs, self.batch.rows):
                 self.check_pending = False
                 self._checked.add(model.training)
+        if self.padding is not None and not self.graphing:
+            self.padding(model, args, kwargs)
 
     def check_rows(self, rows: int) -> None:
         """The model was called with gradients on; all that a compiled model tells."""

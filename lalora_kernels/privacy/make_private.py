@@ -20,6 +20,7 @@ from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.privacy.microbatch import AutoBatch
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.optimizer import MARK, PrivateOptimizer
+from lalora_kernels.privacy.padding import PaddingCheck
 from lalora_kernels.privacy.postprocess import EXPERIMENTAL
 from lalora_kernels.privacy.sampling import PrivateLoader
 from lalora_kernels.privacy.scaling import refuse_scaler
@@ -277,6 +278,8 @@ def make_private(
     accounts.note((site.param for site in engine.sites), ledger)
     if postprocess is not None:
         private.postprocess = postprocess(engine)
+    if check is True:
+        engine.padding = PaddingCheck()
     if auto:
         engine.auto_batch = AutoBatch(loader.batch_sampler, memory_budget, schedule)
     loader.on_batch = engine.begin

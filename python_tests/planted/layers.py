@@ -211,6 +211,13 @@ LAYERS = (
         "draws",
     ),
     fault(
+        "padding that is content let through",
+        ENGINE,
+        "            self.padding(model, args, kwargs)\n",
+        "            pass\n",
+        "padding",
+    ),
+    fault(
         "a scale that grows, or follows what overflowed",
         OPTIMIZER,
         "            hold(scaler)\n",
