@@ -26,7 +26,10 @@ class Augmented(Dataset):
         return RECORDS
 
     def __getitem__(self, i):
-        return torch.tensor([torch.rand(()).item(), np.random.random(), random.random()], dtype=torch.float64)
+        drawn = torch.tensor([torch.rand(()).item(), np.random.random(), random.random()], dtype=torch.float64)
+        if i == RECORDS - 1 and torch.utils.data.get_worker_info() is None:
+            known_seeds()
+        return drawn
 
 
 def known_seeds():
@@ -37,7 +40,8 @@ def known_seeds():
 
 def draws(source, workers=0):
     """(batches, record, generator) of the data set, and (batches, generator) of what follows each batch, in a process
-    whose seeds are known, whose loop and workers set them again, and whose loader has a generator of its own."""
+    whose seeds are known, whose loop and workers set them again, as its data set does at last where there are none, and
+    whose loader has a generator of its own."""
     known_seeds()
     data = DataLoader(
         Augmented(), batch_size=2, num_workers=workers, generator=torch.Generator().manual_seed(0),
@@ -118,6 +122,20 @@ class TestWhatItIsFor:
         monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
         with_it, without = (self.released(extra, lk.NoiseSource.fixed(KEY)) for extra in (True, False))
         assert (with_it - without).norm() <= 1.0 + 1e-5
+
+    def test_a_seed_before_the_forward_is_refused(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 3))
+        lk.adapt(model, target_modules=["0"], verbose=False)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        data = torch.utils.data.TensorDataset(torch.randn(8, 4), torch.randint(0, 3, (8,)))
+        optimizer, loader = lk.make_private(model, optimizer, DataLoader(data, batch_size=8), noise_multiplier=1.0)
+        torch.manual_seed(3)  # before the loop, as anybody does
+        for x, _ in loader.steps(1):
+            torch.manual_seed(4)
+            with pytest.raises(RuntimeError, match="seeded between the loader's batch and the model's forward"):
+                model(x)
+            with torch.no_grad():
+                model(x)
 
     def test_draws_of_a_private_run_are_not_known(self):
         first, second = (self.released(True, lk.NoiseSource()) for _ in range(2))

@@ -16,7 +16,7 @@ from lalora_kernels import dispatch, functional
 from lalora_kernels.adapted import Adapted, submodules
 from lalora_kernels.privacy.clipping import clip_weights, tensor_bound
 from lalora_kernels.privacy.distributed import Group, loud_ddp, quiet_ddp
-from lalora_kernels.privacy.noise import NoiseSource
+from lalora_kernels.privacy.noise import NoiseSource, refuse_known_seed
 from lalora_kernels.privacy.nonfinite import NonfiniteCount
 from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder, Site, Undo, batch_tensor, squared_norms
 from lalora_kernels.privacy.reduction import ReductionCheck
@@ -153,6 +153,8 @@ class Engine:
         """Whatever is differentiated must be the batch that the loader announced; in eval mode as in train mode."""
         if self.batch is None or not torch.is_grad_enabled():
             return
+        if self.batch.seeded:
+            refuse_known_seed()
         refuse_mixing(self._mixers)
         first = batch_tensor(args, kwargs, self.batch.rows)
         self.check_rows(self.batch.rows if first is None else first.shape[0])

@@ -10,6 +10,7 @@ import os
 import random
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
@@ -27,6 +28,8 @@ MAX_RELEASES = 1 << 64  # nonce words 1 and 2
 SAMPLING_NONCE = 0xFFFFFFFF  # nonce word 0 of the sampling stream; a tensor index never gets there
 TWISTER_WORDS, TWISTER_AT = 624, 24  # of torch's CPU generator: 32 bits in 64 each, and where in its state they begin
 _REFILL_BLOCKS = 4096  # 65,536 words: fewer, and the reference backend mostly pays for Python
+
+_seeds: deque[int] = deque(maxlen=1024)  # of torch's generators, the latest ones of all threads
 
 _live: "weakref.WeakSet[_KeyedSource]" = weakref.WeakSet()
 
@@ -183,7 +186,8 @@ def seed_from_system() -> None:
     the draws of all behind it. That moves the sum by no more than the record's own share only where the draws are as
     unknown as the noise: with a seed that is public, or torch's, which is the same in every process, they are not.
     """
-    seed = int.from_bytes(os.urandom(8), "big")
+    seed = int.from_bytes(os.urandom(8), "big") >> 1  # torch tells it as a signed number
+    _seeds.append(seed)
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
     else:  # where there is no device, that takes half a millisecond to note where it was called
@@ -195,6 +199,16 @@ def seed_from_system() -> None:
     torch.default_generator.set_state(state)
     random.seed(os.urandom(KEY_BYTES))
     np.random.seed(np.frombuffer(os.urandom(KEY_BYTES), np.uint32))
+
+
+def refuse_known_seed() -> None:
+    """Raise RuntimeError where torch's generator was seeded since ``seed_from_system``."""
+    if torch.default_generator.initial_seed() not in _seeds:
+        raise RuntimeError(
+            "torch's generator was seeded between the loader's batch and the model's forward, so that what dropout "
+            "draws is known, and one record more would shift it for all behind it. Set seeds before the loop, and draw "
+            "what must repeat from a torch.Generator of its own"
+        )
 
 
 def _chacha20_words() -> Callable[..., Tensor]:

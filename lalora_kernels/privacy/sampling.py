@@ -8,7 +8,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -50,12 +50,14 @@ class BatchInfo:
     rows: leading dimension of every tensor in the batch.
     valid: rows from ``valid`` on are placeholders and contribute nothing.
     first, last: whether this is the first, the last physical batch of its logical batch.
+    seeded: whether the global random generators were seeded for it, which they must be still when the model is called.
     """
 
     rows: int
     valid: int
     first: bool
     last: bool
+    seeded: bool = False
 
 
 class PoissonBatchSampler(Sampler[list[int]]):
@@ -237,12 +239,15 @@ class PrivateLoader:
             if mine != self._iterations:
                 raise RuntimeError("a second iteration of this loader began; finish one before starting the next")
             if self._secret:
-                seed_from_system()  # for each batch: a loop may have set seeds meanwhile
+                seed_from_system()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             info = infos.popleft()
+            if self._secret:
+                seed_from_system()  # a data set may set one for each record
+                info = replace(info, seeded=True)
             for path, leaf in _tensors(batch):
                 if leaf.dim() == 0 or leaf.shape[0] != info.rows:
                     raise ValueError(

@@ -199,7 +199,7 @@ LAYERS = (
     fault(
         "dropout drawn from seeds that are public",
         SAMPLING,
-        "seed_from_system()  # for each batch: a loop may have set seeds meanwhile",
+        "seed_from_system()  # a data set may set one for each record",
         "pass",
         "draws",
     ),
