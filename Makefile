@@ -14,9 +14,10 @@ API    := lalora_kernels $(addprefix lalora_kernels., functional nn dispatch sch
 train: $(VENV)/.train
 	$(VENV)/bin/lalora train $(ARGS)
 
-# One thread a worker: with more, the workers' threads wait for each other.
+# One thread a worker: with more, the workers' threads wait for each other. Each begins with files of its own, and takes
+# over what another has left.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 # The README's table of methods: 72 runs; what is there already is not repeated.
 table: $(VENV)/.train
