@@ -84,7 +84,8 @@ def words(dtype=torch.float64, **kwargs):
     data = TensorDataset(torch.randint(0, 11, (12, 4)), torch.randint(0, 3, (12,)))
     sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     kwargs = {"noise_multiplier": 0.5, "max_grad_norm": 0.3, "sample_rate": 0.6, **kwargs}
-    private = make_private(model, sgd, DataLoader(data, batch_size=6), noise=NoiseSource.fixed(KEY), **kwargs)
+    kwargs.setdefault("noise", NoiseSource.fixed(KEY))
+    private = make_private(model, sgd, DataLoader(data, batch_size=6), **kwargs)
     return model, *private, lambda x, y: nn.functional.cross_entropy(model(x), y).backward()
 
 
@@ -234,6 +235,20 @@ def test_graphs_refuse_what_they_cannot_hold(tapes):
         graphed(x, y)
     with pytest.raises(ValueError, match=r"shapes \[\(3,\)\]"):
         optimizer.graph(backward, rows=12)(x, y[:3])
+
+
+def test_a_replay_after_a_seed_of_the_loop_is_refused_though_it_calls_no_forward(tapes):
+    _, optimizer, loader, backward = words(sample_rate=1.0, check=False, noise=NoiseSource())
+    graphed = optimizer.graph(backward, rows=12)
+    for i, (x, y) in enumerate(loader.steps(5)):
+        if i == 4:
+            torch.manual_seed(1)
+            with pytest.raises(RuntimeError, match="seeded between the loader's batch"):
+                graphed(x, y)
+        else:
+            graphed(x, y)
+            optimizer.step()
+    assert len(tapes) == 2  # one for each factor, so the last one would have been a replay
 
 
 class Cards:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lalora_kernels.privacy.engine import Engine
+from lalora_kernels.privacy.noise import refuse_known_seed
 from lalora_kernels.privacy.recorders import Recorder, Site
 
 WARM_UP = 3
@@ -80,6 +81,8 @@ class GraphedBackward:
         e = self.engine
         if e.batch is None:
             raise RuntimeError("backward outside a batch of the private loader; iterate the loader of make_private")
+        if e.batch.seeded:
+            refuse_known_seed()  # a replay calls no forward
         if e.batch.rows > self.rows:
             raise ValueError(
                 f"a batch of {e.batch.rows} records for a graph of {self.rows} rows; pass make_private "
