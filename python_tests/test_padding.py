@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lalora_kernels as lk
-from lalora_kernels.privacy.padding import refuse_padding
+from lalora_kernels.privacy.padding import LOOKS, TRIES, PaddingCheck, refuse_padding
 
 WORDS, WIDTH = 50, 8
 REFUSED = "changes when the padding of its batch is cut away.*padding='max_length'"
@@ -80,6 +80,17 @@ class TestALoop:
     @pytest.mark.parametrize("check", ["loss", False])
     def test_it_is_part_of_the_check_of_the_first_batches(self, check):
         assert train(Words(masked=False), MIXED, padding_to(), check=check) == 8
+
+
+def test_a_padded_record_is_not_looked_for_for_ever():
+    """On a GPU every look waits for the device; parts of one record each never hold a padded one."""
+    asked, model = PaddingCheck(), Words(masked=False)
+    for i in range(LOOKS + 3):
+        batch, _ = padding_to()(records([3 + i % 2]))
+        asked(model, (), batch)
+    assert (asked.looks, asked.left) == (0, TRIES)
+    batch, _ = padding_to()(records([9, 3]))
+    asked(model, (), batch)  # is not asked any more
 
 
 class TestOneRecord:

@@ -13,6 +13,7 @@ from lalora_kernels.privacy.checks import _double, _leaves, tree_map
 # Float64, but for models that turn positions in float32 (rotary embeddings); what padding moves, it moves by more.
 RTOL = 1e-4
 TRIES = 4  # batches: a convolution reaches from the padding into short records alone
+LOOKS = 64  # batches that are looked through for a padded record, for which a GPU's host has to wait
 MASK = "attention_mask"
 
 
@@ -20,18 +21,19 @@ class PaddingCheck:
     """Called with a forward's arguments; once batches differ in length it asks ``refuse_padding`` of a few."""
 
     def __init__(self) -> None:
-        self.left = TRIES
+        self.left, self.looks = TRIES, LOOKS
         self._length: int | None = None
         self._differ = False
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         mask = kwargs.get(MASK)
-        if not self.left or not isinstance(mask, Tensor) or mask.dim() != 2:
+        if not (self.left and self.looks) or not isinstance(mask, Tensor) or mask.dim() != 2:
             return
         before, self._length = self._length, mask.shape[1]
         self._differ = self._differ or before not in (None, self._length)
-        if self._differ and refuse_padding(model, args, kwargs):
-            self.left -= 1
+        if self._differ:
+            self.looks -= 1
+            self.left -= refuse_padding(model, args, kwargs)
 
 
 def refuse_padding(model: nn.Module, args: tuple, kwargs: dict) -> bool:
