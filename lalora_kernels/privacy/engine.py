@@ -164,7 +164,8 @@ class Engine:
         if (self.check_pending or self._checked and model.training not in self._checked) and self.batch.valid >= 2:
             from lalora_kernels.privacy.first_batch import check_inputs  # it builds an Engine of its own
 
-            if check_inputs(model, args, kwargs, self.batch.rows):
+            if (tied := check_inputs(model, args, kwargs, self.batch.rows)) is not None:
+                self.reduction.tied |= tied
                 self.check_pending = False
                 self._checked.add(model.training)
         if self.padding is not None and not self.graphing:

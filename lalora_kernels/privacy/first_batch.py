@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lalora_kernels.adapted import Adapted
 from lalora_kernels.privacy.checks import RTOL, _apart, _cards, _double, _leaves, _watch, check_per_sample, tree_map
+from lalora_kernels.privacy.own_loss import tied
 
 # Two records and the first one again: what sorts rows by anything leaves two of them in place, but never these.
 ORDER, DRAWN_ORDER = (0, 1, 0), (0, 1, 0, 1)
@@ -17,12 +18,13 @@ DRAWS = 4  # of a model that draws at random: a permutation of four rows that mi
 Run = tuple[list[tuple[str, list[Tensor]]], bool]  # (module, its outputs) in order of execution; whether it drew
 
 
-def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> bool:
-    """``check_per_sample`` of a forward's arguments, on two of their records; False where no two are finite and differ.
+def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> set[str] | None:
+    """``check_per_sample`` of a forward's arguments, on two of their records; None where no two are finite and differ.
 
     What make_private runs at the first private step. The loss is a random projection of every output that has a row for
-    each record, so it shows what the model mixes, not what the user's criterion couples. Raises as check_per_sample;
-    warns of adapters that the two records never reached, which would train on noise alone.
+    each record, so it shows what the model mixes, not what the user's criterion couples. Returns the names of the
+    model's own losses that tie records together (``own_loss``). Raises as check_per_sample; warns of adapters that the
+    two records never reached, which would train on noise alone.
     """
     rowed = [t for t in _leaves((args, kwargs)) if t.dim() and t.shape[0] == rows]
     if not rowed:
@@ -32,7 +34,7 @@ def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> bool
         )
     chosen = _two(rowed)
     if chosen is None:
-        return False
+        return None
 
     def of_two(t: Tensor) -> Tensor:
         return _apart(t[chosen.to(t.device)] if t.dim() and t.shape[0] == rows else t)
@@ -53,9 +55,9 @@ def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> bool
             )
         return torch.stack(terms).sum()
 
-    check_outputs(model, two)
+    losses = check_outputs(model, two)
     check_per_sample(model, two, project, loss_reduction="sum")
-    return True
+    return losses
 
 
 def _two(rowed: list[Tensor]) -> Tensor | None:
@@ -72,7 +74,7 @@ def _two(rowed: list[Tensor]) -> Tensor | None:
     return None
 
 
-def check_outputs(model: nn.Module, two: tuple) -> None:
+def check_outputs(model: nn.Module, two: tuple) -> set[str]:
     """Raise ValueError where a record's output or a buffer depends on another record, in float64 and the model's mode.
 
     ``two``: (args, kwargs) with two records along the first axis. The gradients of a projection that is the same for
@@ -80,7 +82,9 @@ def check_outputs(model: nn.Module, two: tuple) -> None:
     what (a, a, a) does, and for b what (b, b, b) does, dropout drawn alike; also in each trained layer, where rows in
     another order would be taken for the others' even if they are put back behind it. A model that draws at random is
     asked again with other draws and (a, b, a, b): a permutation may change no row. A buffer that follows activations
-    (running statistics, a centre) would leave the training without noise, and so would a frozen tensor.
+    (running statistics, a centre) would leave the training without noise, and so would a frozen tensor. Returns the
+    names of outputs without rows that are neither a mean nor a sum over records, in eval mode or, where nothing is
+    drawn, in this.
     """
     twin = _double(model)
     for (_, m), (_, t) in zip(model.named_modules(), twin.named_modules()):
@@ -91,16 +95,20 @@ def check_outputs(model: nn.Module, two: tuple) -> None:
     after: list[dict[str, Tensor]] = []
     calls: list[tuple[str, list[Tensor]]] = []
 
-    def run(seed: int | None, *order: int) -> Run:
-        calls.clear()
+    def forward(seed: int | None, *order: int) -> tuple[Any, bool]:
         with torch.no_grad(), _Drawn(_cards(twin), seed) as drawn:
             inputs = tree_map(lambda t: t[list(order)] if t.dim() and t.shape[0] == 2 else t, two)
-            twin(*inputs[0], **inputs[1])
+            output = twin(*inputs[0], **inputs[1])
             after.append({n: b.clone() for n, b in twin.named_buffers()})
             for n, b in twin.named_buffers():
                 if n in before:
                     b.copy_(before[n])
-        return list(calls), drawn.any
+        return output, drawn.any
+
+    def run(seed: int | None, *order: int) -> Run:
+        calls.clear()
+        drawn = forward(seed, *order)[1]
+        return list(calls), drawn
 
     def settled() -> None:
         for name, value in after[0].items():
@@ -127,6 +135,10 @@ def check_outputs(model: nn.Module, two: tuple) -> None:
     finally:
         for h in handles:
             h.remove()
+    losses = set() if draws else tied(lambda *order: forward(None, *order)[0])
+    for module in twin.modules():
+        module.training = module.training and isinstance(module, nn.modules.batchnorm._NormBase)
+    return losses | tied(lambda *order: forward(None, *order)[0])
 
 
 def _compare(

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lalora_kernels.privacy.own_loss import watch
+
 if TYPE_CHECKING:
     from lalora_kernels.privacy.engine import Engine
 
@@ -37,16 +39,19 @@ class ReductionCheck:
     def __init__(self, engine: "Engine | None" = None):
         self.engine, self.left, self.watch = engine, TRIES, WATCH
         self.seen: str | None = None
+        self.tied: set[str] = set()  # the model's own losses that tie records together
         self._call, self._counted, self._full = 0, 0, False
         self._picked: list[tuple[int, int]] = []  # (records, those with a gradient) of batches where some have none
         self._scaled: dict[str, tuple[float, int, int]] = {}  # uniform_weights that are neither 1 / N nor 1
         self._axis: int | None = None  # of the classes, where lengths are still to be seen that differ
 
     def __call__(self, model: nn.Module, args: tuple, output: Any) -> None:
-        if torch.compiler.is_compiling() or self.engine is None or self.engine.graphing:
+        if torch.compiler.is_compiling() or self.engine is None:
             return
         batch = self.engine.batch
-        if batch is None or batch.valid < 2 or batch.valid != batch.rows:
+        if batch is not None and torch.is_grad_enabled():
+            watch(output, batch.rows, self.tied)
+        if self.engine.graphing or batch is None or batch.valid < 2 or batch.valid != batch.rows:
             return
         if not (self.left or self.watch > 0 and self._axis is not None):
             return

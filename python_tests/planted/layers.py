@@ -3,6 +3,7 @@
 from planted.fault import ENGINE, FEDERATED, MAKE, OPTIMIZER, RECORDERS, REDUCTION, RULES, SAMPLING, TIES, fault
 
 AUTOGRAD, FIRST_BATCH = "lalora_kernels/autograd.py", "lalora_kernels/privacy/first_batch.py"
+OWN_LOSS = "lalora_kernels/privacy/own_loss.py"
 
 LAYERS = (
     fault(
@@ -195,6 +196,20 @@ LAYERS = (
         "found = self._by_other_sizes(z, dz)",
         "pass",
         "reduction",
+    ),
+    fault(
+        "a model's own loss may tie records together",
+        OWN_LOSS,
+        "far > RTOL * scale",
+        "far > scale",
+        "own_loss",
+    ),
+    fault(
+        "terms that a model adds in train mode alone are not asked",
+        FIRST_BATCH,
+        "losses = set() if draws else tied(",
+        "losses = set() if True else tied(",
+        "own_loss",
     ),
     fault(
         "dropout drawn from seeds that are public",
