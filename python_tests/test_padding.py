@@ -145,6 +145,23 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2}
 
 
+@pytest.mark.parametrize("longest, alpha, refused", [(None, 5.0, True), (12, 5.0, False), (None, None, False)])
+def test_neftune_s_noise_goes_by_the_longest_record(longest, alpha, refused):
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    model = tiny("Bert", **SIZES).train()
+    if alpha is not None:
+        embeddings = model.get_input_embeddings()
+        embeddings.neftune_noise_alpha = alpha
+        embeddings.register_forward_hook(neftune_post_forward_hook)
+    step = {"steps": 8, "logits": lambda out: out.logits, "targets": ["query"]}
+    if refused:
+        with pytest.raises(ValueError, match="NEFTune adds noise to .*word_embeddings.*padding='max_length'"):
+            train(model, MIXED, padding_to(longest=longest), **step)
+    else:
+        assert train(model, MIXED, padding_to(longest=longest), **step) == 8
+
+
 @pytest.mark.parametrize(
     "kind, settings, side, fits",
     [

@@ -32,8 +32,20 @@ class PaddingCheck:
         before, self._length = self._length, mask.shape[1]
         self._differ = self._differ or before not in (None, self._length)
         if self._differ:
+            refuse_neftune(model)
             self.looks -= 1
             self.left -= refuse_padding(model, args, kwargs)
+
+
+def refuse_neftune(model: nn.Module) -> None:
+    """Raise ValueError for a model in train mode to whose embeddings transformers or TRL adds NEFTune's noise."""
+    for name, module in model.named_modules():
+        if module.training and getattr(module, "neftune_noise_alpha", None):
+            raise ValueError(
+                f"NEFTune adds noise to {name} that is the smaller the longer the batch's longest record is, which "
+                f"clipping cannot bound. Leave neftune_noise_alpha out, or pad every record to one length "
+                f"(padding='max_length')"
+            )
 
 
 def refuse_padding(model: nn.Module, args: tuple, kwargs: dict) -> bool:
