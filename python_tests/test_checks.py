@@ -218,6 +218,34 @@ def test_mixtures_of_experts_are_checked_by_their_plain_experts():
     assert model.config._experts_implementation == before != "eager"
 
 
+class Routed(nn.Module):
+    """An expert for the positions whose first feature is positive; the others pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.expert = LoRALinear(4, 4, r=2), LoRALinear(4, 4, r=2)
+
+    def forward(self, x):
+        y, chosen = self.first(x).clone(), x[..., 0] > 0
+        y[chosen] = y[chosen] + self.expert(x[chosen])
+        return y
+
+
+@pytest.mark.parametrize(
+    "chosen, message",
+    [
+        ((1, 4), "^expert: the output for one record depends on the other records"),  # with the first again 2 a record
+        ((1, 3), r"^expert saw \(5, 4\), which does not divide into the batch's 3 records"),
+    ],
+)
+def test_an_expert_that_trains_on_the_positions_of_all_records_is_named(chosen, message):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 4)
+    x[..., 0] = torch.where(torch.arange(5) < torch.tensor(chosen)[:, None], 1.0, -1.0)
+    with pytest.raises(ValueError, match=message):
+        check_per_sample(Routed(), (x,), lambda m, b: m(*b).square().sum(), loss_reduction="sum")
+
+
 def test_a_layer_whose_one_output_for_all_records_is_repeated_is_named():
     from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -223,7 +223,7 @@ def check_per_sample(
         n for n in expected if (found[n] - expected[n]).norm() > RTOL * max(expected[n].norm(), found[n].norm()) + floor
     ]
     if wrong:
-        _refuse_mixing(twin, batch, loss, rows)
+        _refuse_mixing(twin, batch, loss, rows, wrong)
         if once := sorted(e for e in expanded if any(n.startswith(f"{e}.") for n in wrong)):
             raise ValueError(ONE_FOR_ALL.format(", ".join(once)))
         names = ", ".join(wrong[:5]) + (" ..." if len(wrong) > 5 else "")
@@ -238,8 +238,10 @@ def check_per_sample(
         warnings.warn(f"no gradient reaches {names}; what nothing reaches is trained by noise alone", stacklevel=2)
 
 
-def _refuse_mixing(twin: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], rows: int) -> None:
-    culprit = _first_mixing_module(twin, batch, loss, rows)
+def _refuse_mixing(
+    twin: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], rows: int, wrong: Sequence[str] = ()
+) -> None:
+    culprit = _first_mixing_module(twin, batch, loss, rows, wrong)
     if culprit is not None:
         raise ValueError(
             f"{culprit}: the output for one record depends on the other records of the batch, or its first axis is "
@@ -249,35 +251,66 @@ def _refuse_mixing(twin: nn.Module, batch: Any, loss: Callable[[nn.Module, Any],
 
 
 def _first_mixing_module(
-    twin: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], rows: int
+    twin: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], rows: int, wrong: Sequence[str]
 ) -> str | None:
-    """The first module, in order of execution, whose outputs in the batch differ from those of single records."""
+    """The first module, in order of execution, whose outputs in the batch differ from those of single records.
+
+    One that is given as many positions as a router chooses (an expert of a mixture) is passed over where it stands in a
+    module that keeps the records apart, and no tensor of its own is ``wrong``.
+    """
     calls: list[tuple[str, list[Tensor]]] = []
     handles = _watch(twin, calls)
     try:
         with torch.no_grad():
             loss(twin, batch)
-            together, singles = list(calls), []
+            together, singles = _by_module(calls), []
+            count = len(calls)
             for i in range(rows):
                 calls.clear()
                 try:
                     loss(twin, _record(batch, i, rows))
                 except Exception:
                     # What fails on one record alone (BatchNorm in train mode) is the first that did not return.
-                    if len(calls) >= len(together):
+                    if len(calls) >= count:
                         raise
-                singles.append(list(calls))
+                singles.append(_by_module(calls))
     finally:
         for h in handles:
             h.remove()
-    for k, (name, outputs) in enumerate(together):
-        for i, single in enumerate(singles):
-            if k >= len(single) or single[k][0] != name:
-                return name or type(twin).__name__
-            for whole, alone in zip(outputs, single[k][1]):
-                if not _is_share(whole, alone, i, rows):
-                    return name or type(twin).__name__
+    kept = {name: _kept_apart(outputs, [s.get(name, []) for s in singles], rows) for name, outputs in together.items()}
+    for name, apart in kept.items():
+        routed = apart is None and any(kept[other] for other in kept if name != other and _holds(other, name))
+        if apart is False or apart is None and (not routed or any(_holds(name, w) for w in wrong)):
+            return name or type(twin).__name__
     return None
+
+
+def _by_module(calls: list[tuple[str, list[Tensor]]]) -> dict[str, list[list[Tensor]]]:
+    found: dict[str, list[list[Tensor]]] = {}
+    for name, outputs in calls:
+        found.setdefault(name, []).append(outputs)
+    return found
+
+
+def _holds(module: str, name: str) -> bool:
+    return not module or name.startswith(f"{module}.")
+
+
+def _kept_apart(together: list[list[Tensor]], singles: list[list[list[Tensor]]], rows: int) -> bool | None:
+    """Whether a module's calls on the batch hold what its calls on single records do; None where they are others, or
+    others' rows, and so cannot be compared."""
+    if any(len(calls) != len(together) for calls in singles):
+        return None
+    found: bool | None = True
+    for i, calls in enumerate(singles):
+        for outputs, alone in zip(together, calls):
+            for a, b in zip(outputs, alone):
+                if _is_share(a, b, i, rows):
+                    continue
+                if a.shape == b.shape or a.shape[1:] != b.shape[1:] or a.shape[0] == rows * b.shape[0]:
+                    return False
+                found = None
+    return found
 
 
 def _watch(twin: nn.Module, calls: list[tuple[str, list[Tensor]]]) -> list[Any]:
