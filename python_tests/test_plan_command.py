@@ -160,12 +160,17 @@ def test_tables_hold_what_fresh_processes_measured(world, capsys):
     assert row["against_opacus"]["bytes_sent"] == 1.0
 
 
-def test_a_factor_that_comes_late_counts_as_often_as_it_comes(world, capsys):
-    args = [*flags(SMALL | {"model": world[0], "local_steps": 10}), "--records", "300", "--methods", "la-lora-5-5"]
+@pytest.mark.parametrize("method, share, mean", [("la-lora-5-5", {"B": 15, "A": 15}, 2.0),
+                                                 ("la-lora-2-1", {"B": 21, "A": 9}, 1.6)])  # fmt: skip
+def test_a_factor_counts_as_often_as_it_comes(world, capsys, monkeypatch, method, share, mean):
+    def measured(config, classes, kind, contender):
+        times = {"AB": 4.0} if contender == OPACUS else {"B": 1.0, "A": 3.0}
+        return {"factors": times, "peak": 2, "step": 1, "device": None}
+
+    monkeypatch.setattr("lalora_kernels.dry_run.dry_run", measured)
+    args = [*flags(SMALL | {"model": world[0], "local_steps": 10}), "--records", "300", "--methods", method]
     row = planned(capsys, *args)["ranks"][0]["methods"][0]
-    times = row["seconds_by_factor"]
-    assert row["steps_by_factor"] == {"B": 15, "A": 15}
-    assert row["seconds_per_step"] == pytest.approx((times["B"] + times["A"]) / 2)
+    assert row["steps_by_factor"] == share and row["seconds_per_step"] == pytest.approx(mean)
 
 
 def test_what_cannot_be_measured_is_said(world, capsys, monkeypatch):
