@@ -233,6 +233,8 @@ class PrivateTrainerMixin(_Mixed):
         """Forward and backward of every physical part; the last part's clipping is left to ``optimizer.step``."""
         assert self._private is not None
         model.train()
+        if hasattr(self._private, "train"):  # a schedule-free optimizer, which evaluation has put into its other mode
+            self._private.train()
         total = torch.zeros((), device=self.args.device)
         records = 0
         for batch, info in inputs:

@@ -81,6 +81,12 @@ class PrivateOptimizer(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.original_optimizer.defaults = defaults
 
+    def __getattr__(self, name: str) -> Any:
+        """``train`` and ``eval`` of an optimizer that has them: schedule-free ones keep other weights in each."""
+        if name in ("train", "eval") and "original_optimizer" in vars(self):
+            return getattr(self.original_optimizer, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __getstate__(self) -> NoReturn:
         raise TypeError("a private optimizer holds a secret key and is not pickled; save its state_dict() instead")
 

@@ -1,0 +1,86 @@
+"""Meta's schedule-free optimizers, which train one set of weights and are evaluated with another, in private steps."""
+
+import copy
+
+import pytest
+import schedulefree
+import torch
+from test_private_step import KEY
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from trainer_models import adapted, rows, trainer_of
+
+import lalora_kernels as lk
+
+F = nn.functional
+STEPS = 6
+
+
+@pytest.mark.parametrize("kind", [schedulefree.AdamWScheduleFree, schedulefree.SGDScheduleFree])
+def test_a_private_one_is_the_plain_one_on_the_released_gradients(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    lk.adapt(model, r=2, target_modules=["0"], modules_to_save=["2"], verbose=False)
+    twin = copy.deepcopy(model)
+    plain = kind([p for p in twin.parameters() if p.requires_grad], lr=0.1)
+    data = TensorDataset(torch.randn(40, 6, dtype=torch.float64), torch.randint(0, 3, (40,)))
+    optimizer, loader = lk.make_private(
+        model, kind([p for p in model.parameters() if p.requires_grad], lr=0.1), DataLoader(data, batch_size=8),
+        noise_multiplier=1.0, physical_batch_size=3, noise=lk.NoiseSource.fixed(KEY),
+    )  # fmt: skip
+
+    def hand_over(*_):
+        for mine, theirs in zip(model.parameters(), twin.parameters()):
+            theirs.grad = None if mine.grad is None else mine.grad.clone()
+
+    optimizer.register_step_pre_hook(hand_over)  # AdamW's step divides p.grad in place
+    optimizer.train(), plain.train()
+    for x, y in loader.steps(STEPS):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        if optimizer.stepped:
+            plain.step()
+        optimizer.zero_grad()
+    trained = copy.deepcopy(model)
+    optimizer.eval(), plain.eval()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, twin.get_parameter(name)), name
+    assert optimizer.ledger.steps == STEPS
+    assert not torch.equal(model[2].weight, trained[2].weight), "other weights than those that train"
+
+
+def test_without_its_train_mode_a_step_is_refused_by_the_optimizer_and_charged():
+    model = lk.adapt(nn.Sequential(nn.Linear(6, 3)), r=2, target_modules=["0"], verbose=False)
+    data = TensorDataset(torch.randn(40, 6), torch.randint(0, 3, (40,)))
+    optimizer, loader = lk.make_private(
+        model, schedulefree.SGDScheduleFree([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        DataLoader(data, batch_size=8), noise_multiplier=1.0,
+    )  # fmt: skip
+    x, y = next(loader.steps(1))
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(Exception, match="Optimizer was not in train mode"):
+        optimizer.step()
+    assert optimizer.ledger.steps == 1
+
+
+def test_other_optimizers_have_no_modes():
+    model = lk.adapt(nn.Sequential(nn.Linear(6, 3)), r=2, target_modules=["0"], verbose=False)
+    data = TensorDataset(torch.randn(40, 6), torch.randint(0, 3, (40,)))
+    plain = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer, _ = lk.make_private(model, plain, DataLoader(data, batch_size=8), noise_multiplier=1.0)
+    assert not hasattr(optimizer, "train") and not hasattr(optimizer, "no_such_thing")
+
+
+def test_the_trainer_puts_it_into_the_mode_that_it_needs(tmp_path):
+    """Evaluation after each step leaves it in the other one."""
+    _, patched, data = adapted("bert")
+    trainer = trainer_of(
+        patched, data, tmp_path, eval_data=rows(data), optim="schedule_free_sgd", max_steps=3, eval_strategy="steps",
+        eval_steps=1,
+    )  # fmt: skip
+    modes, plain = [], trainer.create_optimizer().original_optimizer
+    for mode in ("train", "eval"):
+        call = getattr(plain, mode)
+        setattr(plain, mode, lambda call=call, mode=mode: (modes.append(mode), call()))
+    trainer.train()
+    assert trainer.ledger.steps == 3 and modes[:6] == ["train", "eval"] * 3
