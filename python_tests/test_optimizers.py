@@ -1,4 +1,4 @@
-"""Meta's schedule-free optimizers, which train one set of weights and are evaluated with another, in private steps."""
+"""torch's optimizers, and Meta's schedule-free ones, which are evaluated with other weights than they train."""
 
 import copy
 
@@ -11,17 +11,23 @@ from torch.utils.data import DataLoader, TensorDataset
 from trainer_models import adapted, rows, trainer_of
 
 import lalora_kernels as lk
+from lalora_kernels.privacy.make_private import UNFIT
 
 F = nn.functional
 STEPS = 6
+FREE = [schedulefree.AdamWScheduleFree, schedulefree.SGDScheduleFree]
+CLASSES = [kind for kind in vars(torch.optim).values() if isinstance(kind, type)]
+TORCHS = [kind for kind in set(CLASSES) - {torch.optim.Optimizer, *UNFIT} if issubclass(kind, torch.optim.Optimizer)]
+TORCHS.sort(key=lambda kind: kind.__name__)
 
 
-@pytest.mark.parametrize("kind", [schedulefree.AdamWScheduleFree, schedulefree.SGDScheduleFree])
+@pytest.mark.parametrize("kind", TORCHS + FREE, ids=lambda kind: kind.__name__)
 def test_a_private_one_is_the_plain_one_on_the_released_gradients(kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    lk.adapt(model, r=2, target_modules=["0"], modules_to_save=["2"], verbose=False)
-    twin = copy.deepcopy(model)
+    head = [] if kind.__name__ == "Muon" else ["2"]  # it takes matrices alone, and a head has a bias
+    lk.adapt(model, r=2, target_modules=["0"], modules_to_save=head, verbose=False)
+    twin, start = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     plain = kind([p for p in twin.parameters() if p.requires_grad], lr=0.1)
     data = TensorDataset(torch.randn(40, 6, dtype=torch.float64), torch.randint(0, 3, (40,)))
     optimizer, loader = lk.make_private(
@@ -34,7 +40,8 @@ def test_a_private_one_is_the_plain_one_on_the_released_gradients(kind):
             theirs.grad = None if mine.grad is None else mine.grad.clone()
 
     optimizer.register_step_pre_hook(hand_over)  # AdamW's step divides p.grad in place
-    optimizer.train(), plain.train()
+    if kind in FREE:
+        optimizer.train(), plain.train()
     for x, y in loader.steps(STEPS):
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
@@ -42,11 +49,13 @@ def test_a_private_one_is_the_plain_one_on_the_released_gradients(kind):
             plain.step()
         optimizer.zero_grad()
     trained = copy.deepcopy(model)
-    optimizer.eval(), plain.eval()
+    if kind in FREE:
+        optimizer.eval(), plain.eval()
+        assert not torch.equal(model[2].weight, trained[2].weight), "other weights than those that train"
     for name, p in model.named_parameters():
         assert torch.equal(p, twin.get_parameter(name)), name
+        assert p.requires_grad <= (not torch.equal(p, start[name])), name
     assert optimizer.ledger.steps == STEPS
-    assert not torch.equal(model[2].weight, trained[2].weight), "other weights than those that train"
 
 
 def test_without_its_train_mode_a_step_is_refused_by_the_optimizer_and_charged():
