@@ -79,12 +79,12 @@ class TestAMixtureOfExperts:
 class Pixels(nn.Module):
     """A segmenter: its loss is of logits that are enlarged; the gradient of those it returns is no cross-entropy's."""
 
-    def __init__(self, reduction="mean"):
+    def __init__(self, reduction="mean", dropout=0.0):
         super().__init__()
-        self.net, self.reduction = nn.Linear(4, 3), reduction
+        self.net, self.reduction, self.dropout = nn.Linear(4, 3), reduction, dropout
 
     def forward(self, x, y):
-        z = self.net(x)
+        z = self.net(F.dropout(x, self.dropout, self.training))
         wide = F.interpolate(z.transpose(1, 2), scale_factor=2, mode="linear")
         return {"loss": F.cross_entropy(wide, y, ignore_index=255, reduction=self.reduction), "logits": z}
 
@@ -101,8 +101,8 @@ def returned(model, x, y):
     return model(x, y)["loss"]
 
 
-def segmenter(reduction="mean"):
-    return lk.adapt(Pixels(reduction), r=2, target_modules=["net"], verbose=False)
+def segmenter(*settings):
+    return lk.adapt(Pixels(*settings), r=2, target_modules=["net"], verbose=False)
 
 
 def test_a_loss_that_the_logits_do_not_show():
@@ -111,9 +111,10 @@ def test_a_loss_that_the_logits_do_not_show():
     assert step(segmenter(), returned, pixels(True), check="loss")
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("reduction, ragged", [("mean", False), ("sum", True)])
-def test_a_loss_of_each_records_own_passes(reduction, ragged):
-    assert step(segmenter(reduction), returned, pixels(ragged), loss_reduction=reduction).per_sample_checked
+def test_a_loss_of_each_records_own_passes(reduction, ragged, dropout):
+    assert step(segmenter(reduction, dropout), returned, pixels(ragged), loss_reduction=reduction).per_sample_checked
 
 
 class InTraining(nn.Module):
@@ -133,9 +134,10 @@ def with_term(model, x):
     return F.mse_loss(z, torch.ones_like(z)) + term
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("train", [True, False])
-def test_a_term_of_train_mode(train):
-    model = lk.adapt(InTraining().train(train), r=2, target_modules=["net"], verbose=False)
+def test_a_term_of_train_mode(train, dropout):
+    model = lk.adapt(InTraining(dropout).train(train), r=2, target_modules=["net"], verbose=False)
     if train:
         with pytest.raises(ValueError, match=r"^\[1\], which the model returns"):
             step(model, with_term, [torch.randn(N, 4)])

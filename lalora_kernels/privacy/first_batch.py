@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lalora_kernels.adapted import Adapted
 from lalora_kernels.privacy.checks import RTOL, _apart, _cards, _double, _leaves, _watch, check_per_sample, tree_map
-from lalora_kernels.privacy.own_loss import tied
+from lalora_kernels.privacy.own_loss import tied, without_rows
 
 # Two records and the first one again: what sorts rows by anything leaves two of them in place, but never these.
 ORDER, DRAWN_ORDER = (0, 1, 0), (0, 1, 0, 1)
@@ -83,8 +83,7 @@ def check_outputs(model: nn.Module, two: tuple) -> set[str]:
     another order would be taken for the others' even if they are put back behind it. A model that draws at random is
     asked again with other draws and (a, b, a, b): a permutation may change no row. A buffer that follows activations
     (running statistics, a centre) would leave the training without noise, and so would a frozen tensor. Returns the
-    names of outputs without rows that are neither a mean nor a sum over records, in eval mode or, where nothing is
-    drawn, in this.
+    names of outputs without rows that are neither a mean nor a sum over records.
     """
     twin = _double(model)
     for (_, m), (_, t) in zip(model.named_modules(), twin.named_modules()):
@@ -94,11 +93,13 @@ def check_outputs(model: nn.Module, two: tuple) -> set[str]:
     versions = {n: p._version for n, p in twin.named_parameters()}
     after: list[dict[str, Tensor]] = []
     calls: list[tuple[str, list[Tensor]]] = []
+    rowless: set[str] = set()
 
     def forward(seed: int | None, *order: int) -> tuple[Any, bool]:
         with torch.no_grad(), _Drawn(_cards(twin), seed) as drawn:
             inputs = tree_map(lambda t: t[list(order)] if t.dim() and t.shape[0] == 2 else t, two)
             output = twin(*inputs[0], **inputs[1])
+            rowless.update(name for name, _ in without_rows(output, len(order)))
             after.append({n: b.clone() for n, b in twin.named_buffers()})
             for n, b in twin.named_buffers():
                 if n in before:
@@ -135,10 +136,8 @@ def check_outputs(model: nn.Module, two: tuple) -> set[str]:
     finally:
         for h in handles:
             h.remove()
-    losses = set() if draws else tied(lambda *order: forward(None, *order)[0])
-    for module in twin.modules():
-        module.training = module.training and isinstance(module, nn.modules.batchnorm._NormBase)
-    return losses | tied(lambda *order: forward(None, *order)[0])
+    seeds = range(2 if draws else 1) if rowless else ()
+    return {name for seed in seeds for name in tied(lambda *order, s=seed: forward(s, *order)[0])}
 
 
 def _compare(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 RTOL = 1e-5  # in float64, but for the many models that compute their loss in float32
-ROWS = 3  # (a, b, a) against (a, a, a) and (b, b, b)
+ROWS = 3
 
 
 def without_rows(output: Any, rows: int, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -32,14 +32,19 @@ def without_rows(output: Any, rows: int, name: str = "") -> Iterator[tuple[str, 
 
 def tied(run: Callable[..., Any]) -> set[str]:
     """Names of the outputs that are no mean and no sum over records. ``run(i, j, k)``: the output for these three of
-    two records, without draws."""
-    mixed, first, second = (dict(without_rows(run(*order), ROWS)) for order in ((0, 1, 0), (0, 0, 0), (1, 1, 1)))
+    two records, what is drawn at random drawn alike for a place whoever stands there.
+
+    In (a, b, a) and (b, a, b) together each place has each record once, as in (a, a, a) and (b, b, b) together.
+    """
+    orders = ((0, 1, 0), (1, 0, 1), (0, 0, 0), (1, 1, 1))
+    outputs = [dict(without_rows(run(*order), ROWS)) for order in orders]
     found = set()
-    for name, value in mixed.items():
-        if name in first and name in second and value.shape == first[name].shape == second[name].shape:
-            a, b, both = (t.double() for t in (first[name], second[name], value))
-            scale = torch.stack([t.abs().max() for t in (a, b, both)]).max()
-            far = (both - (2 * a + b) / 3).abs().max()
+    for name in set.intersection(*map(set, outputs)):
+        values = [output[name].double() for output in outputs]
+        if len({v.shape for v in values}) == 1:
+            mixed, other, first, second = values
+            scale = torch.stack([v.abs().max() for v in values]).max()
+            far = (mixed + other - first - second).abs().max()
             if scale.isfinite() and far > RTOL * scale:  # a record without labels has no mean
                 found.add(name)
     return found

@@ -207,8 +207,8 @@ LAYERS = (
     fault(
         "terms that a model adds in train mode alone are not asked",
         FIRST_BATCH,
-        "losses = set() if draws else tied(",
-        "losses = set() if True else tied(",
+        "seeds = range(2 if draws else 1) if rowless else ()",
+        "twin.eval(); seeds = (0,)",
         "own_loss",
     ),
     fault(
