@@ -141,6 +141,31 @@ def test_a_model_that_returns_its_loss_alone():
         model(*next(loader.steps(1)))
 
 
+class Squeezed(nn.Module):
+    """One logit a record, and of one record none with an axis."""
+
+    def __init__(self, *axis):
+        super().__init__()
+        self.net, self.axis = nn.Linear(6, 1), axis
+
+    def forward(self, x):
+        return self.net(x).squeeze(*self.axis)
+
+
+def test_an_axis_that_goes_with_a_record_that_is_alone():
+    for axis in ((), (-1,)):
+        model = lk.adapt(Squeezed(*axis), r=2, target_modules=["net"], verbose=False)
+        optimizer, loader = private(model)
+        x, y = next(loader.steps(1))
+        if axis:
+            F.binary_cross_entropy_with_logits(model(x), (y > 0).float()).backward()
+            optimizer.step()
+            assert optimizer.per_sample_checked
+        else:
+            with pytest.raises(ValueError, match=r"no row for a record that is alone.*squeeze\(-1\)"):
+                model(x)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_batch_norm_without_statistics_mixes_in_either_mode(training):
     model = chain(nn.BatchNorm1d(8, track_running_stats=False, affine=False)).train(training)

@@ -307,7 +307,8 @@ def _kept_apart(together: list[list[Tensor]], singles: list[list[list[Tensor]]],
             for a, b in zip(outputs, alone):
                 if _is_share(a, b, i, rows):
                     continue
-                if a.shape == b.shape or a.shape[1:] != b.shape[1:] or a.shape[0] == rows * b.shape[0]:
+                of_one_kind = a.dim() == b.dim() and a.shape[1:] == b.shape[1:]
+                if not of_one_kind or a.shape[0] in (b.shape[0], rows * b.shape[0]):
                     return False
                 found = None
     return found
@@ -331,7 +332,7 @@ def _is_share(whole: Tensor, alone: Tensor, i: int, rows: int) -> bool:
     """Whether ``alone`` is record i's part of ``whole`` (batch-major), or does not depend on the batch."""
     if whole.shape == alone.shape:  # a scalar loss, a position embedding, a bias table
         return whole.dim() == 0 or torch.allclose(whole, alone, rtol=RTOL, atol=1e-12)
-    if whole.shape[1:] != alone.shape[1:] or whole.shape[0] != rows * alone.shape[0]:
+    if whole.dim() != alone.dim() or whole.shape[1:] != alone.shape[1:] or whole.shape[0] != rows * alone.shape[0]:
         return False
     k = alone.shape[0]
     return torch.allclose(whole[i * k : (i + 1) * k], alone, rtol=RTOL, atol=1e-10)

@@ -42,22 +42,26 @@ def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> set[
     two = tree_map(of_two, (args, kwargs))
 
     def project(m: nn.Module, inputs: tuple) -> Tensor:
-        outputs = [t for t in _leaves(m(*inputs[0], **inputs[1])) if t.is_floating_point() and t.dim()]
+        outputs = _with_axes(m(*inputs[0], **inputs[1]))
+        if not outputs:  # though it did for several
+            raise ValueError(
+                "the model returns no row for a record that is alone, as one of a Poisson batch may be: squeeze() "
+                "takes the batch's axis away, too; name the axis that is meant, squeeze(-1)"
+            )
         generator = torch.Generator().manual_seed(1)
         terms = []
         for t in outputs:
             direction = torch.randn(t.shape[1:], generator=generator, dtype=torch.float64).to(t.device, t.dtype)
             terms.append((t * direction).sum())
-        if not terms:
-            raise ValueError(
-                "the model returns no tensor with a row for each record (its loss alone?), so nothing shows whether it "
-                "mixes them; let it return its logits, too, or ask check_per_sample and pass make_private check='loss'"
-            )
         return torch.stack(terms).sum()
 
     losses = check_outputs(model, two)
     check_per_sample(model, two, project, loss_reduction="sum")
     return losses
+
+
+def _with_axes(output: Any) -> list[Tensor]:
+    return [t for t in _leaves(output) if t.is_floating_point() and t.dim()]
 
 
 def _two(rowed: list[Tensor]) -> Tensor | None:
@@ -99,6 +103,12 @@ def check_outputs(model: nn.Module, two: tuple) -> set[str]:
         with torch.no_grad(), _Drawn(_cards(twin), seed) as drawn:
             inputs = tree_map(lambda t: t[list(order)] if t.dim() and t.shape[0] == 2 else t, two)
             output = twin(*inputs[0], **inputs[1])
+            if not _with_axes(output):
+                raise ValueError(
+                    "the model returns no tensor with a row for each record (its loss alone?), so nothing shows "
+                    "whether it mixes them; let it return its logits, too, or ask check_per_sample and pass "
+                    "make_private check='loss'"
+                )
             rowless.update(name for name, _ in without_rows(output, len(order)))
             after.append({n: b.clone() for n, b in twin.named_buffers()})
             for n, b in twin.named_buffers():
