@@ -150,7 +150,8 @@ def answer(
         say("tuning is not complete; the same command continues")
         return False
     tuned = runs.read_tuned(*published, out / runs.TUNED)
-    chosen = {key: runs.best(one["tried"], by) for key, one in tuned.items()}
+    then = question.then and by == "loss"  # by accuracy, the highest of three draws more would be luck
+    chosen = {key: runs.best(runs.tried(one, then), by) for key, one in tuned.items()}
     todo = runs.jobs_of(asked, dict(base), chosen, epsilons, seeds)
     for job in runs.train(todo, out, jobs, deadline, there):
         if (result := runs.result_of(job, out)) is None:  # the other runs go on
@@ -164,11 +165,7 @@ def answer(
     results = runs.results_of(shown, out, there)
     runs.save_lines(results, out / f"{_name(number, by)}.jsonl")
     used = [tuning_key(question.arms[r["arm"]], float(r["epsilon"])) for r in results]
-    missing = [key for key in dict.fromkeys(used) if key not in tuned]
-    note = f"Not tuned, the preset's own learning rate and C: {'; '.join(missing)}." if missing else (
-        f"Learning rate and C tuned for each method and ε with the same budget on seed {preset.tuning_seed}, by test "
-        f"{by}; that seed is not in the table."
-    )  # fmt: skip
+    note = _note(preset, then, by, tuned, list(dict.fromkeys(used)))
     text = tables.markdown(question.title, results, list(question.arms), question.against, note)
     if question.measure:
         text += "\n" + tables.measures(results)
@@ -181,28 +178,57 @@ def answer(
     return len(runs.results_of(todo, out, there)) == len(todo)
 
 
+def _note(preset: Preset, then: bool, by: str, tuned: Mapping[str, Any], used: list[str]) -> str:
+    """How the settings of a table's runs came about; names what was tuned with less than the others."""
+    from lalora_kernels.reproduce.runs import THEN
+
+    if missing := [key for key in used if key not in tuned]:
+        return f"Not tuned, the preset's own settings: {'; '.join(missing)}."
+    then = then and bool(preset.then)
+    what = "Learning rate, C and batch size" if then else "Learning rate and C"
+    note = (
+        f"{what} tuned for each method and ε with the same budget on seed {preset.tuning_seed}, by test {by}; that "
+        "seed is not in the table."
+    )
+    if less := [key for key in used if then and THEN not in tuned[key]]:
+        note += f" Learning rate alone, or with C, of: {'; '.join(less)}."
+    return note
+
+
 def _tune(
     question: Question, epsilons: list[float], preset: Preset, base: dict[str, Any], out: Path,
     published: list[Path], jobs: int, deadline: float | None, say: Callable[[str], None],
 ) -> bool:  # fmt: skip
-    """Tune every arm of the question that is not, at every ε; ``tuned.json`` holds choice and all that was tried."""
+    """Tune every arm of the question that is not, at every ε: the grid first, then what the preset tries on top of its
+    best. ``tuned.json`` holds choice and all that was tried."""
     from lalora_kernels.reproduce import runs
 
     tuned = runs.read_tuned(*published, out / runs.TUNED)
-    plans = {
-        key: runs.tuning_jobs(arm, base, preset.tuning, preset.tuning_seed)
-        for key, arm in tuned_arms(question, epsilons)
-        if key not in tuned
+    arms, seed = dict(tuned_arms(question, epsilons)), preset.tuning_seed
+
+    def run(plans: Mapping[str, list[runs.Job]], keys: list[str]) -> dict[str, list[dict[str, Any]]]:
+        everything = [job for plan in plans.values() for job in plan]
+        for job in runs.train(everything, out, jobs, deadline):
+            c = job.config
+            say(f"tuning at ε = {c.epsilon:g}: {c.method} lr {c.lr:g} C {c.max_grad_norm:g} batches of {c.batch_size}")
+        found = {key: runs.outcomes(plan, keys, out) for key, plan in plans.items()}
+        return {key: tried for key, tried in found.items() if tried is not None}
+
+    grid = {
+        key: runs.tuning_jobs(arm, base, preset.tuning, seed) for key, arm in arms.items() if key not in tuned
+    }  # fmt: skip
+    for key, tried in run(grid, list(preset.tuning)).items():
+        tuned[key] = {"settings": runs.best(tried), "tried": tried, "seed": seed}
+    then = {
+        key: runs.further_jobs(arm, base, runs.best(tuned[key]["tried"]), preset.then, seed)
+        for key, arm in arms.items()
+        if question.then and preset.then and key in tuned and runs.THEN not in tuned[key]
     }
-    everything = [job for plan in plans.values() for job in plan]
-    for job in runs.train(everything, out, jobs, deadline):
-        config = job.config
-        say(f"tuning at ε = {config.epsilon:g}: {config.method} lr {config.lr:g} C {config.max_grad_norm:g}")
-    for key, plan in plans.items():
-        if (choice := runs.choose(plan, preset.tuning, out)) is not None:
-            tuned[key] = {"settings": choice[0], "tried": choice[1], "seed": preset.tuning_seed}
+    for key, tried in run(then, ["lr", "max_grad_norm", "batch_size"]).items():
+        one = tuned[key] | {runs.THEN: tried}
+        tuned[key] = one | {"settings": runs.best(runs.tried(one, True))}
     write_atomic(out / runs.TUNED, json.dumps(tuned, indent=2) + "\n")
-    return all(key in tuned for key in plans)
+    return all(key in tuned for key in grid) and all(runs.THEN in tuned[key] for key in then)
 
 
 def _cost(base: dict[str, Any], out: Path, deadline: float | None, say: Callable[[str], None]) -> bool:

@@ -28,6 +28,7 @@ class Preset:
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 100
     tuning: dict[str, tuple] = field(default_factory=dict)  # setting -> values, all combinations, for each arm and ε
+    then: tuple[Settings, ...] = ()  # each tried alone on top of the best of these combinations
     public_head: bool = False  # the run starts from a head fitted on public records: start.py
 
 
@@ -43,7 +44,8 @@ PRESETS = {
         SMALL | {"image_size": 64, "lr": 15.0, "max_grad_norm": 0.3},
         {"cifar100": {"model": "timm:vit_tiny_patch16_224"}},
         large={"image_size": 224, "rounds": 50, "physical_batch_size": 128},
-        tuning={"lr": (5.0, 15.0, 45.0, 135.0), "max_grad_norm": (0.1,)}, public_head=True,
+        tuning={"lr": (5.0, 15.0, 45.0, 135.0), "max_grad_norm": (0.1,)},
+        then=({"batch_size": 64}, {"batch_size": 256}, {"@C": 1.0}), public_head=True,
     ),
     "small-language": Preset(
         "MiniLM-L6 (its last two layers) on SST-2's phrases, cut at 24 tokens, 2 clients",
@@ -51,7 +53,8 @@ PRESETS = {
                  "partition": "iid", "physical_batch_size": 32, "targets": LAST_TWO},
         {"sst2": {}},
         large={"max_length": 128, "rounds": 50, "batch_size": 256, "physical_batch_size": 128, "targets": "qv"},
-        tuning={"lr": (0.01, 0.03, 0.1), "max_grad_norm": (3.0, 10.0)}, public_head=True,
+        tuning={"lr": (0.01, 0.03, 0.1), "max_grad_norm": (3.0, 10.0)},
+        then=({"batch_size": 64}, {"batch_size": 256}), public_head=True,
     ),
     "paper-vision": Preset(
         "Swin-T and Swin-B on CIFAR-100 and Tiny-ImageNet, as in arXiv 2602.19926: r = 16, 8 clients, 100 rounds",
@@ -77,8 +80,9 @@ PRESETS = {
 
 # (arm, settings); what an arm leaves open is its method's. "@lr" multiplies the learning rate that was tuned for the
 # arm's own kind of filter, or for that which "@tuned" names. "@K" sets the local steps and divides the rate by as much
-# as they grow: at one ε that leaves both the noise and the way of a round as they were. "@rounds" multiplies the rounds
-# and divides K, so that the steps stay as many.
+# as they grow: at one ε that leaves both the noise and the way of a round as they were. "@C" does so for C: what SGD
+# makes of a record that is clipped at both, and of the noise, stays. "@rounds" multiplies the rounds and divides K, so
+# that the steps stay as many.
 FOUR = {
     "dp-lora": {"method": "dp-lora", "smoothing": "none"},
     "ffa-lora": {"method": "ffa-lora", "smoothing": "none"},
@@ -98,17 +102,18 @@ class Question:
     against: str
     epsilons: tuple[float, ...] | None = (1.0, 3.0)
     measure: bool = False  # also measures.py, at every round
+    then: bool = False  # with what the preset's ``then`` added to the tuning; otherwise the best of its combinations
 
 
 QUESTIONS = {
     1: Question(
         "Four methods: is LA-LoRA ahead, beyond the confidence interval?",
-        FOUR | {"la-lora-unfiltered": PLAIN}, "la-lora", None,
+        FOUR | {"la-lora-unfiltered": PLAIN}, "la-lora", None, then=True,
     ),
     2: Question(
         "Ablation: alternation and filter",
         {"neither": FOUR["dp-lora"], "filter": {"method": "dp-lora", "smoothing": "binomial5"},
-         "alternation": PLAIN, "both": LA}, "both",
+         "alternation": PLAIN, "both": LA}, "both", then=True,
     ),
     3: Question(
         "The filter against other ways to spend the same variance",
@@ -179,6 +184,9 @@ def arm_settings(base: Settings, arm: Settings, tuned: Mapping[str, Any]) -> Set
     if "@K" in arm:
         settings["lr"] *= settings["local_steps"] / arm["@K"]
         settings["local_steps"] = arm["@K"]
+    if "@C" in arm:
+        settings["lr"] *= settings["max_grad_norm"] / arm["@C"]
+        settings["max_grad_norm"] = arm["@C"]
     if "@rounds" in arm:
         settings["rounds"] = max(1, round(settings["rounds"] * arm["@rounds"]))
         settings["local_steps"] = max(1, round(settings["local_steps"] / arm["@rounds"]))

@@ -26,6 +26,7 @@ from lalora_kernels.reproduce.measures import Recorder, read_measures
 from lalora_kernels.reproduce.presets import Question, Settings, arm_settings, tuning_key
 
 RUNS, TUNED, MEASURES = "runs", "tuned.json", "measures.jsonl"
+THEN = "then"  # of a line of tuned.json: what Preset.then added
 Known = Mapping[str, Mapping[str, Any]]  # same(settings) -> a result line of another machine or day
 NOTHING: Known = {}
 
@@ -74,6 +75,11 @@ def tuning_jobs(arm: Settings, base: Settings, grid: Mapping[str, tuple], seed: 
         Job("tuning", make_config(base | arm | dict(zip(grid, values)) | {"seed": seed}))
         for values in itertools.product(*grid.values())
     ]
+
+
+def further_jobs(arm: Settings, base: Settings, chosen: Settings, then: Iterable[Settings], seed: int) -> list[Job]:
+    """Each of ``then`` alone on top of what was ``chosen`` from the grid; as many for every arm."""
+    return [Job("tuning", make_config(arm_settings(base | arm, one, chosen) | {"seed": seed})) for one in then]
 
 
 def same(settings: Mapping[str, Any] | None) -> str:
@@ -237,13 +243,20 @@ def merged_lines(new: Path, old: Path) -> str:
 
 def read_tuned(*paths: Path) -> dict[str, dict[str, Any]]:
     """What ``--tune`` chose, by ``tuning_key``, from all files that are there; of two choices the first file's counts,
-    which is the published one: the published results were trained with it."""
+    which is the published one: the published results were trained with it. One that goes on where that ended counts."""
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
         if path.exists():
             for key, one in json.loads(path.read_text()).items():
-                found.setdefault(key, one)
+                there = found.setdefault(key, one)
+                if THEN in one and THEN not in there and one["tried"] == there["tried"]:
+                    found[key] = one
     return found
+
+
+def tried(one: Mapping[str, Any], then: bool) -> list[Mapping[str, Any]]:
+    """What was tried for a ``tuning_key``: the grid's combinations and, with ``then``, what came on top of the best."""
+    return [*one["tried"], *(one.get(THEN, ()) if then else ())]
 
 
 def best(tried: Iterable[Mapping[str, Any]], by: str = "loss") -> Settings:
@@ -257,17 +270,17 @@ def best(tried: Iterable[Mapping[str, Any]], by: str = "loss") -> Settings:
     return {key: value for key, value in min(tried, key=order).items() if key not in ("accuracy", "loss")}
 
 
-def choose(jobs: list[Job], grid: Mapping[str, tuple], out: Path) -> tuple[Settings, list[dict[str, Any]]] | None:
-    """The ``best`` settings by loss, and all that were tried.
+def outcomes(jobs: list[Job], keys: Iterable[str], out: Path) -> list[dict[str, Any]] | None:
+    """These settings of each job with its accuracy and loss, for ``best``.
 
     None while a run is missing: an arm is tuned with its whole budget or not at all.
     """
     results = [result_of(job, out) for job in jobs]
     if any(result is None for result in results):
         return None
-    tried = [
-        {**{key: getattr(job.config, key) for key in grid}, "accuracy": result["accuracy"], "loss": result["loss"]}
+    keys = list(keys)
+    return [
+        {**{key: getattr(job.config, key) for key in keys}, "accuracy": result["accuracy"], "loss": result["loss"]}
         for job, result in zip(jobs, results)
         if result is not None
     ]
-    return best(tried), tried
