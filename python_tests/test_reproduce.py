@@ -155,31 +155,45 @@ def test_tuning_is_added_to_what_was_published_which_counts_where_both_have_it(t
 
 
 def test_batch_and_bound_are_tuned_on_top_of_the_grid_for_questions_that_ask_for_it(base, tmp_path, monkeypatch):
+    """At one ε, for all of them."""
     preset = replace(TINY, seeds=(0,), then=({"batch_size": 4}, {"@C": 0.25}))
     question = replace(QUESTION, arms={"la": ARMS["la"]}, then=True)
     base = base | {"rounds": 1, "max_grad_norm": 0.5}
-    assert answer(1, question, preset, base, tmp_path, tune=True, say=quiet)
-    (one,) = json.loads((tmp_path / "tuned.json").read_text()).values()
-    lr = runs.best(one["tried"])["lr"]
-    told = [(t["batch_size"], t["max_grad_norm"], t["lr"]) for t in one["then"]]
-    assert told == [(4, 0.5, lr), (8, 0.25, 2 * lr)]
-    assert one["settings"] == runs.best(one["tried"] + one["then"])
-    assert "Learning rate, C and batch size tuned" in (tmp_path / "question-1.md").read_text()
+    assert answer(1, question, preset, base, tmp_path, tune=True, epsilons=[1.0], say=quiet)
+    path, (one, three) = tmp_path / "tuned.json", (f"la-lora, filtered, ε = {e}" for e in (1, 3))
+    tuned = json.loads(path.read_text())
+    assert [t["with"] for t in tuned[three]["then"]] == list(preset.then) and "then" not in tuned[one]
+    lr, names = tuned[three]["settings"]["lr"], {p.parent.name for p in tmp_path.glob("runs/*/config.json")}
+    for settings, line in zip(({"batch_size": 4}, {"max_grad_norm": 0.25, "lr": 2 * lr}), tuned[three]["then"]):
+        job = runs.Job("tuning", make_config(base | ARMS["la"] | {"lr": lr, "seed": 7} | settings))
+        assert job.name in names and runs.result_of(job, tmp_path)["loss"] == line["loss"]
+    assert "then batch size and C for each method at ε = 3," in (tmp_path / "question-1.md").read_text()
+
     trained = []
-    monkeypatch.setattr(runs, "_one", lambda job, *a: trained.append(job))
-    key, path = "la-lora, filtered, ε = 3", tmp_path / "tuned.json"
-    path.write_text(json.dumps({key: {k: one[k] for k in ("tried", "seed")}}))
-    answer(1, question, preset, base, tmp_path, tune=True, say=quiet)  # its runs are there: they are read
-    assert json.loads(path.read_text()) == {key: one} and not trained
-    one["then"][0]["loss"] = 0.0
-    path.write_text(json.dumps({key: one}))
+    monkeypatch.setattr(runs, "_one", lambda job, *a: trained.append(job.config))
+    path.write_text(json.dumps({one: tuned[one], three: {k: tuned[three][k] for k in ("settings", "tried", "seed")}}))
+    answer(1, question, preset, base, tmp_path, tune=True, epsilons=[1.0], say=quiet)
+    assert json.loads(path.read_text()) == tuned and not trained  # its runs are there: they are read
+    tuned[three]["then"][1]["loss"] = 0.0
+    tuned[one]["settings"] = tuned[one]["tried"][0] | {"loss": 0.0}
+    tuned[one]["tried"] = [tuned[one]["settings"]]
+    path.write_text(json.dumps(tuned))
     for then, by in ((True, "loss"), (False, "loss"), (True, "accuracy")):
-        answer(1, replace(question, then=then), preset, base, tmp_path, seeds=[5], by=by, say=quiet)
-    assert [job.config.batch_size for job in trained] == [4, 8, 8]
-    del one["then"]
-    path.write_text(json.dumps({key: one}))
+        answer(1, replace(question, then=then), preset, base, tmp_path, epsilons=[1.0], seeds=[5], by=by, say=quiet)
+    assert [(c.max_grad_norm, c.lr) for c in trained] == [(0.25, 0.5), (0.5, 0.25), (0.5, 0.25)]
+    del tuned[three]["then"]
+    path.write_text(json.dumps(tuned))
+    answer(1, question, preset, base, tmp_path, epsilons=[1.0], seeds=[5], say=quiet)
+    assert trained[-1].max_grad_norm == 0.5
+
+
+def test_a_table_tells_what_was_tuned_with_less(base, tmp_path):
+    question = replace(QUESTION, arms={"la": ARMS["la"]}, then=True)
+    tried = [{"lr": 0.25, "accuracy": 0.5, "loss": 1.0}]
+    (tmp_path / "tuned.json").write_text(json.dumps({"la-lora, filtered, ε = 3": {"tried": tried}}))
+    preset, base = replace(TINY, seeds=(0,), then=({"batch_size": 4},)), base | {"rounds": 1}
     assert answer(1, question, preset, base, tmp_path, say=quiet)
-    assert f"Learning rate alone, or with C, of: {key}." in (tmp_path / "question-1.md").read_text()
+    assert "Not yet tuned in batch size: la-lora, filtered, ε = 3." in (tmp_path / "question-1.md").read_text()
 
 
 def test_a_run_with_measures_serves_a_question_without_and_not_the_other_way_round(base, tmp_path):

