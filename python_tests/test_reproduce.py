@@ -178,9 +178,12 @@ def test_batch_and_bound_are_tuned_on_top_of_the_grid_for_questions_that_ask_for
     tuned[one]["settings"] = tuned[one]["tried"][0] | {"loss": 0.0}
     tuned[one]["tried"] = [tuned[one]["settings"]]
     path.write_text(json.dumps(tuned))
-    for then, by in ((True, "loss"), (False, "loss"), (True, "accuracy")):
-        answer(1, replace(question, then=then), preset, base, tmp_path, epsilons=[1.0], seeds=[5], by=by, say=quiet)
+    for alone, by in ((False, "loss"), (True, "loss"), (False, "accuracy")):
+        answer(1, question, preset, base, tmp_path, epsilons=[1.0], seeds=[5], by=by, alone=alone, say=quiet)
     assert [(c.max_grad_norm, c.lr) for c in trained] == [(0.25, 0.5), (0.5, 0.25), (0.5, 0.25)]
+    assert {p.stem for p in tmp_path.glob("*.md")} == {
+        "question-1", "question-1-grid-alone", "question-1-by-accuracy",
+    }  # fmt: skip
     del tuned[three]["then"]
     path.write_text(json.dumps(tuned))
     answer(1, question, preset, base, tmp_path, epsilons=[1.0], seeds=[5], say=quiet)
@@ -266,6 +269,12 @@ def test_the_seed_that_was_tuned_on_is_refused(base, tmp_path):
         answer(1, QUESTION, TINY, base, tmp_path, seeds=[0, 7], say=quiet)
     for preset in PRESETS.values():
         assert preset.tuning_seed not in preset.seeds
+
+
+@pytest.mark.parametrize("flags", ["--question 2", "--question 6", "--by accuracy"])
+def test_the_grid_alone_is_nothing_new_for_what_uses_nothing_else(flags, capsys):
+    assert main(["reproduce", "small-vision", "--grid-alone", *flags.split()]) == 2
+    assert "--grid-alone is what all but question 1 by loss do anyway; leave it out" in capsys.readouterr().err
 
 
 def test_two_processes_train_what_one_does(base, tmp_path):

@@ -40,6 +40,7 @@ def add_reproduce(commands: Any) -> None:
     parser.add_argument("--question", type=int, choices=(*QUESTIONS, COST), default=1, help="(default: 1)")
     parser.add_argument("--tune", action="store_true", help="tune the question's arms first, all with one budget")
     parser.add_argument("--by", choices=("loss", "accuracy"), default="loss", help="what the tuning goes by")
+    parser.add_argument("--grid-alone", action="store_true", help="question 1 without what is tuned after the grid")
     parser.add_argument("--task", metavar="NAME", help="one of the preset's data sets and models (default: the first)")
     parser.add_argument("--scale", choices=("small", "large"), default="small", help="large: for a machine with a card")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="weights and data in files (default: from the hub)")
@@ -69,6 +70,8 @@ def reproduce(args: argparse.Namespace, say: Callable[[str], None] = print) -> b
     task = args.task or next(iter(preset.tasks))
     if task not in preset.tasks:
         raise BadInput(f"--task is one of {', '.join(preset.tasks)}; got {task!r}")
+    if args.grid_alone and (args.by != "loss" or args.question == COST or not QUESTIONS[args.question].then):
+        raise BadInput("--grid-alone is what all but question 1 by loss do anyway; leave it out")
     base = base_settings(args.preset, task, args.scale, args.data)
     out = args.out or Path("runs") / "reproduce" / f"{args.preset}-{task}-{args.scale}"
     name = args.preset + f"-{task}" * (task != next(iter(preset.tasks))) + f"-{args.scale}" * (args.scale != "small")
@@ -85,14 +88,14 @@ def reproduce(args: argparse.Namespace, say: Callable[[str], None] = print) -> b
         known = None if args.publish is None else (args.publish, name)
         done = answer(
             args.question, question, preset, base, out, arms=args.arms, seeds=args.seeds, epsilons=args.epsilons,
-            tune=args.tune, jobs=args.jobs, deadline=deadline, by=args.by, known=known, say=say,
+            tune=args.tune, jobs=args.jobs, deadline=deadline, by=args.by, alone=args.grid_alone, known=known, say=say,
         )  # fmt: skip
-    _publish(out, _name(args.question, args.by), name, args.publish, args.into)
+    _publish(out, _name(args.question, args.by, args.grid_alone), name, args.publish, args.into)
     return done
 
 
-def _name(question: int, by: str) -> str:
-    return f"question-{question}" + f"-by-{by}" * (by != "loss")
+def _name(question: int, by: str, alone: bool) -> str:
+    return f"question-{question}" + "-grid-alone" * alone + f"-by-{by}" * (by != "loss")
 
 
 def _publish(out: Path, question: str, name: str, folder: Path | None, page: Path | None) -> None:
@@ -125,13 +128,14 @@ def _whole(question: Question, further: bool) -> Question:
 def answer(
     number: int, question: Question, preset: Preset, base: Mapping[str, Any], out: Path, *,
     arms: list[str] | None = None, seeds: list[int] | None = None, epsilons: list[float] | None = None,
-    tune: bool = False, jobs: int = 1, deadline: float | None = None, by: str = "loss",
+    tune: bool = False, jobs: int = 1, deadline: float | None = None, by: str = "loss", alone: bool = False,
     known: tuple[Path, str] | None = None, say: Callable[[str], None] = print,
 ) -> bool:  # fmt: skip
     """Tune where asked, train what is missing, write question-N.jsonl, .md and .svg into ``out``; whether all that was
     asked for is there. ``arms``, ``seeds`` and ``epsilons`` choose what is trained (default: the whole question, and
     with some arms what they are compared with); the table has all that is there of these and of the preset's own.
-    ``known``: a folder, and the name that a preset was published under, whose results and tuning count as done.
+    ``alone``: with what is best in the grid. ``known``: a folder, and the name that a preset was published under, whose
+    results and tuning count as done.
 
     Raises BadInput for an arm that is not the question's, and where the tuning seed is among ``seeds``: what was tuned
     on is never reported.
@@ -143,6 +147,8 @@ def answer(
         raise BadInput(f"seed {preset.tuning_seed} is what the settings are tuned on, and is not reported")
     if strange := [arm for arm in arms or () if arm not in question.arms]:
         raise BadInput(f"no arm {strange[0]!r} in this question; there are {', '.join(question.arms)}")
+    # by accuracy, the highest of some draws more would be luck
+    question = replace(question, then=question.then and not alone and by == "loss")
     own = list(preset.epsilons if question.epsilons is None else question.epsilons)
     epsilons = own if epsilons is None else epsilons
     have = {a: s for a, s in question.arms.items() if arms is None or a in arms or a == question.against}
@@ -153,8 +159,7 @@ def answer(
         say("tuning is not complete; the same command continues")
         return False
     tuned = runs.read_tuned(*published, out / runs.TUNED)
-    then = question.then and by == "loss"  # by accuracy, the highest of three draws more would be luck
-    chosen = {key: runs.chosen(tuned, key, dict(base), then, by) for key in tuned}
+    chosen = {key: runs.chosen(tuned, key, dict(base), question.then, by) for key in tuned}
     todo = runs.jobs_of(asked, dict(base), chosen, epsilons, seeds)
     for job in runs.train(todo, out, jobs, deadline, there):
         if (result := runs.result_of(job, out)) is None:  # the other runs go on
@@ -166,17 +171,18 @@ def answer(
     shown_epsilons, shown_seeds = sorted({*own, *epsilons}), sorted({*preset.seeds, *seeds})
     shown = runs.jobs_of(question, dict(base), chosen, shown_epsilons, shown_seeds)
     results = runs.results_of(shown, out, there)
-    runs.save_lines(results, out / f"{_name(number, by)}.jsonl")
+    name = _name(number, by, alone)
+    runs.save_lines(results, out / f"{name}.jsonl")
     used = [tuning_key(question.arms[r["arm"]], float(r["epsilon"])) for r in results]
-    note = _note(preset, then, by, tuned, list(dict.fromkeys(used)))
+    note = _note(preset, question.then, by, tuned, list(dict.fromkeys(used)))
     text = tables.markdown(question.title, results, list(question.arms), question.against, note)
     if question.measure:
         text += "\n" + tables.measures(results)
     if len(results) < len(shown):
         text += f"\nIncomplete: {len(results)} of {len(shown)} runs.\n"
-    write_atomic(out / f"{_name(number, by)}.md", text)
+    write_atomic(out / f"{name}.md", text)
     if results:
-        tables.figure(question.title, results, list(question.arms), out / f"{_name(number, by)}.svg")
+        tables.figure(question.title, results, list(question.arms), out / f"{name}.svg")
     say(text)
     return len(runs.results_of(todo, out, there)) == len(todo)
 

@@ -114,7 +114,7 @@ QUESTIONS = {
     2: Question(
         "Ablation: alternation and filter",
         {"neither": FOUR["dp-lora"], "filter": {"method": "dp-lora", "smoothing": "binomial5"},
-         "alternation": PLAIN, "both": LA}, "both", then=True,
+         "alternation": PLAIN, "both": LA}, "both",
     ),
     3: Question(
         "The filter against other ways to spend the same variance",
