@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lalora_kernels.nn import factor_parameters, set_active
+from lalora_kernels.privacy.doubled import LOWER, Doubled
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.sampling import BatchInfo
@@ -69,7 +70,7 @@ def _double(model: nn.Module) -> nn.Module:
         twin = copy.deepcopy(model)
         dequantize_(twin)
         twin = twin.double().eval()
-        _plain_experts(twin)
+        _plain(twin)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise RuntimeError(
@@ -94,12 +95,19 @@ def _double(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _plain_experts(twin: nn.Module) -> None:
-    """transformers' mixtures of experts call a grouped product by default, which torch has for no float64."""
+def _plain(twin: nn.Module) -> None:
+    """transformers' mixtures of experts call a grouped product by default, which torch has for no float64. In eval mode
+    its models keep a state for generation, RWKV's by writing over what the backward needs. Tensors that are no buffers
+    are left as they are by ``double()``."""
     for module in twin.modules():
-        config = getattr(module, "config", None)
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.dtype in LOWER:
+                setattr(module, name, value.double())
+        config: Any = getattr(module, "config", None)  # of the copy, and it is one
         if getattr(config, "_experts_implementation", None) not in (None, "eager"):
-            config._experts_implementation = "eager"  # type: ignore[union-attr]  # of the copy, and it is one
+            config._experts_implementation = "eager"
+        if getattr(config, "use_cache", False) is True:
+            config.use_cache = False
 
 
 def per_sample_gradients(
@@ -212,9 +220,10 @@ def check_per_sample(
     twin = _double(model)
     set_active(twin, factors)
     try:
-        expected = single_sample_gradients(twin, batch, loss)
-        # whatever backend is forced
-        found, expanded = _per_sample_gradients(twin, batch, loss, loss_reduction, "reference")
+        with Doubled():
+            expected = single_sample_gradients(twin, batch, loss)
+            # whatever backend is forced
+            found, expanded = _per_sample_gradients(twin, batch, loss, loss_reduction, "reference")
     except (ValueError, RuntimeError):
         _refuse_mixing(twin, batch, loss, rows)  # what fails is told by its cause, if that is it
         raise
@@ -261,7 +270,7 @@ def _first_mixing_module(
     calls: list[tuple[str, list[Tensor]]] = []
     handles = _watch(twin, calls)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), Doubled():
             loss(twin, batch)
             together, singles = _by_module(calls), []
             count = len(calls)

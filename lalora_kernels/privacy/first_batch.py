@@ -10,10 +10,16 @@ from torch import Tensor, nn
 
 from lalora_kernels.adapted import Adapted
 from lalora_kernels.privacy.checks import RTOL, _apart, _cards, _double, _leaves, _watch, check_per_sample, tree_map
+from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.own_loss import tied, without_rows
 
 # Two records and the first one again: what sorts rows by anything leaves two of them in place, but never these.
 ORDER, DRAWN_ORDER = (0, 1, 0), (0, 1, 0, 1)
+TWIN = (
+    "This came from the check of the first batch, which runs a copy of the model in float64 on some of its records. If "
+    "the model itself takes them, but not in float64, let check_per_sample pass on a smaller one of its family, and "
+    "pass make_private check='loss' for this one."
+)
 DRAWS = 4  # of a model that draws at random: a permutation of four rows that mixes none comes once in six
 Run = tuple[list[tuple[str, list[Tensor]]], bool]  # (module, its outputs) in order of execution; whether it drew
 
@@ -100,9 +106,14 @@ def check_outputs(model: nn.Module, two: tuple) -> set[str]:
     rowless: set[str] = set()
 
     def forward(seed: int | None, *order: int) -> tuple[Any, bool]:
-        with torch.no_grad(), _Drawn(_cards(twin), seed) as drawn:
+        with torch.no_grad(), Doubled(), _Drawn(_cards(twin), seed) as drawn:
             inputs = tree_map(lambda t: t[list(order)] if t.dim() and t.shape[0] == 2 else t, two)
-            output = twin(*inputs[0], **inputs[1])
+            try:
+                output = twin(*inputs[0], **inputs[1])
+            except Exception as error:
+                if hasattr(error, "add_note"):  # Python 3.11
+                    error.add_note(TWIN)
+                raise
             if not _with_axes(output):
                 raise ValueError(
                     "the model returns no tensor with a row for each record (its loss alone?), so nothing shows "
@@ -140,6 +151,7 @@ def check_outputs(model: nn.Module, two: tuple) -> set[str]:
     }
     handles = _watch(twin, calls)
     try:
+        run(None, *ORDER)  # what a model sets up at its first forward (BigBird its attention) may draw, too
         draws = DRAWS if _compare(run, settled, trained, None, ORDER) else 0
         for seed in range(draws):
             _compare(run, settled, trained, seed, DRAWN_ORDER)
@@ -166,9 +178,9 @@ def _compare(
     for k, (name, _) in enumerate(together):
         if differ[k] and (last or same_path and name in trained):
             raise ValueError(
-                f"{name or 'the model'}: the output for one record depends on the other records of the batch; "
-                f"per-sample clipping cannot bound such a layer. Replace it, or keep it in eval mode where it mixes in "
-                f"train mode alone"
+                f"{name or 'the model'}: the output for one record depends on the other records of the batch, or its "
+                f"first axis is not the batch; per-sample clipping cannot bound such a layer. Replace it, keep it in "
+                f"eval mode where it mixes in train mode alone, or make it batch-major"
             )
     return drawn
 
