@@ -81,6 +81,28 @@ def test_mixing_is_found_behind_it(middle):
         first_step(chain(nn.Sequential(middle(), Mixup())))
 
 
+class Lazy(nn.Module):
+    """A buffer that the first forward makes: a table of its own, as ConViT's, or the mean of its records."""
+
+    def __init__(self, start, follows):
+        super().__init__()
+        self.register_buffer("made", start)
+        self.follows = follows
+
+    def forward(self, h):
+        if self.made is None or self.made.shape != h.shape[1:]:
+            self.made = h.detach().mean(0) if self.follows else torch.arange(h.shape[1]) / 8
+        return h + self.made
+
+
+@pytest.mark.parametrize("start", [None, torch.zeros(1)])
+def test_a_buffer_that_the_first_forward_makes(start):
+    optimizer = first_step(chain(Lazy(start, follows=False)))
+    assert not optimizer.engine.check_pending
+    with pytest.raises(ValueError, match=r"the buffer middle\.made follows the records of a batch"):
+        first_step(chain(Lazy(start, follows=True)))
+
+
 class Memory(nn.Module):
     """Follows the records, in tensors that no walk over the model sees."""
 
