@@ -156,15 +156,19 @@ def test_tuning_is_added_to_what_was_published_which_counts_where_both_have_it(t
 
 def test_batch_and_bound_are_tuned_on_top_of_the_grid_for_questions_that_ask_for_it(base, tmp_path, monkeypatch):
     """At one ε, for all of them."""
-    preset = replace(TINY, seeds=(0,), then=({"batch_size": 4}, {"@C": 0.25}))
+    preset = replace(TINY, seeds=(0,), then=(({"batch_size": 4}, {"batch_size": 16}), ({"@C": 0.25},)))
     question = replace(QUESTION, arms={"la": ARMS["la"]}, then=True)
     base = base | {"rounds": 1, "max_grad_norm": 0.5}
     assert answer(1, question, preset, base, tmp_path, tune=True, epsilons=[1.0], say=quiet)
     path, (one, three) = tmp_path / "tuned.json", (f"la-lora, filtered, ε = {e}" for e in (1, 3))
     tuned = json.loads(path.read_text())
-    assert [t["with"] for t in tuned[three]["then"]] == list(preset.then) and "then" not in tuned[one]
+    found = tuned[three]["then"]
+    grid = {"with": {}, "loss": min(t["loss"] for t in tuned[three]["tried"])}
+    before = min([grid, *found[:2]], key=lambda t: t["loss"])["with"]  # the bound is tried with the best batch
+    assert [t["with"] for t in found] == [*preset.then[0], before | {"@C": 0.25}] and "then" not in tuned[one]
     lr, names = tuned[three]["settings"]["lr"], {p.parent.name for p in tmp_path.glob("runs/*/config.json")}
-    for settings, line in zip(({"batch_size": 4}, {"max_grad_norm": 0.25, "lr": 2 * lr}), tuned[three]["then"]):
+    last = {**before, "max_grad_norm": 0.25, "lr": 2 * lr}
+    for settings, line in zip((*preset.then[0], last), found):
         job = runs.Job("tuning", make_config(base | ARMS["la"] | {"lr": lr, "seed": 7} | settings))
         assert job.name in names and runs.result_of(job, tmp_path)["loss"] == line["loss"]
     assert "then batch size and C for each method at ε = 3," in (tmp_path / "question-1.md").read_text()
@@ -174,7 +178,7 @@ def test_batch_and_bound_are_tuned_on_top_of_the_grid_for_questions_that_ask_for
     path.write_text(json.dumps({one: tuned[one], three: {k: tuned[three][k] for k in ("settings", "tried", "seed")}}))
     answer(1, question, preset, base, tmp_path, tune=True, epsilons=[1.0], say=quiet)
     assert json.loads(path.read_text()) == tuned and not trained  # its runs are there: they are read
-    tuned[three]["then"][1]["loss"] = 0.0
+    tuned[three]["then"][1:] = [{"with": {"@C": 0.25}, "accuracy": 0.0, "loss": 0.0}]
     tuned[one]["settings"] = tuned[one]["tried"][0] | {"loss": 0.0}
     tuned[one]["tried"] = [tuned[one]["settings"]]
     path.write_text(json.dumps(tuned))
@@ -194,7 +198,7 @@ def test_a_table_tells_what_was_tuned_with_less(base, tmp_path):
     question = replace(QUESTION, arms={"la": ARMS["la"]}, then=True)
     tried = [{"lr": 0.25, "accuracy": 0.5, "loss": 1.0}]
     (tmp_path / "tuned.json").write_text(json.dumps({"la-lora, filtered, ε = 3": {"tried": tried}}))
-    preset, base = replace(TINY, seeds=(0,), then=({"batch_size": 4},)), base | {"rounds": 1}
+    preset, base = replace(TINY, seeds=(0,), then=(({"batch_size": 4},),)), base | {"rounds": 1}
     assert answer(1, question, preset, base, tmp_path, say=quiet)
     assert "Not yet tuned in batch size: la-lora, filtered, ε = 3." in (tmp_path / "question-1.md").read_text()
 

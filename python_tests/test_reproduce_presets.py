@@ -78,7 +78,7 @@ def test_every_arm_of_every_question_is_a_valid_run():
                 # an arm that the preset's own settings are already (r = 16 of the paper's) is that run, none other
                 assert len(set(others) - same) == len([name for name in others if name not in same])
             assert set(preset.tuning) <= {"lr", "max_grad_norm", "batch_size"}
-            assert {key for one in preset.then for key in one} <= {"batch_size", "@C"}
+            assert {key for step in preset.then for one in step for key in one} <= {"batch_size", "@C"}
     assert {key for key, _ in tuned_arms(QUESTIONS[1], [1.0, math.inf])} == {
         f"{arm}, ε = {epsilon}"
         for arm in ("dp-lora, plain", "ffa-lora, plain", "rolora, plain", "la-lora, filtered", "la-lora, plain")

@@ -217,27 +217,30 @@ def _tune(
     further, seed = question.then and bool(preset.then), preset.tuning_seed
     arms = dict(tuned_arms(question, dict.fromkeys([*epsilons, THEN_EPSILON] if further else epsilons)))
 
-    def run(plans: Mapping[str, list[runs.Job]], told: list[Settings]) -> dict[str, list[dict[str, Any]]]:
-        everything = [job for plan in plans.values() for job in plan]
-        for job in runs.train(everything, out, jobs, deadline):
+    def run(tries: Mapping[str, list[Settings]], on: Mapping[str, Settings]) -> dict[str, list[dict[str, Any]]]:
+        plans = {key: runs.tuning_jobs(arms[key], base | on[key], tries[key], seed) for key in tries}
+        for job in runs.train([job for plan in plans.values() for job in plan], out, jobs, deadline):
             c = job.config
             say(f"tuning at ε = {c.epsilon:g}: {c.method} lr {c.lr:g} C {c.max_grad_norm:g} batches of {c.batch_size}")
-        found = {key: runs.outcomes(plan, told, out) for key, plan in plans.items()}
-        return {key: tried for key, tried in found.items() if tried is not None}
+        found = {key: runs.outcomes(plan, out) for key, plan in plans.items()}
+        return {key: outcomes for key, outcomes in found.items() if outcomes is not None}
 
-    combinations = runs.combinations(preset.tuning)
-    grid = {key: runs.tuning_jobs(arm, base, combinations, seed) for key, arm in arms.items() if key not in tuned}
-    for key, tried in run(grid, combinations).items():
+    grid = {key: runs.combinations(preset.tuning) for key in arms if key not in tuned}
+    for key, outcomes in run(grid, dict.fromkeys(grid, {})).items():
+        tried = [settings | outcome for settings, outcome in zip(grid[key], outcomes)]
         tuned[key] = {"settings": runs.best(tried), "tried": tried, "seed": seed}
-    then = {
-        key: runs.tuning_jobs(arm, base | runs.best(tuned[key]["tried"]), preset.then, seed)
-        for key, arm in arms.items()
-        if further and key == then_key(key) and key in tuned and runs.THEN not in tuned[key]
-    }
-    for key, tried in run(then, [{runs.WITH: one} for one in preset.then]).items():
-        tuned[key] = tuned[key] | {runs.THEN: tried}
+    wanted = {key for key in arms if further and key == then_key(key) and runs.THEN not in tuned.get(key, {})}
+    then: dict[str, list[Settings]] = {key: [] for key in wanted & set(tuned)}
+    for step in preset.then:
+        more = {key: [runs.further(tuned[key], found) | one for one in step] for key, found in then.items()}
+        made = run(more, {key: runs.best(tuned[key]["tried"]) for key in more})
+        then = {
+            key: then[key] + [{runs.WITH: one} | outcome for one, outcome in zip(more[key], made[key])] for key in made
+        }
+    for key, found in then.items():
+        tuned[key] = tuned[key] | {runs.THEN: found}
     write_atomic(out / runs.TUNED, json.dumps(tuned, indent=2) + "\n")
-    return all(key in tuned for key in grid) and all(runs.THEN in tuned[key] for key in then)
+    return set(arms) <= set(tuned) and wanted <= set(then)
 
 
 def _cost(base: dict[str, Any], out: Path, deadline: float | None, say: Callable[[str], None]) -> bool:

@@ -29,7 +29,7 @@ class Preset:
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 100
     tuning: dict[str, tuple] = field(default_factory=dict)  # setting -> values, all combinations, for each arm and ε
-    then: tuple[Settings, ...] = ()  # each tried alone on top of the best of these at THEN_EPSILON, for every ε
+    then: tuple[tuple[Settings, ...], ...] = ()  # step by step: what is tried on top of the best so far at THEN_EPSILON
     public_head: bool = False  # the run starts from a head fitted on public records: start.py
 
 
@@ -46,7 +46,7 @@ PRESETS = {
         {"cifar100": {"model": "timm:vit_tiny_patch16_224"}},
         large={"image_size": 224, "rounds": 50, "physical_batch_size": 128},
         tuning={"lr": (5.0, 15.0, 45.0, 135.0), "max_grad_norm": (0.1,)},
-        then=({"batch_size": 64}, {"batch_size": 256}, {"@C": 1.0}), public_head=True,
+        then=(({"batch_size": 64}, {"batch_size": 256}), ({"@C": 1.0},)), public_head=True,
     ),
     "small-language": Preset(
         "MiniLM-L6 (its last two layers) on SST-2's phrases, cut at 24 tokens, 2 clients",
@@ -55,7 +55,7 @@ PRESETS = {
         {"sst2": {}},
         large={"max_length": 128, "rounds": 50, "batch_size": 256, "physical_batch_size": 128, "targets": "qv"},
         tuning={"lr": (0.01, 0.03, 0.1), "max_grad_norm": (3.0, 10.0)},
-        then=({"batch_size": 64}, {"batch_size": 256}), public_head=True,
+        then=(({"batch_size": 64}, {"batch_size": 256}),), public_head=True,
     ),
     "paper-vision": Preset(
         "Swin-T and Swin-B on CIFAR-100 and Tiny-ImageNet, as in arXiv 2602.19926: r = 16, 8 clients, 100 rounds",

@@ -255,10 +255,13 @@ def chosen(tuned: Mapping[str, Any], key: str, base: Settings, then: bool, by: s
     """Settings of a ``tuning_key``: the best of its grid and, with ``then``, what was better at ``THEN_EPSILON``."""
     settings = base | best(tuned[key]["tried"], by)
     one = tuned.get(then_key(key), {})
-    if not then or THEN not in one:
-        return settings
+    return arm_settings(settings, further(one, one[THEN]), {}) if then and THEN in one else settings
+
+
+def further(one: Mapping[str, Any], found: Iterable[Mapping[str, Any]]) -> Settings:
+    """What of ``found`` was better than the best of the grid, by loss; nothing where nothing was."""
     nothing = {WITH: {}, "accuracy": 0.0, "loss": min(map(_by_loss, one["tried"]))}
-    return arm_settings(settings, best([nothing, *one[THEN]])[WITH], {})
+    return best([nothing, *found])[WITH]
 
 
 def best(tried: Iterable[Mapping[str, Any]], by: str = "loss") -> Settings:
@@ -275,16 +278,12 @@ def _by_loss(one: Mapping[str, Any]) -> float:
     return math.inf if one["loss"] is None else one["loss"]
 
 
-def outcomes(jobs: list[Job], told: Iterable[Settings], out: Path) -> list[dict[str, Any]] | None:
-    """What is ``told`` of each job, with its accuracy and loss, for ``best``.
+def outcomes(jobs: list[Job], out: Path) -> list[dict[str, Any]] | None:
+    """Accuracy and loss of each job, for ``best``.
 
     None while a run is missing: an arm is tuned with its whole budget or not at all.
     """
     results = [result_of(job, out) for job in jobs]
     if any(result is None for result in results):
         return None
-    return [
-        {**settings, "accuracy": result["accuracy"], "loss": result["loss"]}
-        for settings, result in zip(told, results)
-        if result is not None
-    ]
+    return [{"accuracy": result["accuracy"], "loss": result["loss"]} for result in results if result is not None]
