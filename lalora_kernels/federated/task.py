@@ -137,15 +137,21 @@ def _base_digest(model: nn.Module) -> str:
 def refuse_unfit(task: Task, client: Client) -> None:
     """Fail before the first step, not in it: a model that no rule covers, or whose layers mix the records of a batch.
 
-    The checks of ``make_private``'s first step, on two test records, which are public. Raises ValueError as it does,
-    BadInput for test records that cannot show what mixes them.
+    The checks of ``make_private``'s first step, on two test records, which are public. Raises ValueError as it does and
+    for layers that have positions before records, which the clients' steps would not know of; BadInput for test records
+    that cannot show what mixes them.
     """
     classifier, config = task.classifier, task.config
     optimizer, _ = client.private_step(classifier, get_method(config.method), config, 1)
     optimizer.detach()
     inputs, _ = classifier.to_device(classifier.collate(_two_records(task)))
     args, named = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
-    check_inputs(classifier.model, args, named, 2)
+    found = check_inputs(classifier.model, args, named, 2)
+    if found is not None and found.sequence_first:
+        raise ValueError(
+            f"{', '.join(sorted(found.sequence_first))}: positions come before records there, which make_private in a "
+            f"loop of your own takes, and lalora train does not; name other layers in targets"
+        )
     if MASK in named:
         some = [task.data.test[i] for i in range(min(len(task.data.test), PADDED_ALIKE))]
         refuse_padding(classifier.model, (), classifier.to_device(classifier.collate(some))[0])

@@ -18,6 +18,7 @@ from lalora_kernels.quantized import dequantize_
 # Two evaluations of one gradient in different orders: float64, but for models that compute norms in float32 whatever
 # they are (Llama and its kin: 1e-7). What mixes records is off by its share of a record.
 RTOL = 1e-6
+NONE: frozenset[str] = frozenset()
 FLOOR = 1e-12  # of the whole gradient's norm: what is zero in exact numbers (an attention key's bias) is rounding here
 
 
@@ -122,8 +123,9 @@ def per_sample_gradients(
 
 
 def _per_sample_gradients(
-    model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], loss_reduction: str, backend: str | None
-) -> tuple[dict[str, Tensor], set[str]]:
+    model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], loss_reduction: str, backend: str | None,
+    sequence_first: frozenset[str] = NONE,
+) -> tuple[dict[str, Tensor], set[str]]:  # fmt: skip
     """The gradients, and the layers that were given one input for all records."""
     rows = _leaves(batch)[0].shape[0]
     engine = Engine(
@@ -139,6 +141,7 @@ def _per_sample_gradients(
         backend=backend,
     )
     try:
+        engine.turn(sequence_first)
         engine.begin(BatchInfo(rows=rows, valid=rows, first=True, last=True))
         loss(model, batch).backward()
         return {s.name: engine.grad_scale * _materialize(s, rows) for s in engine.active}, engine.expanded
@@ -205,6 +208,14 @@ def check_per_sample(
     are clean, the tensors whose gradient does (a loss that couples records, a wrong ``loss_reduction``, an axis that is
     not the batch). Source: the microbatch oracle of Opacus' GradSampleModule tests.
     """
+    compare(model, batch, loss, loss_reduction, factors, NONE)
+
+
+def compare(
+    model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], loss_reduction: str, factors: str,
+    sequence_first: frozenset[str],
+) -> None:  # fmt: skip
+    """``check_per_sample`` where these modules are known to have the batch along their second axis."""
     batch = tree_map(lambda t: _apart(t.double() if t.is_floating_point() else t), batch)
     leaves = _leaves(batch)
     if not leaves or not leaves[0].dim():
@@ -223,16 +234,18 @@ def check_per_sample(
         with Doubled():
             expected = single_sample_gradients(twin, batch, loss)
             # whatever backend is forced
-            found, expanded = _per_sample_gradients(twin, batch, loss, loss_reduction, "reference")
+            found, expanded = _per_sample_gradients(twin, batch, loss, loss_reduction, "reference", sequence_first)
     except (ValueError, RuntimeError):
-        _refuse_mixing(twin, batch, loss, rows)  # what fails is told by its cause, if that is it
+        if not sequence_first:  # where the first axis may be another, the first that differs is no culprit
+            _refuse_mixing(twin, batch, loss, rows)  # what fails is told by its cause, if that is it
         raise
     floor = FLOOR * torch.stack([e.norm() for e in expected.values()]).norm() + 1e-30
     wrong = [
         n for n in expected if (found[n] - expected[n]).norm() > RTOL * max(expected[n].norm(), found[n].norm()) + floor
     ]
     if wrong:
-        _refuse_mixing(twin, batch, loss, rows, wrong)
+        if not sequence_first:
+            _refuse_mixing(twin, batch, loss, rows, wrong)
         if once := sorted(e for e in expanded if any(n.startswith(f"{e}.") for n in wrong)):
             raise ValueError(ONE_FOR_ALL.format(", ".join(once)))
         names = ", ".join(wrong[:5]) + (" ..." if len(wrong) > 5 else "")

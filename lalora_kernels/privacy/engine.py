@@ -56,6 +56,7 @@ class Engine:
         self.strict, self.check_pending = bool(check), check is True  # pending: no batch had two records to compare yet
         self.padding: Any = None  # a PaddingCheck
         self._checked: set[bool] = set()  # in train mode, in eval mode
+        self._unchecked = False  # records were told apart in a batch before the check
         self.forwarded = False  # the model itself has seen this physical batch
         self.sites: list[Site] = []
         self.recorders: list[Recorder] = []
@@ -164,8 +165,9 @@ class Engine:
         if (self.check_pending or self._checked and model.training not in self._checked) and self.batch.valid >= 2:
             from lalora_kernels.privacy.first_batch import check_inputs  # it builds an Engine of its own
 
-            if (tied := check_inputs(model, args, kwargs, self.batch.rows)) is not None:
-                self.reduction.tied |= tied
+            if (found := check_inputs(model, args, kwargs, self.batch.rows)) is not None:
+                self.reduction.tied |= found.tied
+                self.turn(found.sequence_first)
                 self.check_pending = False
                 self._checked.add(model.training)
         if self.padding is not None and not self.graphing:
@@ -182,23 +184,16 @@ class Engine:
             )
         self.forwarded = True
 
-    def fold(self, t: Tensor, name: str, features: int = 1) -> Tensor:
-        """(k*N, ..., features) -> (N, T, features...): the rows of one record side by side (batch-major)."""
-        if self.batch is None:
+    def turn(self, sequence_first: frozenset[str]) -> None:
+        """These modules are given positions first and records second."""
+        if sequence_first and self._unchecked:
             raise RuntimeError(
-                f"backward through {name} outside a batch of the private loader; iterate the loader that make_private "
-                f"returned, and call optimizer.step() once for each batch"
+                f"{', '.join(sorted(sequence_first))}: positions come before records there, which the batches before "
+                f"this one, of records that are all alike, could not show; their gradients were taken apart wrongly"
             )
-        N = self.batch.rows
-        if features == 1 and t.dim() == 3 and t.shape[0] == N:
-            return t
-        if t.dim() <= features or t.shape[0] % N:
-            raise ValueError(
-                f"{name} saw {tuple(t.shape)}, which does not divide into the batch's {N} records along the first "
-                f"axis; the layer must be batch-major, or frozen (positions pass with a batch axis of 1)"
-            )
-        positions = t.numel() // max(N * t.shape[t.dim() - features :].numel(), 1)
-        return t.reshape(N, positions, *t.shape[t.dim() - features :])
+        for recorder in self.recorders:
+            if recorder.name in sequence_first:
+                recorder.batch_axis = 1
 
     # ---------------------------------------------------------------- workspace
 
@@ -326,6 +321,7 @@ class Engine:
                 "optimizer.step() without a new batch of the private loader, or called twice on one batch"
             )
         batch, sites = self.batch, self.active
+        self._unchecked |= self.check_pending and batch.valid >= 2
         if self.strict and not self.forwarded and any(s.marked for s in sites):
             raise RuntimeError(
                 "a backward was recorded, but the model that make_private was given was not called on this batch (its "

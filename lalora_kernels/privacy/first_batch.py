@@ -2,14 +2,14 @@
 
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lalora_kernels.adapted import Adapted
-from lalora_kernels.privacy.checks import RTOL, _apart, _cards, _double, _leaves, _watch, check_per_sample, tree_map
+from lalora_kernels.privacy.checks import RTOL, _apart, _cards, _double, _leaves, _watch, compare, tree_map
 from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.own_loss import tied, without_rows
 
@@ -24,13 +24,19 @@ DRAWS = 4  # of a model that draws at random: a permutation of four rows that mi
 Run = tuple[list[tuple[str, list[Tensor]]], bool]  # (module, its outputs) in order of execution; whether it drew
 
 
-def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> set[str] | None:
+class Found(NamedTuple):
+    """What the check of a first batch tells of a model that passes."""
+
+    tied: set[str]  # its own losses that tie records together (own_loss)
+    sequence_first: frozenset[str]  # trained modules that have positions along the first axis, records along the second
+
+
+def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> Found | None:
     """``check_per_sample`` of a forward's arguments, on two of their records; None where no two are finite and differ.
 
     What make_private runs at the first private step. The loss is a random projection of every output that has a row for
-    each record, so it shows what the model mixes, not what the user's criterion couples. Returns the names of the
-    model's own losses that tie records together (``own_loss``). Raises as check_per_sample; warns of adapters that the
-    two records never reached, which would train on noise alone.
+    each record, so it shows what the model mixes, not what the user's criterion couples. Raises as check_per_sample;
+    warns of adapters that the two records never reached, which would train on noise alone.
     """
     rowed = [t for t in _leaves((args, kwargs)) if t.dim() and t.shape[0] == rows]
     if not rowed:
@@ -61,9 +67,9 @@ def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> set[
             terms.append((t * direction).sum())
         return torch.stack(terms).sum()
 
-    losses = check_outputs(model, two)
-    check_per_sample(model, two, project, loss_reduction="sum")
-    return losses
+    found = check_outputs(model, two)
+    compare(model, two, project, "sum", "AB", found.sequence_first)
+    return found
 
 
 def _with_axes(output: Any) -> list[Tensor]:
@@ -84,7 +90,7 @@ def _two(rowed: list[Tensor]) -> Tensor | None:
     return None
 
 
-def check_outputs(model: nn.Module, two: tuple) -> set[str]:
+def check_outputs(model: nn.Module, two: tuple) -> Found:
     """Raise ValueError where a record's output or a buffer depends on another record, in float64 and the model's mode.
 
     ``two``: (args, kwargs) with two records along the first axis. The gradients of a projection that is the same for
@@ -92,8 +98,8 @@ def check_outputs(model: nn.Module, two: tuple) -> set[str]:
     what (a, a, a) does, and for b what (b, b, b) does, dropout drawn alike; also in each trained layer, where rows in
     another order would be taken for the others' even if they are put back behind it. A model that draws at random is
     asked again with other draws and (a, b, a, b): a permutation may change no row. A buffer that follows activations
-    (running statistics, a centre) would leave the training without noise, and so would a frozen tensor. Returns the
-    names of outputs without rows that are neither a mean nor a sum over records.
+    (running statistics, a centre) would leave the training without noise, and so would a frozen tensor. A trained layer
+    may have the records along its second axis instead, if it always has.
     """
     twin = _double(model)
     for (_, m), (_, t) in zip(model.named_modules(), twin.named_modules()):
@@ -147,39 +153,56 @@ def check_outputs(model: nn.Module, two: tuple) -> set[str]:
                 raise ValueError(f"the model's forward writes to {name}, which nothing clips or noises; keep it fixed")
         after.clear()
 
-    trained = {
-        n
+    axes: dict[str, set[int]] = {
+        n: set()
         for n, m in twin.named_modules()
         if isinstance(m, Adapted) or any(p.requires_grad for p in m.parameters(recurse=False))
     }
     handles = _watch(twin, calls)
     try:
-        run(None, *ORDER)  # what a model sets up at its first forward (BigBird its attention) may draw, too
-        draws = DRAWS if _compare(run, settled, trained, None, ORDER) else 0
+        shapes = _shapes(run(None, *ORDER))  # what is set up at the first forward (BigBird's attention) may draw, too
+        draws = DRAWS if _compare(run, settled, axes, None, ORDER) else 0
         for seed in range(draws):
-            _compare(run, settled, trained, seed, DRAWN_ORDER)
+            _compare(run, settled, axes, seed, DRAWN_ORDER)
+        equal = {name for name, s in shapes if not axes.get(name, {0}) and len(s) > 2 and s[1] == len(ORDER)}
+        if equal:  # the same for both records (Longformer's first token): a record more tells their axis
+            for (name, s), other in zip(shapes, _shapes(run(None, *DRAWN_ORDER))):
+                if name in equal:
+                    axes[name].add(int(other == (name, (s[0], len(DRAWN_ORDER), *s[2:]))))
     finally:
         for h in handles:
             h.remove()
     seeds = range(2 if draws else 1) if rowless else ()
-    return {name for seed in seeds for name in tied(lambda *order, s=seed: forward(s, *order)[0])}
+    losses = {name for seed in seeds for name in tied(lambda *order, s=seed: forward(s, *order)[0])}
+    return Found(losses, frozenset(name for name, found in axes.items() if found == {1}))
 
 
 def _compare(
-    run: Callable[..., Run], settled: Callable[[], None], trained: set[str], seed: int | None, order: tuple[int, ...]
-) -> bool:
-    """Raise ValueError where a record's output depends on the other one. Returns whether the model draws at random."""
+    run: Callable[..., Run], settled: Callable[[], None], axes: dict[str, set[int]], seed: int | None,
+    order: tuple[int, ...],
+) -> bool:  # fmt: skip
+    """Raise ValueError where a record's output depends on the other one. Returns whether the model draws at random.
+
+    To ``axes`` of each trained module is added along which one its outputs have the records, where they tell.
+    """
     together, drawn = run(seed, *order)
     alone = [run(seed, *(i for _ in order))[0] for i in (0, 1)]
     settled()
-    differ = [
-        any(k < len(alone[r]) and not _same(outputs, alone[r][k][1], i, len(order)) for i, r in enumerate(order))
-        for k, (_, outputs) in enumerate(together)
-    ]
+    rows = len(order)
+
+    def alike(k: int, axis: int) -> bool | None:
+        found = [_same(together[k][1], alone[r][k][1], i, rows, axis) for i, r in enumerate(order) if k < len(alone[r])]
+        return False if False in found else (True if True in found else None)
+
     same_path = all([name for name, _ in together] == [name for name, _ in one] for one in alone)
-    last = any(not _same(together[-1][1], alone[r][-1][1], i, len(order)) for i, r in enumerate(order))
+    last = any(_same(together[-1][1], alone[r][-1][1], i, rows) is False for i, r in enumerate(order))
     for k, (name, _) in enumerate(together):
-        if differ[k] and (last or same_path and name in trained):
+        apart, ours = alike(k, 0) is not False, same_path and name in axes
+        if ours and not last and not _equal(alone[0][k][1], alone[1][k][1]):
+            turned = not alike(k, 0) and alike(k, 1) is True
+            axes[name].add(int(turned))
+            apart = (apart or turned) and len(axes[name]) == 1
+        if not apart and (last or ours):
             raise ValueError(
                 f"{name or 'the model'}: the output for one record depends on the other records of the batch, or its "
                 f"first axis is not the batch; per-sample clipping cannot bound such a layer. Replace it, keep it in "
@@ -188,14 +211,28 @@ def _compare(
     return drawn
 
 
-def _same(whole: list[Tensor], other: list[Tensor], i: int, rows: int) -> bool:
-    """Whether the outputs agree in row i of so many, where they have as many."""
+def _shapes(run: Run) -> list[tuple[str, tuple[int, ...]]]:
+    """(module, its first output's shape) in order of execution."""
+    return [(name, tuple(outputs[0].shape) if outputs else ()) for name, outputs in run[0]]
+
+
+def _same(whole: list[Tensor], other: list[Tensor], i: int, rows: int, axis: int = 0) -> bool | None:
+    """Whether the outputs agree in row i of so many along the axis; None where none has as many."""
+    found = None
     for a, b in zip(whole, other):
-        if a.dim() and a.shape == b.shape and a.shape[0] % rows == 0:
-            x, y = a.chunk(rows)[i], b.chunk(rows)[i]
-            if not torch.allclose(x, y, rtol=RTOL, atol=1e-10, equal_nan=True):
+        if a.dim() > 2 * axis and a.shape == b.shape and (a.shape[1] == rows if axis else a.shape[0] % rows == 0):
+            found = True
+            if not _close(a.chunk(rows, axis)[i], b.chunk(rows, axis)[i]):
                 return False
-    return True
+    return found
+
+
+def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(a.shape == b.shape and _close(a, b) for a, b in zip(some, others))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=RTOL, atol=1e-10, equal_nan=True)
 
 
 class _Drawn:

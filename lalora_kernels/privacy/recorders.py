@@ -101,6 +101,7 @@ class Recorder:
 
     module: nn.Module
     pairs: list[tuple[Tensor, Tensor]]  # what a deferred weight's gradient is made of, where there is one
+    batch_axis = 0  # 1 where the first batch's check found positions first: (T, N, ...)
 
     def __init__(self, engine: Engine, name: str, sites: dict[str, Site]):
         self.engine, self.name, self.sites = engine, name, sites
@@ -121,11 +122,37 @@ class Recorder:
         """x with a row for each record where it came with one for all (position embeddings of batch 1)."""
         if torch.compiler.is_compiling():  # one graph for every batch size; fold refuses what does not divide
             return x
-        batch = self.engine.batch
-        if batch is None or batch.rows == 1 or x.dim() < 2 or x.shape[0] != 1 or not torch.is_grad_enabled():
+        batch, axis = self.engine.batch, self.batch_axis
+        if batch is None or batch.rows == 1 or x.dim() < 2 or x.shape[axis] != 1 or not torch.is_grad_enabled():
             return x
         self.engine.expanded.add(self.name)
-        return x.expand(batch.rows, *x.shape[1:])
+        return x.expand(*x.shape[:axis], batch.rows, *x.shape[axis + 1 :])
+
+    def fold(self, t: Tensor, features: int = 1, axis: int | None = None) -> Tensor:
+        """(k*N, ..., features) -> (N, T, features...), one record's rows side by side; of (T, N, ..., features) where
+        the batch is the second axis (``axis`` 1; default: where the first batch's check found it)."""
+        if self.engine.batch is None:
+            raise RuntimeError(
+                f"backward through {self.name} outside a batch of the private loader; iterate the loader that "
+                f"make_private returned, and call optimizer.step() once for each batch"
+            )
+        N = self.engine.batch.rows
+        if (self.batch_axis if axis is None else axis) == 1:
+            if t.dim() - features < 2 or t.shape[1] != N:
+                raise ValueError(
+                    f"{self.name} saw {tuple(t.shape)}, where the first batch had its records along the second axis; "
+                    f"the batch has {N} of them"
+                )
+            t = t.transpose(0, 1)
+        if features == 1 and t.dim() == 3 and t.shape[0] == N:
+            return t
+        if t.dim() <= features or t.shape[0] % N:
+            raise ValueError(
+                f"{self.name} saw {tuple(t.shape)}, which does not divide into the batch's {N} records along the first "
+                f"axis; the layer must be batch-major, or frozen (positions pass with a batch axis of 1)"
+            )
+        positions = t.numel() // max(N * t.shape[t.dim() - features :].numel(), 1)
+        return t.reshape(N, positions, *t.shape[t.dim() - features :])
 
     def reset(self) -> None:
         """A physical batch begins or is done."""
@@ -178,12 +205,12 @@ class LoRARecorder(Recorder):
     ) -> Tensor | None:
         """Per-sample gradients of the active factors from dy (..., m), h (..., r), x (..., n); returns dz (..., r)."""
         e = self.engine
-        dy3 = e.fold(dy, self.name)
+        dy3 = self.fold(dy)
         assert e.batch is not None  # or fold has refused
         rows = self.layer.trained_rows
         dyB = dy3 if rows is None else dy3 * rows.t().to(dy3.dtype)  # B's other rows are zero, so dz is the same
-        h3 = None if h is None else e.fold(h, self.name)
-        x3 = None if x is None else e.fold(x, self.name)
+        h3 = None if h is None else self.fold(h)
+        x3 = None if x is None else self.fold(x)
         a, b = self.active("lora_A") if x is not None else None, self.active("lora_B") if h is not None else None
         if need_bias:
             for role, scale in (("bias", 1.0), ("lora_bias", scaling)):
@@ -238,7 +265,11 @@ class LoRARecorder(Recorder):
                 assert sq is not None  # what was asked for
                 site.sq = sq
                 e.mark(site)
-        return dz if dz is None or dy3 is dy else dz.view(*dy.shape[:-1], dz.shape[-1])
+        if dz is None or dy3 is dy:
+            return dz
+        if self.batch_axis == 1:  # (N, T, ..., r) -> (T, N, ..., r)
+            return dz.view(dy.shape[1], dy.shape[0], *dy.shape[2:-1], -1).transpose(0, 1)
+        return dz.view(*dy.shape[:-1], dz.shape[-1])
 
     def record_embedding(self, dy: Tensor, B: Tensor, scaling: float, h: Tensor | None, ids: Tensor) -> None:
         """An adapted table's: dy (..., m), h (..., r), ids (...). A (r,V) is deferred: few of V tokens are named."""
@@ -251,7 +282,7 @@ class LoRARecorder(Recorder):
         if a is not None:
             assert dz is not None  # asked for
             e.mark(a)
-            self.pairs.append((e.fold(dz, self.name).to(e.dtype), e.fold(ids, self.name, 0)))
+            self.pairs.append((self.fold(dz).to(e.dtype), self.fold(ids, 0)))
 
     def _token_sums(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._sums is None:

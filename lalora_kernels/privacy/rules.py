@@ -214,17 +214,19 @@ class ExtraRecorder(Recorder):
     def record(self, dy: Tensor, x: Tensor | None) -> None:
         """A full weight and its bias: dy (rows, ..., m), x (rows, ..., n) or ids (rows, ...)."""
         dtype = self.engine.dtype
-        dy = self.engine.fold(dy, self.name)
+        dy = self.fold(dy)
         if (bias := self.active("bias")) is not None:
             self.engine.add(bias, dy.sum(1, dtype=dtype))
         if (weight := self.active("weight")) is not None:
             self.engine.mark(weight)
             assert x is not None  # kept where the weight trains
-            x = self.engine.fold(x, self.name, 0 if self.ids else 1)
+            x = self.fold(x, 0 if self.ids else 1)
             self.pairs.append((dy.to(dtype), x if self.ids else x.to(dtype)))
 
     def record_scale(self, dy: Tensor, normalized: Tensor | None, axis: int) -> None:
         """A scale and a shift that stand along ``axis``: 1, or the last -axis axes. dy, normalized (rows, ...)."""
+        if self.batch_axis == 1:
+            dy, normalized = dy.transpose(0, 1), None if normalized is None else normalized.transpose(0, 1)
         reduce = list(range(2, dy.dim())) if axis == 1 else list(range(1, dy.dim() + axis))
         for key, of in (("weight", normalized), ("bias", dy)):
             if (site := self.active(key)) is not None:
@@ -233,7 +235,7 @@ class ExtraRecorder(Recorder):
                     assert of is not None  # kept where the scale trains
                     G = G * of
                 G = G.sum(reduce) if reduce else G
-                self.engine.add(site, self.engine.fold(G, self.name, site.param.dim()).sum(1))
+                self.engine.add(site, self.fold(G, site.param.dim(), axis=0).sum(1))
 
     def _inputs(self) -> tuple[Tensor, Tensor]:
         """All calls of this backward side by side along the position axis: dy (N,T,m), x (N,T,n) or ids (N,T)."""
