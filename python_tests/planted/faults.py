@@ -211,7 +211,7 @@ FAULTS = (
     ),
     _fault(
         "windows of several records taken for one record",
-        ENGINE,
+        RECORDERS,
         "return t.reshape(N, positions,",
         "return (t if t.shape[0] == N else t.unflatten(0, (-1, N)).transpose(0, 1)).reshape(N, positions,",
         "per_sample",

@@ -151,9 +151,37 @@ LAYERS = (
     fault(
         "rows that are sorted for a trained layer let through where two were in order",
         FIRST_BATCH,
-        "(last or same_path and name in trained)",
+        "(last or ours)",
         "last",
         "first_batch",
+    ),
+    fault(
+        "positions taken for records in a layer that is given them first",
+        RECORDERS,
+        "            t = t.transpose(0, 1)\n",
+        "            t = t.reshape(t.shape[1], t.shape[0], *t.shape[2:])\n",
+        "sequence_first",
+    ),
+    fault(
+        "batches before the check could find positions first are forgotten",
+        ENGINE,
+        "        self._unchecked |= self.check_pending and batch.valid >= 2\n",
+        "",
+        "sequence_first",
+    ),
+    fault(
+        "clients that check nothing train layers that are given positions first",
+        "lalora_kernels/federated/task.py",
+        "    if found is not None and found.sequence_first:\n",
+        "    if False:\n",
+        "sequence_first",
+    ),
+    fault(
+        "a state that the model writes to is lost on a copy in float64",
+        "lalora_kernels/privacy/doubled.py",
+        "made = _lower(out) and not any(map(_lower, (*args, *named.values())))",
+        "made = _lower(out)",
+        "doubled",
     ),
     fault(
         "the check of one mode taken for the other's",
