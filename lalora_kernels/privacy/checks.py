@@ -18,8 +18,8 @@ from lalora_kernels.quantized import dequantize_
 # Two evaluations of one gradient in different orders: float64, but for models that compute norms in float32 whatever
 # they are (Llama and its kin: 1e-7). What mixes records is off by its share of a record.
 RTOL = 1e-6
-NONE: frozenset[str] = frozenset()
 FLOOR = 1e-12  # of the whole gradient's norm: what is zero in exact numbers (an attention key's bias) is rounding here
+NONE: frozenset[str] = frozenset()
 
 
 def tree_map(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
