@@ -136,6 +136,22 @@ def test_positions_for_all_records(T):
     assert {r.name for r in optimizer.engine.recorders if r.batch_axis} == {"embed", "first", "norm", "rms", "mix"}
 
 
+class NowAndThen(Turned):
+    """``later`` runs in no batch at first: Longformer's global attention where no record asks for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.later, self.asked = LoRALinear(8, 8, r=2).double(), False
+
+    def middle(self, h):
+        return self.later(h) if self.asked else h
+
+
+def test_a_layer_that_did_not_run_is_refused_where_others_have_positions_first():
+    with pytest.raises(ValueError, match="^later: did not run in the first batch, .* name it in exclude_modules"):
+        step(NowAndThen(), records())
+
+
 class Mixing(Turned):
     def middle(self, h):
         return h + h.mean(1, keepdim=True)

@@ -167,7 +167,7 @@ class Engine:
 
             if (found := check_inputs(model, args, kwargs, self.batch.rows)) is not None:
                 self.reduction.tied |= found.tied
-                self.turn(found.sequence_first)
+                self.turn(found.sequence_first, found.idle)
                 self.check_pending = False
                 self._checked.add(model.training)
         if self.padding is not None and not self.graphing:
@@ -184,8 +184,14 @@ class Engine:
             )
         self.forwarded = True
 
-    def turn(self, sequence_first: frozenset[str]) -> None:
-        """These modules are given positions first and records second."""
+    def turn(self, sequence_first: frozenset[str], idle: frozenset[str] = frozenset()) -> None:
+        """These modules are given positions first and records second; of ``idle`` ones beside them nothing is known."""
+        if sequence_first and (unknown := sorted(r.name for r in self.recorders if r.name in idle)):
+            raise ValueError(
+                f"{', '.join(unknown)}: did not run in the first batch, and other layers of this model are given "
+                f"positions first, so nothing shows along which axis its records would be; name it in exclude_modules, "
+                f"or have it run in every batch"
+            )
         if sequence_first and self._unchecked:
             raise RuntimeError(
                 f"{', '.join(sorted(sequence_first))}: positions come before records there, which the batches before "

@@ -29,6 +29,7 @@ class Found(NamedTuple):
 
     tied: set[str]  # its own losses that tie records together (own_loss)
     sequence_first: frozenset[str]  # trained modules that have positions along the first axis, records along the second
+    idle: frozenset[str]  # trained modules that did not run
 
 
 def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> Found | None:
@@ -174,7 +175,8 @@ def check_outputs(model: nn.Module, two: tuple) -> Found:
             h.remove()
     seeds = range(2 if draws else 1) if rowless else ()
     losses = {name for seed in seeds for name in tied(lambda *order, s=seed: forward(s, *order)[0])}
-    return Found(losses, frozenset(name for name, found in axes.items() if found == {1}))
+    idle = frozenset(name for name, found in axes.items() if not found) - {name for name, _ in shapes}
+    return Found(losses, frozenset(name for name, found in axes.items() if found == {1}), idle)
 
 
 def _compare(
