@@ -124,6 +124,18 @@ def test_flora_folds_the_stacked_product_and_starts_adapters_anew():
     assert not torch.equal(further("flora", number=2)[0].state["l.lora_A"], A)
 
 
+def test_flora_draws_a_as_a_new_adapter_has_it_and_folds_a_model_that_is_one_layer():
+    """PEFT's start: kaiming_uniform_(a=√5), which is uniform within ±1/√n."""
+    A, B = torch.ones(8, 625), torch.ones(3, 8)
+    moved = get_method("flora").finish({"lora_A": A, "lora_B": B, "weight": torch.zeros(3, 625)},
+                                       [{"lora_A": A, "lora_B": B}], [1.0], 1.0, 1)  # fmt: skip
+    assert torch.equal(moved["weight"], torch.full((3, 625), 8.0))
+    drawn = moved["lora_A"].double() * math.sqrt(625)
+    assert -1 <= drawn.min() < -0.99 and 0.99 < drawn.max() <= 1
+    assert abs(drawn.mean()) < 5 / math.sqrt(3 * drawn.numel())  # five standard errors
+    assert abs(drawn.square().mean() - 1 / 3) < 5 * math.sqrt(4 / 45 / drawn.numel())
+
+
 def test_fedsvd_keeps_the_product_and_makes_the_rows_of_a_orthonormal():
     server, sent = further("fedsvd")
     assert all(set(update) == {"l.lora_B", "head.bias"} for update in sent)
