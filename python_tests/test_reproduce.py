@@ -69,6 +69,15 @@ def test_a_tiny_grid_is_tuned_trained_and_reported_and_nothing_is_done_twice(bas
     assert "same budget on seed 7" in text and "<svg" in (tmp_path / "question-1.svg").read_text()
     monkeypatch.setattr(Run, "train", lambda *a: pytest.fail("a complete run was trained again"))
     assert answer(1, QUESTION, TINY, base, tmp_path, tune=True, say=quiet)
+    shown = []
+    assert answer(1, QUESTION, TINY, base, tmp_path, tune=True, against="dp", say=shown.append)
+    assert (tmp_path / "question-1.md").read_text() == text  # the question's own table stays
+    assert (tmp_path / "question-1-against-dp.md").read_text() == shown[-1]
+    mine, theirs = ([r["accuracy"] for r in found if r["arm"] == arm] for arm in ("la", "dp"))
+    assert f"| la | {100 * np.mean(mine):.1f} ± " in shown[-1] and "| − dp, ε = 3 |" in shown[-1]
+    assert f"| {100 * np.mean(np.subtract(mine, theirs)):+.1f} [" in shown[-1]
+    with pytest.raises(BadInput, match="no arm 'ffa' in this question; there are dp, la"):
+        answer(1, QUESTION, TINY, base, tmp_path, against="ffa", say=quiet)
 
 
 def test_results_are_published_and_put_into_a_page(base, tmp_path, monkeypatch, capsys):
@@ -86,6 +95,12 @@ def test_results_are_published_and_put_into_a_page(base, tmp_path, monkeypatch, 
     text = page.read_text()
     assert text.startswith("above\n<!-- evidence-tiny-1:begin -->\n\n" + table.strip())
     assert text.endswith("\n\n<!-- evidence-tiny-1:end -->\nbelow\n") and "old" not in text
+    page.write_text("<!-- evidence-tiny-1-against-la-lora:begin -->\n<!-- evidence-tiny-1-against-la-lora:end -->\n")
+    assert main([*command, "--against", "la-lora"]) == 0
+    assert (tmp_path / "results" / "tiny-question-1-against-la-lora.md").read_text() == made
+    assert (tmp_path / "results" / "tiny-question-1.md").read_text() == made and table.strip() in page.read_text()
+    assert main("reproduce tiny --question 6 --against la-lora".split()) == 2
+    assert "question 6 has costs" in capsys.readouterr().err
 
 
 def test_what_was_published_is_not_run_again_anywhere(base, tmp_path, monkeypatch, capsys):

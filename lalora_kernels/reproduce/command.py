@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -50,6 +51,7 @@ def add_reproduce(commands: Any) -> None:
     parser.add_argument("--epsilons", type=float, nargs="+", metavar="E", help="(default: the question's)")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms of the question (default: all)")
     parser.add_argument("--further", action="store_true", help="question 1: also FedSVD, FedEx-LoRA, FLoRA, FedSA-LoRA")
+    parser.add_argument("--against", metavar="ARM", help="one more table, of the differences from this arm")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="(default: runs/reproduce/PRESET-TASK-SCALE)")
     parser.add_argument(
         "--publish", type=Path, metavar="FOLDER",
@@ -72,6 +74,8 @@ def reproduce(args: argparse.Namespace, say: Callable[[str], None] = print) -> b
         raise BadInput(f"--task is one of {', '.join(preset.tasks)}; got {task!r}")
     if args.grid_alone and (args.by != "loss" or args.question == COST or not QUESTIONS[args.question].then):
         raise BadInput("--grid-alone is what all but question 1 by loss do anyway; leave it out")
+    if args.against is not None and args.question == COST:
+        raise BadInput(f"--against is for accuracies, and question {COST} has costs; leave it out")
     base = base_settings(args.preset, task, args.scale, args.data)
     out = args.out or Path("runs") / "reproduce" / f"{args.preset}-{task}-{args.scale}"
     name = args.preset + f"-{task}" * (task != next(iter(preset.tasks))) + f"-{args.scale}" * (args.scale != "small")
@@ -88,9 +92,11 @@ def reproduce(args: argparse.Namespace, say: Callable[[str], None] = print) -> b
         known = None if args.publish is None else (args.publish, name)
         done = answer(
             args.question, question, preset, base, out, arms=args.arms, seeds=args.seeds, epsilons=args.epsilons,
-            tune=args.tune, jobs=args.jobs, deadline=deadline, by=args.by, alone=args.grid_alone, known=known, say=say,
+            tune=args.tune, jobs=args.jobs, deadline=deadline, by=args.by, alone=args.grid_alone,
+            against=args.against, known=known, say=say,
         )  # fmt: skip
-    _publish(out, _name(args.question, args.by, args.grid_alone), name, args.publish, args.into)
+    title = _name(args.question, args.by, args.grid_alone)
+    _publish(out, title, name, args.publish, args.into, title + _compared(args.against))
     return done
 
 
@@ -98,13 +104,19 @@ def _name(question: int, by: str, alone: bool) -> str:
     return f"question-{question}" + "-grid-alone" * alone + f"-by-{by}" * (by != "loss")
 
 
-def _publish(out: Path, question: str, name: str, folder: Path | None, page: Path | None) -> None:
+def _compared(against: str | None) -> str:
+    return "" if against is None else "-against-" + re.sub(r"[^\w.]+", "-", against).strip("-")
+
+
+def _publish(out: Path, question: str, name: str, folder: Path | None, page: Path | None, table: str = "") -> None:
     """Copy what ``answer`` wrote to ``folder``, whose results of other arms and seeds stay, as does its tuning; put its
-    table, without the heading, into ``page``."""
+    table (of this name, if it is another), without the heading, into ``page``."""
     from lalora_kernels.reproduce.runs import TUNED, merged_lines, read_tuned
     from lalora_kernels.table import put_into
 
-    made = {f"{name}-{question}{end}": out / f"{question}{end}" for end in (".md", ".svg", ".jsonl")}
+    table = table or question
+    files = dict.fromkeys((f"{question}.md", f"{question}.svg", f"{question}.jsonl", f"{table}.md"))
+    made = {f"{name}-{file}": out / file for file in files}
     if folder is not None:
         for target, path in made.items():
             if path.exists():
@@ -114,10 +126,9 @@ def _publish(out: Path, question: str, name: str, folder: Path | None, page: Pat
         if (out / TUNED).exists():
             published = folder / f"{name}-{TUNED}"
             write_atomic(published, json.dumps(read_tuned(published, out / TUNED), indent=2) + "\n")
-    table = out / f"{question}.md"
-    if page is not None and table.exists():
-        text = table.read_text(encoding="utf-8").partition("\n")[2]
-        put_into(page, text, f"evidence-{name}-{question.removeprefix('question-')}")
+    if page is not None and (out / f"{table}.md").exists():
+        text = (out / f"{table}.md").read_text(encoding="utf-8").partition("\n")[2]
+        put_into(page, text, f"evidence-{name}-{table.removeprefix('question-')}")
 
 
 def _whole(question: Question, further: bool) -> Question:
@@ -129,13 +140,14 @@ def answer(
     number: int, question: Question, preset: Preset, base: Mapping[str, Any], out: Path, *,
     arms: list[str] | None = None, seeds: list[int] | None = None, epsilons: list[float] | None = None,
     tune: bool = False, jobs: int = 1, deadline: float | None = None, by: str = "loss", alone: bool = False,
-    known: tuple[Path, str] | None = None, say: Callable[[str], None] = print,
+    against: str | None = None, known: tuple[Path, str] | None = None, say: Callable[[str], None] = print,
 ) -> bool:  # fmt: skip
     """Tune where asked, train what is missing, write question-N.jsonl, .md and .svg into ``out``; whether all that was
     asked for is there. ``arms``, ``seeds`` and ``epsilons`` choose what is trained (default: the whole question, and
     with some arms what they are compared with); the table has all that is there of these and of the preset's own.
-    ``alone``: with what is best in the grid. ``known``: a folder, and the name that a preset was published under, whose
-    results and tuning count as done.
+    ``alone``: with what is best in the grid. ``against``: beside the question's own table one more, of the same runs'
+    differences from this arm. ``known``: a folder, and the name that a preset was published under, whose results and
+    tuning count as done.
 
     Raises BadInput for an arm that is not the question's, and where the tuning seed is among ``seeds``: what was tuned
     on is never reported.
@@ -145,13 +157,14 @@ def answer(
     seeds = list(preset.seeds) if seeds is None else seeds
     if preset.tuning_seed in seeds:
         raise BadInput(f"seed {preset.tuning_seed} is what the settings are tuned on, and is not reported")
-    if strange := [arm for arm in arms or () if arm not in question.arms]:
+    compared = [question.against] if against is None else [question.against, against]
+    if strange := [arm for arm in (*(arms or ()), *compared) if arm not in question.arms]:
         raise BadInput(f"no arm {strange[0]!r} in this question; there are {', '.join(question.arms)}")
     # by accuracy, the highest of some draws more would be luck
     question = replace(question, then=question.then and not alone and by == "loss")
     own = list(preset.epsilons if question.epsilons is None else question.epsilons)
     epsilons = own if epsilons is None else epsilons
-    have = {a: s for a, s in question.arms.items() if arms is None or a in arms or a == question.against}
+    have = {a: s for a, s in question.arms.items() if arms is None or a in (*arms, *compared)}
     there = runs.NOTHING if known is None else runs.read_known(*known)
     published = [] if known is None else [known[0] / f"{known[1]}-{runs.TUNED}"]
     asked = replace(question, arms=have)
@@ -175,12 +188,12 @@ def answer(
     runs.save_lines(results, out / f"{name}.jsonl")
     used = [tuning_key(question.arms[r["arm"]], float(r["epsilon"])) for r in results]
     note = _note(preset, question.then, by, tuned, list(dict.fromkeys(used)))
-    text = tables.markdown(question.title, results, list(question.arms), question.against, note)
-    if question.measure:
-        text += "\n" + tables.measures(results)
+    more = "\n" + tables.measures(results) if question.measure else ""
     if len(results) < len(shown):
-        text += f"\nIncomplete: {len(results)} of {len(shown)} runs.\n"
-    write_atomic(out / f"{name}.md", text)
+        more += f"\nIncomplete: {len(results)} of {len(shown)} runs.\n"
+    for arm, end in zip(compared, ("", _compared(against))):
+        text = tables.markdown(question.title, results, list(question.arms), arm, note) + more
+        write_atomic(out / f"{name}{end}.md", text)
     if results:
         tables.figure(question.title, results, list(question.arms), out / f"{name}.svg")
     say(text)
