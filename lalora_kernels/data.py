@@ -141,7 +141,9 @@ def load_data(
     if name == "digits":
         return _public(name, *_digits())
     if name.startswith("hf:"):
-        return _hub(name, text_column, label_column)
+        from lalora_kernels.data_hub import load_hub
+
+        return load_hub(name, text_column, label_column)
     if name.endswith(".npz"):
         return _npz(Path(name))
     if _is_table(name):
@@ -195,10 +197,6 @@ def _npz(path: Path) -> Data:
         return _task(str(path), "image", *_set_aside(records), classes, set_aside=True)
     train = _images(arrays["x_train"], arrays["y_train"], f"{path}: x_train")
     test = _images(arrays["x_test"], arrays["y_test"], f"{path}: x_test")
-    assert isinstance(train.inputs, Tensor) and isinstance(test.inputs, Tensor)
-    if train.inputs.shape[1:] != test.inputs.shape[1:]:
-        shapes = f"{tuple(train.inputs.shape[1:])} and {tuple(test.inputs.shape[1:])}"
-        raise BadInput(f"{path}: training and test images differ in shape, {shapes}")
     return _task(str(path), "image", train, test, classes)
 
 
@@ -303,41 +301,6 @@ def _by_value(label: str) -> tuple[int, int, str]:
         return 1, 0, label
 
 
-def _hub(name: str, text_column: str | None, label_column: str | None) -> Data:
-    datasets = need("datasets")
-    path, _, config = name.removeprefix("hf:").partition(":")
-    try:
-        splits = datasets.load_dataset(path, config or None)
-    except Exception as error:  # the hub's client raises many kinds: no network, no such name, needs a config
-        raise BadInput(f"{name}: could not be loaded from the hub ({type(error).__name__}: {error})") from error
-    if "train" not in splits:
-        raise BadInput(f"{name}: has no split 'train', only {', '.join(splits)}")
-    columns = splits["train"].column_names
-    label = columns[_column(name, columns, label_column, (*LABEL_COLUMNS, "fine_label"), "label", None)]
-    features = splits["train"].features
-    picture = next((c for c in columns if type(features[c]).__name__ == "Image"), None)
-    text = [] if picture else _text_columns(name, columns, text_column, columns.index(label))
-    classes = list(getattr(features[label], "names", None) or [])
-
-    def records(split: Any) -> Records:
-        labels = np.asarray(split[label])
-        if picture is None:
-            texts = _join([[str(t) for t in split[columns[i]]] for i in text])
-            return Records(texts, _labels(labels, len(split), name))
-        mode = "L" if split[0][picture].mode in ("1", "L") else "RGB"
-        images = [np.asarray(row[picture].convert(mode)) for row in split]
-        if len(shapes := {i.shape for i in images}) > 1:
-            raise BadInput(f"{name}: images come in {len(shapes)} shapes; resize them to one and save a .npz")
-        return _images(np.stack(images), labels, name)
-
-    train = records(splits["train"])
-    # a "test" split without labels (GLUE writes -1) is of no use for measuring
-    for split in ("test", "validation", "validation_matched"):
-        if split in splits and min(splits[split][label]) >= 0:
-            return _task(name, "text" if picture is None else "image", train, records(splits[split]), classes)
-    return _task(name, "text" if picture is None else "image", *_set_aside(train), classes, set_aside=True)
-
-
 # ---------------------------------------------------------------- checks and splits
 
 
@@ -411,4 +374,7 @@ def _task(name: str, kind: str, train: Records, test: Records, classes: list[str
         raise BadInput(f"{name}: one class only; there is nothing to learn")
     if not len(test) or not len(train):
         raise BadInput(f"{name}: too few records to set a fifth aside; bring a test split")
+    shapes = [tuple(x.shape[1:]) for x in (train.inputs, test.inputs) if isinstance(x, Tensor)]
+    if len(set(shapes)) > 1:
+        raise BadInput(f"{name}: training and test images differ in shape, {shapes[0]} and {shapes[1]}")
     return Data(name, kind, train, test, classes, set_aside)

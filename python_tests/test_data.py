@@ -18,7 +18,6 @@ from lalora_kernels.data import BadInput, Data, Records, load_data, text_lengths
 from lalora_kernels.federated.lifetime import record_hashes
 from lalora_kernels.models import ImageBatch, TextBatch, load_model
 from lalora_kernels.partition import partition_dirichlet, partition_iid
-from lalora_kernels.reproduce.presets import PRESETS
 
 
 def test_mnist_is_split_once_and_for_all_and_evenly_by_class():
@@ -333,60 +332,6 @@ def test_a_pair_is_joined_and_cut_as_the_tokenizer_does_it(tmp_path, length, fir
     for i, (a, b) in enumerate(pairs):
         own = tokenizer(text=a, text_pair=b, truncation="longest_first", max_length=length)["input_ids"]
         assert inputs["input_ids"][i].tolist()[: len(own)] == own and inputs["attention_mask"][i].sum() == len(own)
-
-
-def stand_in(monkeypatch, splits: dict[str, list[dict]], classes: list[str]) -> list:
-    """The hub is not reachable in tests: a stand-in for ``datasets`` says what it was asked for."""
-    import sys
-    import types
-
-    class Split(list):
-        column_names = list(splits["train"][0])
-        features = {name: types.SimpleNamespace(names=classes if name == "label" else None) for name in column_names}
-
-        def __getitem__(self, key):
-            return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
-
-    asked = []
-    module = types.ModuleType("datasets")
-    module.load_dataset = lambda *args: asked.append(args) or {name: Split(rows) for name, rows in splits.items()}
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    return asked
-
-
-def test_hub_names_are_handed_to_datasets(monkeypatch):
-    rows = [{"text": f"t{i}", "label": i % 2} for i in range(10)]
-    splits = {"train": rows, "test": [{"text": "?", "label": -1}] * 3, "validation": rows}
-    asked = stand_in(monkeypatch, splits, ["neg", "pos"])
-    data = load_data("hf:glue:sst2")
-    assert asked == [("glue", "sst2")] and data.classes == ["neg", "pos"]
-    assert data.train.inputs == [f"t{i}" for i in range(10)] and len(data.test) == 10
-
-
-def test_the_hub_s_package_is_in_no_extra(monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(BadInput, match="datasets is not installed; pip install datasets$"):
-        load_data("hf:imdb")
-
-
-@pytest.mark.parametrize("task, columns", [  # as nyu-mll/glue has them
-    ("qnli", ("question", "sentence")), ("qqp", ("question1", "question2")), ("mnli", ("premise", "hypothesis")),
-])  # fmt: skip
-def test_pairs_of_the_papers_tasks_come_from_the_hub(monkeypatch, task, columns):
-    def rows(name, count, label=None):
-        texts = [{column: f"{name} {column} {i}" for column in columns} for i in range(count)]
-        return [row | {"label": i % 3 if label is None else label, "idx": i} for i, row in enumerate(texts)]
-
-    kinds = ("_matched", "_mismatched") if task == "mnli" else ("",)
-    splits = {"train": rows("train", 9)} | {f"test{kind}": rows("unlabelled", 3, -1) for kind in kinds}
-    splits |= {f"validation{kind}": rows(f"validation{kind}", 6) for kind in kinds}
-    asked = stand_in(monkeypatch, splits, ["a", "b", "c"])
-    data = load_data(PRESETS["paper-language"].tasks[task]["dataset"])
-    assert asked == [("nyu-mll/glue", task)] and data.test.labels.tolist() == [0, 1, 2] * 2
-    for split, name, count in ((data.train, "train", 9), (data.test, f"validation{kinds[0]}", 6)):
-        assert split.inputs == [(f"{name} {columns[0]} {i}", f"{name} {columns[1]} {i}") for i in range(count)]
 
 
 @pytest.mark.parametrize("name", ["mnist", "digits"])

@@ -1,0 +1,130 @@
+"""Data sets of the hub, behind a stand-in for ``datasets``: their splits, pairs and pictures."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image as PIL
+
+from lalora_kernels.data import BadInput, load_data
+from lalora_kernels.reproduce.presets import PRESETS
+
+
+class ClassLabel:
+    def __init__(self, names):
+        self.names = names
+
+
+class Image:
+    """Known by its name, as ``datasets.Image`` is."""
+
+
+def kind_of(value):
+    return Image() if isinstance(value, PIL.Image) else types.SimpleNamespace()
+
+
+def stand_in(monkeypatch, splits: dict[str, list[dict]], classes: list[str]) -> list:
+    """The hub is not reachable in tests: a stand-in for ``datasets`` says what it was asked for."""
+    first = splits["train"][0]
+
+    class Split(list):
+        column_names = list(first)
+        features = {name: ClassLabel(classes) if name == "label" else kind_of(first[name]) for name in first}
+
+        def __getitem__(self, key):
+            return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+
+    asked = []
+    module = types.ModuleType("datasets")
+    module.load_dataset = lambda *args: asked.append(args) or {name: Split(rows) for name, rows in splits.items()}
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return asked
+
+
+def test_hub_names_are_handed_to_datasets(monkeypatch):
+    rows = [{"text": f"t{i}", "label": i % 2} for i in range(10)]
+    splits = {"train": rows, "test": [{"text": "?", "label": -1}] * 3, "validation": rows}
+    asked = stand_in(monkeypatch, splits, ["neg", "pos"])
+    data = load_data("hf:glue:sst2")
+    assert asked == [("glue", "sst2")] and data.classes == ["neg", "pos"]
+    assert data.train.inputs == [f"t{i}" for i in range(10)] and len(data.test) == 10
+
+
+def test_the_hub_s_package_is_in_no_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(BadInput, match="datasets is not installed; pip install datasets$"):
+        load_data("hf:imdb")
+
+
+@pytest.mark.parametrize("task, columns", [  # as nyu-mll/glue has them
+    ("qnli", ("question", "sentence")), ("qqp", ("question1", "question2")), ("mnli", ("premise", "hypothesis")),
+])  # fmt: skip
+def test_pairs_of_the_papers_tasks_come_from_the_hub(monkeypatch, task, columns):
+    def rows(name, count, label=None):
+        texts = [{column: f"{name} {column} {i}" for column in columns} for i in range(count)]
+        return [row | {"label": i % 3 if label is None else label, "idx": i} for i, row in enumerate(texts)]
+
+    kinds = ("_matched", "_mismatched") if task == "mnli" else ("",)
+    splits = {"train": rows("train", 9)} | {f"test{kind}": rows("unlabelled", 3, -1) for kind in kinds}
+    splits |= {f"validation{kind}": rows(f"validation{kind}", 6) for kind in kinds}
+    asked = stand_in(monkeypatch, splits, ["a", "b", "c"])
+    data = load_data(PRESETS["paper-language"].tasks[task]["dataset"])
+    assert asked == [("nyu-mll/glue", task)] and data.test.labels.tolist() == [0, 1, 2] * 2
+    for split, name, count in ((data.train, "train", 9), (data.test, f"validation{kinds[0]}", 6)):
+        assert split.inputs == [(f"{name} {columns[0]} {i}", f"{name} {columns[1]} {i}") for i in range(count)]
+
+
+# ---------------------------------------------------------------- pictures
+
+rng = np.random.default_rng(0)
+
+
+def picture(mode, size=(6, 5)):
+    pixels = rng.integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    return PIL.fromarray(pixels[..., 0] if mode == "L" else pixels[..., :3] if mode == "RGB" else pixels)
+
+
+def pictures(*modes, **more):
+    return [{"image": picture(mode, **more), "label": i % 2} for i, mode in enumerate(modes)]
+
+
+def as_rgb(rows):
+    return [np.asarray(row["image"].convert("RGB")).transpose(2, 0, 1).tolist() for row in rows]
+
+
+def test_grey_pictures_among_others_are_like_them_in_every_split(monkeypatch):
+    """Tiny-ImageNet's, with its splits: of 100,000 some are grey, and which comes first must not matter."""
+    train, valid = pictures("L", "RGB", "RGBA", "RGB"), pictures("L", "L")
+    asked = stand_in(monkeypatch, {"train": train, "valid": valid}, ["a", "b"])
+    data = load_data(PRESETS["paper-vision"].tasks["base-tiny-imagenet"]["dataset"])
+    assert asked == [("zh-plus/tiny-imagenet", None)] and data.kind == "image" and not data.set_aside
+    assert data.train.inputs.tolist() == as_rgb(train) and data.test.inputs.tolist() == as_rgb(valid)
+
+
+def test_grey_pictures_alone_have_one_channel(monkeypatch):
+    train, test = pictures("L", "L", "L"), pictures("L", "L")
+    stand_in(monkeypatch, {"train": train, "test": test}, ["a", "b"])
+    data = load_data("hf:some/digits")
+    assert data.train.inputs[:, 0].tolist() == [np.asarray(row["image"]).tolist() for row in train]
+    assert data.test.inputs.shape == (2, 1, 5, 6)
+
+
+@pytest.mark.parametrize("splits, message", [
+    ({"train": pictures("L", "L") + pictures("L", size=(7, 5))}, "images come in 2 shapes; resize them to one"),
+    ({"train": pictures("L", "RGB"), "test": pictures("RGB", "L", size=(5, 6))},
+     r"training and test images differ in shape, \(3, 5, 6\) and \(3, 6, 5\)"),
+    ({"train": [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}]}, "labels are whole numbers from 0"),
+])  # fmt: skip
+def test_what_does_not_fit(monkeypatch, splits, message):
+    stand_in(monkeypatch, splits, ["a", "b"])
+    with pytest.raises(BadInput, match=message):
+        load_data("hf:some/thing")
+
+
+@pytest.mark.parametrize("unlabelled", [-1, None, "no rows"])
+def test_a_split_without_labels_is_no_test_split(monkeypatch, unlabelled):
+    rows = [{"text": f"t{i}", "label": i % 2} for i in range(8)]
+    empty = [] if unlabelled == "no rows" else [{"text": "?", "label": unlabelled}] * 3
+    stand_in(monkeypatch, {"train": rows, "test": empty, "dev": rows[:4]}, ["a", "b"])
+    assert load_data("hf:some/thing").test.inputs == ["t0", "t1", "t2", "t3"]
