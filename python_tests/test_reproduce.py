@@ -17,7 +17,7 @@ from lalora_kernels.cli import main
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.run import Run
-from lalora_kernels.reproduce import cost, runs
+from lalora_kernels.reproduce import cost, runs, tables
 from lalora_kernels.reproduce.command import _publish, answer
 from lalora_kernels.reproduce.presets import (
     PRESETS,
@@ -73,9 +73,9 @@ def test_a_tiny_grid_is_tuned_trained_and_reported_and_nothing_is_done_twice(bas
     assert answer(1, QUESTION, TINY, base, tmp_path, tune=True, against="dp", say=shown.append)
     assert (tmp_path / "question-1.md").read_text() == text  # the question's own table stays
     assert (tmp_path / "question-1-against-dp.md").read_text() == shown[-1]
-    mine, theirs = ([r["accuracy"] for r in found if r["arm"] == arm] for arm in ("la", "dp"))
-    assert f"| la | {100 * np.mean(mine):.1f} ± " in shown[-1] and "| − dp, ε = 3 |" in shown[-1]
-    assert f"| {100 * np.mean(np.subtract(mine, theirs)):+.1f} [" in shown[-1]
+    mine, theirs = ({r["seed"]: 100 * r["accuracy"] for r in found if r["arm"] == arm} for arm in ("la", "dp"))
+    assert f"| la | {tables.cell(mine)} | {tables.difference(mine, theirs)} |" in shown[-1]
+    assert "| − dp, ε = 3 |" in shown[-1]
     with pytest.raises(BadInput, match="no arm 'ffa' in this question; there are dp, la"):
         answer(1, QUESTION, TINY, base, tmp_path, against="ffa", say=quiet)
 
