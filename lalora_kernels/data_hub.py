@@ -26,7 +26,8 @@ TEST_SPLITS = ("test", "validation", "validation_matched", "valid", "val", "dev"
 def load_hub(name: str, text_column: str | None, label_column: str | None) -> Data:
     """``load_data`` of "hf:NAME" or "hf:NAME:CONFIG"; raises BadInput as that does.
 
-    A column of images is the input where there is one, in grey where all images of all splits are.
+    A column of images is the input where there is one, in three channels each: were all grey only where all are, one
+    record would change what the others are, and which of them are set aside.
     """
     datasets = need("datasets")
     path, _, config = name.removeprefix("hf:").partition(":")
@@ -51,8 +52,7 @@ def load_hub(name: str, text_column: str | None, label_column: str | None) -> Da
         train, *rest = [Records(t, _labels(y, len(t), name)) for t, y in zip(texts, labels)]
     else:
         kind, images = "image", [[_pixels(row[picture]) for row in split] for split in used]
-        grey = all(image.ndim == 2 for split in images for image in split)
-        train, *rest = [_images(_stack(split, grey, name), y, name) for split, y in zip(images, labels)]
+        train, *rest = [_images(_stack(split, name), y, name) for split, y in zip(images, labels)]
     if rest:
         return _task(name, kind, train, rest[0], classes)
     return _task(name, kind, *_set_aside(train), classes, set_aside=True)
@@ -64,12 +64,11 @@ def _labelled(labels: Iterable[Any]) -> bool:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """Of a PIL image: (H, W) of a grey one, else (H, W, 3); uint8."""
-    return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+    """(H, W, 3) uint8 of a PIL image."""
+    return np.asarray(image.convert("RGB"))
 
 
-def _stack(images: list[np.ndarray], grey: bool, name: str) -> np.ndarray:
-    """(N, H, W) of grey images, else (N, H, W, 3): one that is grey among others (ImageNet has some) like them."""
-    if len(shapes := {image.shape[:2] for image in images}) > 1:
+def _stack(images: list[np.ndarray], name: str) -> np.ndarray:
+    if len(shapes := {image.shape for image in images}) > 1:
         raise BadInput(f"{name}: images come in {len(shapes)} shapes; resize them to one and save a .npz")
-    return np.stack(images if grey else [i if i.ndim == 3 else np.stack([i] * 3, -1) for i in images])
+    return np.stack(images)

@@ -102,12 +102,15 @@ def test_grey_pictures_among_others_are_like_them_in_every_split(monkeypatch):
     assert data.train.inputs.tolist() == as_rgb(train) and data.test.inputs.tolist() == as_rgb(valid)
 
 
-def test_grey_pictures_alone_have_one_channel(monkeypatch):
-    train, test = pictures("L", "L", "L"), pictures("L", "L")
-    stand_in(monkeypatch, {"train": train, "test": test}, ["a", "b"])
-    data = load_data("hf:some/digits")
-    assert data.train.inputs[:, 0].tolist() == [np.asarray(row["image"]).tolist() for row in train]
-    assert data.test.inputs.shape == (2, 1, 5, 6)
+def test_a_coloured_picture_changes_no_grey_one_and_moves_none(monkeypatch):
+    grey = pictures(*["L"] * 40)
+    stand_in(monkeypatch, {"train": grey}, ["a", "b"])
+    alone = load_data("hf:some/digits")
+    assert alone.set_aside and alone.test.inputs.shape[1:] == (3, 5, 6)
+    stand_in(monkeypatch, {"train": [*grey, *pictures("RGB")]}, ["a", "b"])
+    more = load_data("hf:some/digits")
+    for one, other in ((alone.train, more.train), (alone.test, more.test)):
+        assert other.inputs[: len(one)].tolist() == one.inputs.tolist()
 
 
 @pytest.mark.parametrize("splits, message", [
