@@ -12,6 +12,7 @@ else:
 
 FACTORS = ("", "A", "B", "AB")
 Tensors = dict[str, tuple[nn.Module, str]]  # what Adapted.tensors() tells
+Factors = list[tuple[str, nn.Parameter]]  # ("lora_A" or "lora_B", parameter)
 NONE: Mapping[nn.Module, Tensors] = {}
 
 
@@ -20,6 +21,7 @@ class Adapted(_Mixed):
 
     recorder: Any = None  # set by the engine (privacy/recorders.py)
     is_table = False  # whether its inputs are ids, and A has a column for each
+    varies = False  # whether ``tensors`` may tell of others while the modules hold the same: PEFT's active adapter
 
     def tensors(self) -> Tensors:
         """Role -> (module, name in it) of what a forward uses: "lora_A", "lora_B", "weight", "bias", "lora_bias"."""
@@ -44,10 +46,11 @@ def submodules(model: nn.Module) -> list[nn.Module]:
 
 def factor_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """("lora_A" or "lora_B", parameter) of every adapted layer, ours and PEFT's patched ones."""
-    yield from _factors(submodules(model), NONE)
+    yield from factors_of(submodules(model))
 
 
-def _factors(modules: Iterable[nn.Module], known: Mapping[nn.Module, Tensors]) -> list[tuple[str, nn.Parameter]]:
+def factors_of(modules: Iterable[nn.Module], known: Mapping[nn.Module, Tensors] = NONE) -> Factors:
+    """``factor_parameters`` of a model whose modules these are; ``known``: what some of them tell of their tensors."""
     found: list[Any] = []
     for module in modules:
         if isinstance(module, Adapted):
@@ -58,11 +61,11 @@ def _factors(modules: Iterable[nn.Module], known: Mapping[nn.Module, Tensors]) -
     return found
 
 
-def activate(modules: Iterable[nn.Module], factors: str, known: Mapping[nn.Module, Tensors] = NONE) -> None:
-    """``set_active`` of a model whose modules these are; ``known``: what some of them tell of their tensors."""
+def activate(found: Iterable[tuple[str, nn.Parameter]], factors: str) -> None:
+    """``set_active`` of a model whose ``factor_parameters`` these are."""
     if factors not in FACTORS:
         raise ValueError(f"factors is one of {FACTORS}, got {factors!r}")
-    for role, p in _factors(modules, known):
+    for role, p in found:
         p.requires_grad_(role[-1] in factors)
         if role[-1] not in factors:
             p.grad = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lalora_kernels.adapted import Adapted, activate, submodules
+from lalora_kernels.adapted import Adapted, activate
 from lalora_kernels.adapted import factor_parameters as factor_parameters
 from lalora_kernels.autograd import lora_conv2d, lora_embedding, lora_linear
 
@@ -370,4 +370,4 @@ def set_active(model: nn.Module, factors: str) -> None:
 
     The inactive factor's gradient is never computed and its ``grad`` is cleared, so that no optimizer moves it.
     """
-    activate(submodules(model), factors)
+    activate(factor_parameters(model), factors)

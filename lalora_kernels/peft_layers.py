@@ -32,6 +32,7 @@ class Patched(Adapted):
     lora_variant: Mapping[str, object]
     scaling: Mapping[str, float]
     base_is_called = False  # or its weight alone is used
+    varies = True
 
     def _names(self) -> list[str]:
         """The active adapters that this layer has."""

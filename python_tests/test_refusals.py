@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lalora_kernels as lk
+from lalora_kernels.adapted import submodules
 from lalora_kernels.nn import LoRALinear
 from lalora_kernels.privacy.make_private import make_private
 
@@ -19,28 +20,69 @@ def one_step(model, loss, opt, loader):
     train(model, loss, opt, loader, 1)
 
 
+@pytest.mark.parametrize("steps", [0, 2], ids=["before-a-step", "between-steps"])
 class TestTheModelAfterMakePrivate:
-    def test_a_parameter_that_was_unfrozen(self):
+    """Between steps a model is compared with what it was; before the first one there is nothing to compare with."""
+
+    def made(self, steps, before=lambda model: None):
         model, data, loss = toy()
-        model.fc1.weight.requires_grad_(False)
+        before(model)
         opt, loader = private(model, data)
+        train(model, loss, opt, loader, steps)
+        return model, lambda: one_step(model, loss, opt, loader)
+
+    def test_a_parameter_that_was_unfrozen(self, steps):
+        model, step = self.made(steps, lambda model: model.fc1.weight.requires_grad_(False))
         model.fc1.weight.requires_grad_(True)
         with pytest.raises(RuntimeError, match=r"fc1.weight was added or unfrozen.*freeze it, or detach\(\)"):
-            one_step(model, loss, opt, loader)
+            step()
 
-    def test_a_parameter_that_was_added(self):
-        model, data, loss = toy()
-        opt, loader = private(model, data)
-        model.prompt = nn.Linear(2, 2).double()
-        with pytest.raises(RuntimeError, match="prompt.weight was added or unfrozen"):
-            one_step(model, loss, opt, loader)
+    @pytest.mark.parametrize("add", ["module", "tensor", "tensor of the last module", "to a dictionary", "inside"])
+    def test_a_parameter_that_was_added(self, steps, add):
+        model, step = self.made(steps, lambda model: model.fc1.add_module("nothing", nn.Sequential()))
+        prompt = nn.Linear(2, 2).double()
+        if add == "module":
+            model.prompt = prompt
+        elif add == "tensor":
+            model.register_parameter("prompt", prompt.weight)
+        elif add == "tensor of the last module":
+            submodules(model)[-1].register_parameter("prompt", prompt.weight)
+        elif add == "to a dictionary":
+            model._modules["prompt"] = prompt
+        else:
+            model.fc1.nothing.append(prompt)
+        with pytest.raises(RuntimeError, match="prompt|nothing.* was added or unfrozen"):
+            step()
 
-    def test_a_parameter_that_was_replaced(self):
-        model, data, loss = toy()
-        opt, loader = private(model, data)
+    def test_a_frozen_module_may_be_added_but_not_unfrozen(self, steps):
+        model, step = self.made(steps)
+        model.prompt = nn.Linear(2, 2).double().requires_grad_(False)
+        step()
+        step()
+        model.prompt.bias.requires_grad_(True)
+        with pytest.raises(RuntimeError, match="prompt.bias was added or unfrozen"):
+            step()
+
+    def test_a_parameter_that_was_replaced(self, steps):
+        model, step = self.made(steps)
         model.fc1.lora_B = nn.Parameter(model.fc1.lora_B.detach().clone())
         with pytest.raises(RuntimeError, match="fc1.lora_B was replaced or tied"):
-            one_step(model, loss, opt, loader)
+            step()
+
+    def test_a_layer_whose_attributes_were_another_s(self, steps):
+        """vars(layer).update(...): how some libraries turn a module into one of another class."""
+        model, step = self.made(steps)
+        other = copy.deepcopy(model.fc1)
+        vars(model.fc1).update({key: vars(other)[key] for key in ("_parameters", "_modules")})
+        with pytest.raises(RuntimeError, match="fc1.lora_A was replaced or tied"):
+            step()
+
+    def test_a_layer_that_was_taken_out(self, steps):
+        model, step = self.made(steps)
+        del model.fc1
+        model.fc1 = nn.Linear(6, 5).double().requires_grad_(False)
+        with pytest.raises(RuntimeError, match="fc1 was taken out of the model"):
+            step()
 
     @pytest.mark.parametrize(
         "to, message",
@@ -49,13 +91,14 @@ class TestTheModelAfterMakePrivate:
             ("meta", "was replaced .* call make_private again"),  # torch makes new parameters where it cannot keep them
         ],
     )
-    def test_another_dtype_or_device(self, to, message):
-        model, data, loss = toy()
-        opt, loader = private(model, data)
+    def test_another_dtype_or_device(self, steps, to, message):
+        model, step = self.made(steps)
         model.to(to)
         with pytest.raises(RuntimeError, match=message):
-            one_step(model, loss, opt, loader)
+            step()
 
+
+class TestTheModelOfATraining:
     def test_unchanged_models_train_on(self):
         model, data, loss = toy()
         opt, loader = private(model, data)

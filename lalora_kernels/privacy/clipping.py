@@ -28,23 +28,25 @@ def clip_weights(
     """Weights (L,N) by which G is multiplied before it is summed, and the number of non-finite samples.
 
     ``sq`` (L,N) float64: squared norms of L tensors' per-sample gradients, which stand ``grad_scale`` times too small
-    (the user's loss is a mean over that many records). A weight is ``grad_scale`` c_i. It is 0 for placeholders
-    (index >= ``valid``) and where a norm is not finite: a sample's own, which leaves it out of every tensor, or per
-    layer the tensor's, which leaves it out of that one, as the one-pass kernel does, which knows no other. It counts
-    as non-finite either way. ||sum of a sample's weighted tensors|| <= C (1 + 1e-6) in every mode. The count is a
-    tensor, so that nothing waits for the device.
+    (the user's loss is a mean over that many records). A weight is ``grad_scale`` min(1, C / norm of what was meant),
+    that is min(``grad_scale``, C / norm of what stands there). It is 0 for placeholders (index >= ``valid``) and where a
+    norm is not finite: a sample's own, which leaves it out of every tensor, or per layer the tensor's, which leaves it
+    out of that one, as the one-pass kernel does, which knows no other. It counts as non-finite either way. ||sum of a
+    sample's weighted tensors|| <= C (1 + 1e-6) in every mode. The count is a tensor, so that nothing waits for the
+    device.
     """
     L, N = sq.shape
-    norm = grad_scale * (sq if clipping == "per_layer" else sq.sum(0, keepdim=True)).sqrt()
+    per_layer = clipping == "per_layer"
+    norm = (sq if per_layer else sq.sum(0, keepdim=True)).sqrt()  # (L,N) per layer, else (1,N)
     bound = tensor_bound(clipping, max_grad_norm, L)
     if clipping == "automatic":
-        factor = bound / (norm + GAMMA)
+        weights = grad_scale * bound / (grad_scale * norm + GAMMA)
     else:
-        factor = (bound / norm).clamp(max=1.0)
-    kept = norm.isfinite() & (factor * grad_scale >= SMALLEST_FACTOR)  # (L,N) per layer, else (1,N)
-    bad = ~kept.all(0)
+        weights = (bound / norm).clamp(max=grad_scale)
+    kept = weights >= SMALLEST_FACTOR  # no NaN is; and an infinite norm gives 0
+    whole = kept.all(0) if per_layer else kept
     if valid < N:
         real = torch.arange(N, device=sq.device) < valid
-        kept, bad = kept & real, bad & real
-    weights = torch.where(kept, factor * grad_scale, 0.0).to(dtype)
-    return weights.expand(L, N), bad.sum()
+        kept, whole = kept & real, whole | ~real
+    weights = torch.where(kept, weights, 0.0).to(dtype)
+    return weights.expand(L, N), N - whole.sum()

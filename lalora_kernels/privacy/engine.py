@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lalora_kernels import dispatch, functional
-from lalora_kernels.adapted import Adapted, submodules
+from lalora_kernels.adapted import Adapted, Factors
 from lalora_kernels.privacy.clipping import clip_weights, tensor_bound
 from lalora_kernels.privacy.distributed import Group, loud_ddp, quiet_ddp
 from lalora_kernels.privacy.noise import NoiseSource, refuse_known_seed
@@ -23,8 +23,9 @@ from lalora_kernels.privacy.reduction import ReductionCheck
 from lalora_kernels.privacy.rules import ExtraRecorder, may_mix, refuse_mixing, refuse_tables
 from lalora_kernels.privacy.sampling import BatchInfo
 from lalora_kernels.privacy.sentinel import SKIPPED, UNSTEPPED, refuse_foreign, refuse_gradients, stand_in, take_away
+from lalora_kernels.privacy.structure import Structure
 from lalora_kernels.privacy.ties import tie
-from lalora_kernels.privacy.trained import Use, refuse_changes, refuse_hooks, refuse_upstream, trained_tensors
+from lalora_kernels.privacy.trained import Use, refuse_hooks, refuse_upstream, trained_tensors
 from lalora_kernels.privacy.workspace import Workspace
 
 
@@ -66,8 +67,9 @@ class Engine:
         self.nonfinite, self.graphing = NonfiniteCount(), False
         self.auto_batch: Any = None  # an AutoBatch, which measures at the first forward
         self.adaptive: Any = None  # an AdaptiveClipping, which then moves max_grad_norm between logical batches
-        # The optimizer's schedule: returns what is called with all modules and what refuse_changes returns.
-        self.next_factors: Callable[[], Callable[[list, dict], None]] = lambda: lambda modules, known: None
+        # The optimizer's schedule: returns what is called with the model's factors.
+        self.next_factors: Callable[[], Callable[[Factors], None]] = lambda: lambda factors: None
+        self._structure = Structure(model)
         self._buffers = Workspace()
         self._handles: list[Any] = []
         self._waiting = False  # sentinels stand in p.grad until the step
@@ -260,7 +262,7 @@ class Engine:
         """Record (or add to) a small tensor's per-sample gradient (N, *shape)."""
         into = self.gradient_of(site)
         into.add_(G) if site.marked else into.copy_(G)
-        site.sq = into.double().square().flatten(1).sum(1)
+        site.sq = torch.linalg.vector_norm(into.flatten(1), dim=1, dtype=torch.float64).square()
         self.mark(site)
 
     # ---------------------------------------------------------------- a step
@@ -282,8 +284,8 @@ class Engine:
             )
         refuse_gradients(self.sites, between_steps=True)
         if batch.first:
-            activate, modules = self.next_factors(), submodules(self.model)
-            activate(modules, refuse_changes(self.model, modules, self.sites, self.recorders))
+            activate = self.next_factors()
+            activate(self._structure.factors(self.sites, self.recorders))
         trainable = [s for s in self.sites if s.param.requires_grad]
         if batch.first:
             self._start(trainable)
@@ -347,8 +349,8 @@ class Engine:
         for s in sites:
             if s.marked and s.deferred is not None:
                 s.sq = s.deferred.squared_norms()
-        if self.grad_scaler is not None:
-            self.grad_scale = self.grad_scale / self._loss_scale()
+        if (scale := self._loss_scale()) is not None:
+            self.grad_scale = self.grad_scale / scale
         self.sq = squared_norms(sites, batch.rows, self.sites[0].param.device)
         weights, bad = clip_weights(
             self.sq,  # also for diagnostics, until the next one's
@@ -413,7 +415,7 @@ class Engine:
         if self.adaptive is not None:
             self.adaptive.release(self, release)
 
-    def _loss_scale(self) -> Tensor:
+    def _loss_scale(self) -> Tensor | None:
         scaler = self.grad_scaler
         scale = scaler._get_scale_async() if scaler is not None and scaler.is_enabled() else None
-        return torch.ones((), dtype=torch.float64) if scale is None else scale.double()
+        return None if scale is None else scale.double()

@@ -194,8 +194,8 @@ def seed_from_system() -> None:
         torch.default_generator.manual_seed(seed)
     # Of a seed the CPU's Mersenne Twister takes 32 bits, few enough to be tried out: all its words are replaced.
     state = torch.default_generator.get_state()
-    words = np.frombuffer(os.urandom(4 * TWISTER_WORDS), np.uint32).astype(np.int64)
-    state[TWISTER_AT : TWISTER_AT + 8 * TWISTER_WORDS] = torch.from_numpy(words).view(torch.uint8)
+    words = state.numpy()[TWISTER_AT : TWISTER_AT + 8 * TWISTER_WORDS].view(np.int64)
+    words[:] = np.frombuffer(os.urandom(4 * TWISTER_WORDS), np.uint32)
     torch.default_generator.set_state(state)
     random.seed(os.urandom(KEY_BYTES))
     np.random.seed(np.frombuffer(os.urandom(KEY_BYTES), np.uint32))

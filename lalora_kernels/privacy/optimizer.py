@@ -5,10 +5,9 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
-from lalora_kernels.adapted import NONE, Tensors, activate, submodules
+from lalora_kernels.adapted import Factors, activate, factor_parameters
 from lalora_kernels.privacy.accounts import AGAIN
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.graphs import GraphedBackward
@@ -48,6 +47,7 @@ class PrivateOptimizer(Optimizer):
         self.target_delta, self._check_asked = target_delta, check
         self.round = self.local_step = 1
         self._versions_count = False
+        self._private = {id(site.param) for site in engine.sites}  # which the sites hold, so these ids are theirs
         self.stepped = False  # whether the last ``step`` released, or only added a physical batch to the sum
         self.postprocess: Callable | None = None  # of released gradients; see postprocess.py
         self._settings: list[dict[str, Any]] | None = None  # of a logical batch whose first parts are summed
@@ -148,15 +148,15 @@ class PrivateOptimizer(Optimizer):
         self._activate()
 
     def _activate(self) -> None:
-        self._next_factors()(submodules(self.engine.model))
+        self._next_factors()(list(factor_parameters(self.engine.model)))
 
     def _next_factors(self) -> Callable[..., None]:
         """What makes them the active ones. The schedule, which may be anybody's code, is asked here: of what is seen of
         the model from now on, nothing is out of date when that is called."""
         return partial(self._train, self.schedule.active(self.round, self.local_step))
 
-    def _train(self, factors: str, modules: list[nn.Module], known: Mapping[nn.Module, Tensors] = NONE) -> None:
-        activate(modules, factors, known)
+    def _train(self, factors: str, found: Factors) -> None:
+        activate(found, factors)
         inside = {id(p) for group in self.param_groups for p in group["params"]}
         for site in self.engine.sites:
             if site.param.requires_grad and id(site.param) not in inside:
@@ -194,10 +194,9 @@ class PrivateOptimizer(Optimizer):
 
     def _refuse_raw(self) -> None:
         """The wrapped optimizer steps on whatever gradient it finds: there must be none that no release made."""
-        private = {id(site.param) for site in self.engine.sites}
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and id(p) not in private:
+                if p.grad is not None and id(p) not in self._private:
                     raise RuntimeError(
                         f"{self._name_of(p)} has a gradient that nothing clips or noises (it was unfrozen or added "
                         f"after make_private), and the step would release it; freeze it and set its grad to None, or "
@@ -273,7 +272,6 @@ class PrivateOptimizer(Optimizer):
 
     def _verify_moves(self, before: list[tuple[int, torch.Tensor | None]]) -> None:
         """The silent no-op of a factor that never moves while ε grows, and a frozen factor that moves, are errors."""
-        rates = {id(p): group.get("lr", 1.0) for group in self.param_groups for p in group["params"]}
         counted, name = True, type(self.original_optimizer).__name__
         for site, (version, probe) in zip(self.engine.sites, before):
             stepped = site.param._version != version
@@ -284,9 +282,12 @@ class PrivateOptimizer(Optimizer):
                 # Optimizers that write to p.data leave the version alone; a rate of 0 (warm-up) leaves the value alone.
                 counted = False
                 still = probe is None or torch.equal(probe, site.param.detach().flatten()[:8])
-                if still and float(rates[id(site.param)]) != 0.0:
+                if still and self._rate(site.param) != 0.0:
                     raise RuntimeError(f"{site.name} was released but {name} did not move it")
         self._versions_count = counted
+
+    def _rate(self, param: torch.Tensor) -> float:
+        return next(float(g.get("lr", 1.0)) for g in self.param_groups if any(p is param for p in g["params"]))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the released gradients; the sums of an unfinished logical batch stay."""

@@ -58,8 +58,13 @@ class Site:
                 raise RuntimeError(
                     f"{name} was replaced or tied to another tensor after make_private; {AGAIN}"
                 )
-        if (self.param.device, self.param.dtype, self.param.shape) != self.made_for:
-            now, then = (" ".join(map(str, t)) for t in ((self.param.device, self.param.dtype), self.made_for[:2]))
+        self.verify_kind()
+
+    def verify_kind(self) -> None:
+        """Raises RuntimeError where the tensor has another device, dtype or shape than when it was attached."""
+        p = self.param
+        if (p.device, p.dtype, p.shape) != self.made_for:
+            now, then = (" ".join(map(str, t)) for t in ((p.device, p.dtype), self.made_for[:2]))
             raise RuntimeError(
                 f"{self.name} was moved from {then} to {now} after make_private; move the model first, or {AGAIN}"
             )
@@ -102,6 +107,7 @@ class Recorder:
     module: nn.Module
     pairs: list[tuple[Tensor, Tensor]]  # what a deferred weight's gradient is made of, where there is one
     batch_axis = 0  # 1 where the first batch's check found positions first: (T, N, ...)
+    varies = False  # whether ``verify`` may fail while the modules hold the same
 
     def __init__(self, engine: Engine, name: str, sites: dict[str, Site]):
         self.engine, self.name, self.sites = engine, name, sites
@@ -177,7 +183,7 @@ class LoRARecorder(Recorder):
     def __init__(self, engine: Engine, name: str, layer: Adapted, sites: dict[str, Site]):
         super().__init__(engine, name, sites)
         self.layer: Any = layer
-        self.module = self.layer
+        self.module, self.varies = self.layer, layer.varies
         layer.recorder = self
         if sites["lora_A"].kind == TABLE:
             defer(sites["lora_A"], self)

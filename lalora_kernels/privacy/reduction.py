@@ -72,8 +72,8 @@ class ReductionCheck:
             self.left, self.watch = self.left - self._full, self.watch - (not self._full)
         if not self._full and (self._axis is None or dz.dim() <= self._axis or not differ(lengths(dz, self._axis))):
             return
-        if e.grad_scaler is not None:
-            dz = dz.double() / e._loss_scale()
+        if (scale := e._loss_scale()) is not None:
+            dz = dz.double() / scale
         found = reduction_of(z, dz, RTOL.get(z.dtype, RTOL_HALF))
         if found is None:
             found = self._by_other_sizes(z, dz)

@@ -169,6 +169,11 @@ def refuse_tables(model: nn.Module) -> None:
                 raise ValueError(f"{name} ({type(m).__name__}) cannot be part of a private step: {why}")
 
 
+def _norms(t: Tensor) -> Tensor:
+    """(N,T) float64 of t (N,T,d)."""
+    return torch.linalg.vector_norm(t, dim=2, dtype=torch.float64)
+
+
 class RecordingForward:
     """What stands in ``module.forward``; that of a copy, or of a file, is the ordinary forward again."""
 
@@ -250,10 +255,10 @@ class ExtraRecorder(Recorder):
             return torch.zeros(len(dy), dtype=torch.float64, device=dy.device).index_add_(
                 0, sample, rows.double().square().sum(1)
             )
-        dy, x = dy.double(), x.double()
         N, T, m = dy.shape
         if T == 1:
-            return dy.square().sum((1, 2)) * x.square().sum((1, 2))
+            return (_norms(dy) * _norms(x)).square().squeeze(1)
+        dy, x = dy.double(), x.double()
         if 2 * T * T <= m * x.shape[2]:
             sq = ((x @ x.mT) * (dy @ dy.mT)).sum((1, 2)).clamp(min=0.0)
         else:
@@ -263,8 +268,8 @@ class ExtraRecorder(Recorder):
     def slack(self) -> Tensor:
         """What rounding may add to a sample's share of a sum that cancels, (N,) float64."""
         dy, x = self._inputs()
-        norms = dy.double().norm(dim=2)
-        return SLACK * (norms if self.ids else norms * x.double().norm(dim=2)).sum(1)
+        norms = _norms(dy)
+        return SLACK * (norms if self.ids else norms * _norms(x)).sum(1)
 
     def add_weighted_sum(self, weights: Tensor, out: Tensor) -> None:
         """out += sum_i weights[i] G_i for the weight; samples of weight 0 are masked, whatever they hold."""

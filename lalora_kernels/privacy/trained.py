@@ -1,4 +1,4 @@
-"""Which tensors of a model train, by what their per-sample gradient is known, and whether they still are the same."""
+"""Which tensors of a model train, and by what their per-sample gradient is known."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from lalora_kernels.adapted import Adapted, Tensors
-from lalora_kernels.privacy.accounts import AGAIN
-from lalora_kernels.privacy.recorders import Recorder, Site
+from lalora_kernels.adapted import Adapted
+from lalora_kernels.privacy.recorders import Site
 from lalora_kernels.privacy.rules import rule_of
 from lalora_kernels.privacy.sampling import _tensors as _tensors_in
 from lalora_kernels.privacy.ties import kind_of
@@ -106,34 +105,6 @@ def refuse_upstream(inputs: Any, sites: Sequence[Site]) -> None:
                 f"among those of make_private, so nothing clips or noises its gradient; make it a part of the model "
                 f"that make_private is given, freeze it, or detach() the input"
             )
-
-
-def refuse_changes(
-    model: nn.Module, modules: list[nn.Module], sites: Sequence[Site], recorders: Sequence[Recorder]
-) -> dict[nn.Module, Tensors]:
-    """Raise RuntimeError where the model, of these ``modules``, is no longer the one that the others were made for.
-
-    Returns what the adapted layers have just told of their tensors.
-    """
-    for s in sites:
-        s.verify()
-    told = {r.module: r.verify() for r in recorders}
-    inside = set(modules)
-    for r in recorders:
-        if r.module not in inside:
-            raise RuntimeError(
-                f"{r.name} was taken out of the model after make_private (merged, unloaded or replaced); {AGAIN}"
-            )
-    known = {id(s.param) for s in sites}  # which the sites hold, so no other tensor has one of these
-    held = [p for m in modules if m._parameters for p in m._parameters.values() if p is not None and p.requires_grad]
-    if known.issuperset(map(id, held)):
-        return {module: tensors for module, tensors in told.items() if tensors is not None}
-    for name, p in model.named_parameters():
-        if p.requires_grad and id(p) not in known:
-            raise RuntimeError(
-                f"{name} was added or unfrozen after make_private, so nothing clips or noises it; freeze it, or {AGAIN}"
-            )
-    return {}
 
 
 def _tensors(name: str, layer: Adapted) -> dict[str, tuple[nn.Module, str]]:

@@ -170,15 +170,15 @@ FAULTS = (
     _fault(
         "norm without scales and biases",
         ENGINE,
-        "site.sq = into.double().square().flatten(1).sum(1)",
+        "site.sq = torch.linalg.vector_norm(into.flatten(1), dim=1, dtype=torch.float64).square()",
         "site.sq = torch.zeros(len(into), dtype=torch.float64)",
         "private_step",
     ),
     _fault(
         "one clip factor for the whole batch",
         CLIPPING,
-        "factor = (bound / norm).clamp(max=1.0)",
-        "factor = (bound / norm.mean(1, keepdim=True)).clamp(max=1.0).expand_as(norm)",
+        "weights = (bound / norm).clamp(max=grad_scale)",
+        "weights = (bound / norm.mean(1, keepdim=True)).clamp(max=grad_scale).expand_as(norm)",
         "private_step",
     ),
     _fault(
@@ -219,7 +219,7 @@ FAULTS = (
     _fault(
         "NaN sample passed",
         CLIPPING,
-        "kept = norm.isfinite() & (factor * grad_scale >= SMALLEST_FACTOR)",
+        "kept = weights >= SMALLEST_FACTOR",
         "kept = torch.ones_like(norm, dtype=torch.bool)",
         "private_step",
     ),

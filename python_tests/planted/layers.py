@@ -3,7 +3,7 @@
 from planted.fault import ENGINE, FEDERATED, MAKE, OPTIMIZER, RECORDERS, REDUCTION, RULES, SAMPLING, TIES, fault
 
 AUTOGRAD, FIRST_BATCH = "lalora_kernels/autograd.py", "lalora_kernels/privacy/first_batch.py"
-OWN_LOSS = "lalora_kernels/privacy/own_loss.py"
+OWN_LOSS, STRUCTURE = "lalora_kernels/privacy/own_loss.py", "lalora_kernels/privacy/structure.py"
 
 LAYERS = (
     fault(
@@ -273,5 +273,19 @@ LAYERS = (
         'if loss_reduction != "sum":',
         "if False:",
         "mixed_precision",
+    ),
+    fault(
+        "what was unfrozen between two steps is not seen",
+        STRUCTURE,
+        "and not any(map(_trains, self._frozen))",
+        "and True",
+        "refusals",
+    ),
+    fault(
+        "a layer replaced between two steps is not seen",
+        STRUCTURE,
+        "and all(map(is_, self._contents(), self._held))",
+        "and True",
+        "refusals",
     ),
 )  # fmt: skip
