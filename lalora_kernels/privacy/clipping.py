@@ -29,7 +29,7 @@ def clip_weights(
 
     ``sq`` (L,N) float64: squared norms of L tensors' per-sample gradients, which stand ``grad_scale`` times too small
     (the user's loss is a mean over that many records). A weight is ``grad_scale`` min(1, C / norm of what was meant),
-    that is min(``grad_scale``, C / norm of what stands there). It is 0 for placeholders (index >= ``valid``) and where a
+    so min(``grad_scale``, C / norm of what stands there). It is 0 for placeholders (index >= ``valid``) and where a
     norm is not finite: a sample's own, which leaves it out of every tensor, or per layer the tensor's, which leaves it
     out of that one, as the one-pass kernel does, which knows no other. It counts as non-finite either way. ||sum of a
     sample's weighted tensors|| <= C (1 + 1e-6) in every mode. The count is a tensor, so that nothing waits for the
