@@ -382,6 +382,17 @@ class TestArguments:
         private(model, data, target_delta=0.9 / len(data))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_torchscript_is_refused_by_name():
+    """Also frozen: what kind of layer it was made of does not show, and one that mixes records would be let through."""
+    model, data, _ = toy()
+    model.norm = torch.jit.script(nn.BatchNorm1d(7).double())
+    for p in model.norm.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match="^norm is TorchScript, .* use the module that it was made from"):
+        private(model, data)
+
+
 class TestFrozenAdapters:
     """The schedule says which factor trains, so that one which somebody froze would train all the same."""
 

@@ -12,7 +12,7 @@ constexpr int kLines = kRegisters == 32 ? 3 : 2;  // rows of dy at once, in a pr
 constexpr int kMany = kRegisters == 32 ? 6 : 4;   // ... where the rank is below kRows
 constexpr int64_t kFeatures = 1024;               // a block of kTime x kFeatures floats stays in half of L2
 #if defined(__AVX512F__) && !defined(__AVX512BF16__)
-constexpr int64_t kTime = 32;  // Intel's up to Ice Lake: measured on a Cascade Lake, 1.1 to 1.4 times faster than 128
+constexpr int64_t kTime = 32;  // Intel's up to Ice Lake: on a Cascade Lake up to 1.4 times faster than with 128
 #else
 constexpr int64_t kTime = W == 16 ? 128 : 64;
 #endif
