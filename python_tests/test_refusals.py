@@ -51,7 +51,7 @@ class TestTheModelAfterMakePrivate:
             model._modules["prompt"] = prompt
         else:
             model.fc1.nothing.append(prompt)
-        with pytest.raises(RuntimeError, match="prompt|nothing.* was added or unfrozen"):
+        with pytest.raises(RuntimeError, match=r"(prompt|nothing)\S* was added or unfrozen"):
             step()
 
     def test_a_frozen_module_may_be_added_but_not_unfrozen(self, steps):
@@ -83,6 +83,21 @@ class TestTheModelAfterMakePrivate:
         model.fc1 = nn.Linear(6, 5).double().requires_grad_(False)
         with pytest.raises(RuntimeError, match="fc1 was taken out of the model"):
             step()
+
+    @pytest.mark.parametrize("mixer, check, message", [
+        (lambda n: BatchMean(), True, "fc2.0: the output for one record depends on the other records"),
+        (lambda n: nn.BatchNorm1d(n, affine=False).double(), "loss", r"fc2.0 \(BatchNorm1d\) mixes the records"),
+    ], ids=["mean", "norm"])  # fmt: skip
+    def test_a_layer_that_mixes_records_was_put_between(self, steps, mixer, check, message):
+        """Nothing of it trains, so that only its place in the model tells."""
+        model, data, loss = toy()
+        opt, loader = private(model, data, check=check)
+        train(model, loss, opt, loader, steps)
+        model.fc2 = nn.Sequential(mixer(model.fc2.in_features), model.fc2)
+        charged = opt.ledger.steps
+        with pytest.raises(ValueError, match=message):
+            one_step(model, loss, opt, loader)
+        assert opt.ledger.steps == charged
 
     @pytest.mark.parametrize(
         "to, message",

@@ -20,7 +20,7 @@ from lalora_kernels.privacy.noise import NoiseSource, refuse_known_seed
 from lalora_kernels.privacy.nonfinite import NonfiniteCount
 from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder, Site, Undo, batch_tensor, squared_norms
 from lalora_kernels.privacy.reduction import ReductionCheck
-from lalora_kernels.privacy.rules import ExtraRecorder, may_mix, refuse_mixing, refuse_tables
+from lalora_kernels.privacy.rules import ExtraRecorder, may_mix, refuse_mixing, refuse_tables, refuse_torchscript
 from lalora_kernels.privacy.sampling import BatchInfo
 from lalora_kernels.privacy.sentinel import SKIPPED, UNSTEPPED, refuse_foreign, refuse_gradients, stand_in, take_away
 from lalora_kernels.privacy.structure import Structure
@@ -54,7 +54,8 @@ class Engine:
         self.smoothing, self.loss_reduction, self.charge, self.backend = smoothing, loss_reduction, charge, backend
         self.grad_scaler, self.group = grad_scaler, group
         self._ddp = quiet_ddp(model)
-        self.strict, self.check_pending = bool(check), check is True  # pending: no batch had two records to compare yet
+        self.strict, self._checks = bool(check), check is True
+        self.check_pending = self._checks  # no batch had two records to compare yet
         self.padding: Any = None  # a PaddingCheck
         self._checked: set[bool] = set()  # in train mode, in eval mode
         self._unchecked = False  # records were told apart in a batch before the check
@@ -89,9 +90,7 @@ class Engine:
     # ---------------------------------------------------------------- attaching
 
     def _attach(self) -> None:
-        self._mixers = [(n, m) for n, m in self.model.named_modules() if may_mix(m)]
-        refuse_mixing(self._mixers)
-        refuse_tables(self.model)
+        self._refuse_layers()
         seen: dict[nn.Parameter, Site] = {}
         for name, module, uses in trained_tensors(self.model):
             found = {}
@@ -112,6 +111,22 @@ class Engine:
         self.reduction = ReductionCheck(self)
         if self.strict:
             self._handles.append(self.model.register_forward_hook(self.reduction))
+
+    def _refuse_layers(self) -> None:
+        refuse_torchscript(self.model)
+        self._mixers = [(n, m) for n, m in self.model.named_modules() if may_mix(m)]
+        refuse_mixing(self._mixers)
+        refuse_tables(self.model)
+
+    def _factors(self) -> Factors:
+        """The model's, which is looked at and checked like a new one where it has others modules than before."""
+        looks = self._structure.looks
+        found = self._structure.factors(self.sites, self.recorders)
+        if self._structure.looks > looks:
+            self._refuse_layers()
+            if looks:
+                self.check_pending = self._checks
+        return found
 
     def _add_site(self, use: Use) -> Site:
         p = use.param
@@ -285,7 +300,7 @@ class Engine:
         refuse_gradients(self.sites, between_steps=True)
         if batch.first:
             activate = self.next_factors()
-            activate(self._structure.factors(self.sites, self.recorders))
+            activate(self._factors())
         trainable = [s for s in self.sites if s.param.requires_grad]
         if batch.first:
             self._start(trainable)

@@ -174,6 +174,16 @@ def _norms(t: Tensor) -> Tensor:
     return torch.linalg.vector_norm(t, dim=2, dtype=torch.float64)
 
 
+def refuse_torchscript(model: nn.Module) -> None:
+    """Raise ValueError for a part in TorchScript, also a frozen one."""
+    for name, m in model.named_modules():
+        if isinstance(m, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{name or 'the model'} is TorchScript, into which neither rules nor the check of the first batch can "
+                f"look (a BatchNorm there would go unseen); use the module that it was made from, or torch.compile"
+            )
+
+
 class RecordingForward:
     """What stands in ``module.forward``; that of a copy, or of a file, is the ordinary forward again."""
 

@@ -25,6 +25,7 @@ class Structure:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self.looks = 0  # at all of it: the first step's, and one whenever something differed
         self._attributes: list[dict[str, Any]] = []  # of every module
         self._holding: dict[str, list[Any]] = {}  # its dictionaries of children and of tensors
         self._sizes: list[int] = []
@@ -44,6 +45,7 @@ class Structure:
                 if recorder.varies:
                     recorder.verify()
             return self._factors
+        self.looks += 1
         modules = submodules(self.model)
         told = refuse_changes(self.model, modules, sites, recorders)
         known = {site.param for site in sites}

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from lalora_kernels.adapted import Adapted
@@ -36,15 +35,9 @@ class Use:
 def trained_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Use]]]:
     """(name, module, its uses) of every module, a shared one once.
 
-    Raises ValueError, naming it, for a trainable tensor that no rule covers, PEFT's own layers, and TorchScript.
+    Raises ValueError, naming it, for a trainable tensor that no rule covers, and for PEFT's own layers.
     """
     names = {module: name for name, module in model.named_modules()}
-    for module, name in names.items():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(
-                f"{name or 'the model'} is TorchScript, into which neither rules nor the check of the first batch can "
-                f"look (a BatchNorm there would go unseen); use the module that it was made from, or torch.compile"
-            )
     lora = {module: _tensors(name, module) for module, name in names.items() if _is_lora(name, module)}
     held = {place for tensors in lora.values() for place in tensors.values()}
     for module, name in names.items():
