@@ -220,6 +220,46 @@ def test_a_replayed_step_is_the_ordinary_one(tapes, check, clipping):
         torch.testing.assert_close(replayed, plain, **PRIVATE_STEP_F64)
 
 
+@pytest.mark.parametrize("change", [
+    lambda model: setattr(model, "norm", nn.Sequential(model.norm, nn.SiLU())),  # nothing of it trains
+    lambda model: model.eval(),  # without the dropout of the rest
+], ids=["module", "mode"])  # fmt: skip
+def test_a_changed_model_is_captured_anew(tapes, change):
+    """The graph that was captured before would go on with the old one."""
+    results = []
+    for graphed in (False, True):
+        model, optimizer, loader, backward = words(sample_rate=1.0, check=False)
+        model.fc = nn.Sequential(model.fc, nn.Dropout(1.0))  # of 1, so that no chance decides
+        run = optimizer.graph(backward, rows=12) if graphed else backward
+        for i, (x, y) in enumerate(loader.steps(8)):
+            run(x, y)
+            optimizer.step()
+            if i == 3:
+                change(model)
+        results.append(list(model.parameters()))
+    assert len(tapes) == 4  # two factors, twice
+    for plain, replayed in zip(*results, strict=True):
+        torch.testing.assert_close(replayed, plain, **PRIVATE_STEP_F64)
+
+
+def test_a_layer_put_in_after_the_capture_is_checked(tapes):
+    class BatchMean(nn.Module):
+        def forward(self, x):
+            return x - x.mean(0)
+
+    model, optimizer, loader, backward = words(sample_rate=1.0)
+    graphed = optimizer.graph(backward, rows=12)
+    for i, (x, y) in enumerate(loader.steps(6)):
+        if i == 5:
+            with pytest.raises(ValueError, match="the output for one record depends on the other records"):
+                graphed(x, y)
+            break
+        graphed(x, y)
+        optimizer.step()
+        if i == 4:
+            model.norm = nn.Sequential(model.norm, BatchMean())
+
+
 def test_graphs_refuse_what_they_cannot_hold(tapes):
     _, optimizer, loader, backward = words(clipping="per_layer")
     with pytest.raises(ValueError, match="per_layer"):

@@ -70,7 +70,7 @@ class Engine:
         self.adaptive: Any = None  # an AdaptiveClipping, which then moves max_grad_norm between logical batches
         # The optimizer's schedule: returns what is called with the model's factors.
         self.next_factors: Callable[[], Callable[[Factors], None]] = lambda: lambda factors: None
-        self._structure = Structure(model)
+        self.structure = Structure(model)
         self._buffers = Workspace()
         self._handles: list[Any] = []
         self._waiting = False  # sentinels stand in p.grad until the step
@@ -120,9 +120,9 @@ class Engine:
 
     def _factors(self) -> Factors:
         """The model's, which is looked at and checked like a new one where it has others modules than before."""
-        looks = self._structure.looks
-        found = self._structure.factors(self.sites, self.recorders)
-        if self._structure.looks > looks:
+        looks = self.structure.looks
+        found = self.structure.factors(self.sites, self.recorders)
+        if self.structure.looks > looks:
             self._refuse_layers()
             if looks:
                 self.check_pending = self._checks

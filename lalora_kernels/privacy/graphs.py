@@ -61,7 +61,8 @@ class GraphedBackward:
 
     ``rows``: the batch size of the graph, usually the loader's ``physical_batch_size``. Smaller batches are filled up
     with zeros, which contribute nothing; the results are those of the ordinary backward. ``batch``: tensors with a row
-    for each record. The loss is not returned. Model, autocast and scaler must be the same at every call.
+    for each record. The loss is not returned. A model of other modules, or in the other mode, is captured anew; what
+    else Python decides (autocast, a scaler, a dropout rate) must be the same at every call.
 
     Raises ValueError for clipping="per_layer", which clips inside backward with numbers that change, and for a batch of
     more than ``rows``; RuntimeError outside a batch of the private loader.
@@ -75,6 +76,7 @@ class GraphedBackward:
         self.engine, self.backward, self.rows = engine, backward, rows
         self._checks = engine.check_pending
         self._graphs: dict[tuple, Graph] = {}
+        self._looks = engine.structure.looks
         self._pool: Any = None
 
     def __call__(self, *batch: Tensor) -> None:
@@ -93,10 +95,13 @@ class GraphedBackward:
         if self._checks and (e.check_pending or e.reduction.left):  # the first batches' checks read values
             self.backward(*batch)
             return
+        if self._looks != e.structure.looks:  # other modules than were captured
+            self._graphs.clear()
+            self._looks = e.structure.looks
         e.pad(self.rows)
         filled = [torch.cat((t, t.new_zeros(self.rows - len(t), *t.shape[1:]))) for t in batch]
         places = tuple(s.param.data_ptr() for s in e.sites)
-        key = (tuple(s.index for s in e.active), places, *((t.shape, t.dtype, t.device) for t in filled))
+        key = (tuple(s.index for s in e.active), places, e.model.training, *((t.shape, t.dtype, t.device) for t in filled))
         graph = self._graphs.get(key)
         if graph is None:
             graph = self._graphs[key] = self._capture(filled)

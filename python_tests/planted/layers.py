@@ -288,4 +288,18 @@ LAYERS = (
         "and True",
         "refusals",
     ),
+    fault(
+        "a layer put in between two steps is not checked",
+        ENGINE,
+        "                self.check_pending = self._checks\n",
+        "                pass\n",
+        "refusals",
+    ),
+    fault(
+        "a graph of the model as it was is replayed",
+        "lalora_kernels/privacy/graphs.py",
+        "if self._looks != e.structure.looks:",
+        "if False:",
+        "gpu_step",
+    ),
 )  # fmt: skip
