@@ -101,7 +101,8 @@ class GraphedBackward:
         e.pad(self.rows)
         filled = [torch.cat((t, t.new_zeros(self.rows - len(t), *t.shape[1:]))) for t in batch]
         places = tuple(s.param.data_ptr() for s in e.sites)
-        key = (tuple(s.index for s in e.active), places, e.model.training, *((t.shape, t.dtype, t.device) for t in filled))
+        active, mode = tuple(s.index for s in e.active), e.model.training
+        key = (active, places, mode, *((t.shape, t.dtype, t.device) for t in filled))
         graph = self._graphs.get(key)
         if graph is None:
             graph = self._graphs[key] = self._capture(filled)
