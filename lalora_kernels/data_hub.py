@@ -37,6 +37,8 @@ def load_hub(name: str, text_column: str | None, label_column: str | None) -> Da
         raise BadInput(f"{name}: could not be loaded from the hub ({type(error).__name__}: {error})") from error
     if "train" not in splits:
         raise BadInput(f"{name}: has no split 'train', only {', '.join(splits)}")
+    if not len(splits["train"]):
+        raise BadInput(f"{name}: its split 'train' has no rows")
     columns = splits["train"].column_names
     label = columns[_column(name, columns, label_column, (*LABEL_COLUMNS, "fine_label"), "label", None)]
     features = splits["train"].features

@@ -26,7 +26,7 @@ def kind_of(value):
 
 def stand_in(monkeypatch, splits: dict[str, list[dict]], classes: list[str]) -> list:
     """The hub is not reachable in tests: a stand-in for ``datasets`` says what it was asked for."""
-    first = splits["train"][0]
+    first = next(iter(splits["train"]), {})
 
     class Split(list):
         column_names = list(first)
@@ -117,6 +117,7 @@ def test_a_coloured_picture_changes_no_grey_one_and_moves_none(monkeypatch):
     ({"train": pictures("L", "L") + pictures("L", size=(7, 5))}, "images come in 2 shapes; resize them to one"),
     ({"train": pictures("L", "RGB"), "test": pictures("RGB", "L", size=(5, 6))},
      r"training and test images differ in shape, \(3, 5, 6\) and \(3, 6, 5\)"),
+    ({"train": [], "test": [{"text": "a", "label": 0}]}, "its split 'train' has no rows"),
     ({"train": [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}]}, "labels are whole numbers from 0"),
 ])  # fmt: skip
 def test_what_does_not_fit(monkeypatch, splits, message):
