@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lalora_kernels.adapted import Adapted
 from lalora_kernels.privacy.recorders import Site
@@ -35,8 +38,15 @@ class Use:
 def trained_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Use]]]:
     """(name, module, its uses) of every module, a shared one once.
 
-    Raises ValueError, naming it, for a trainable tensor that no rule covers, and for PEFT's own layers.
+    Raises ValueError, naming it, for a trainable tensor that no rule covers, or of whose memory another tensor of the
+    model is a view, and for PEFT's own layers.
     """
+    found = list(_uses(model))
+    _refuse_views(model, [use for _, _, uses in found for use in uses])
+    yield from found
+
+
+def _uses(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Use]]]:
     names = {module: name for name, module in model.named_modules()}
     lora = {module: _tensors(name, module) for module, name in names.items() if _is_lora(name, module)}
     held = {place for tensors in lora.values() for place in tensors.values()}
@@ -105,6 +115,44 @@ def refuse_upstream(inputs: Any, sites: Sequence[Site]) -> None:
                 f"among those of make_private, so nothing clips or noises its gradient; make it a part of the model "
                 f"that make_private is given, freeze it, or detach() the input"
             )
+
+
+def _refuse_views(model: nn.Module, uses: Sequence[Use]) -> None:
+    """A step on one would move the other: a factor whose turn it is not, or what is frozen; and the sum of the two
+    gradients, which is the one memory's, is neither clipped nor noised as one."""
+    trained = {use.param: use.name for use in uses}
+    placed: dict[Any, list[tuple[str, torch.Tensor]]] = {}
+    others = (named for named in chain(model.named_parameters(), model.named_buffers()) if named[1] not in trained)
+    for name, tensor in chain(((name, p) for p, name in trained.items()), others):
+        if tensor.layout is torch.strided and not is_lazy(tensor) and tensor.numel():
+            if at := tensor.untyped_storage().data_ptr():  # 0 on the meta device, and of subclasses that hold others
+                placed.setdefault((tensor.device, at), []).append((name, tensor))
+    for held in placed.values():
+        for i, (name, tensor) in enumerate(held):
+            for before, other in held[:i] if len(held) > 1 else ():
+                if other in trained and _overlap(other, tensor):
+                    raise ValueError(
+                        f"{before}, which trains, and {name} are two tensors over one memory, so a step on one moves "
+                        f"the other; share one nn.Parameter, or give {name} a clone() of its own (PEFT makes such "
+                        f"views of adapters on tied layers: LoraConfig(ensure_weight_tying=False))"
+                    )
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one storage have an element in common. Flattened weights (cuDNN's) have not."""
+    spans = []
+    for t in (a, b):
+        size = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride()))
+        spans.append((t.storage_offset(), t.storage_offset() + size, t.element_size(), size == t.numel()))
+    (start, end, width, dense), (start_b, end_b, width_b, dense_b) = spans
+    if end * width <= start_b * width_b or end_b * width_b <= start * width:
+        return False
+    if dense and dense_b or width != width_b:
+        return True
+    first = min(start, start_b)  # columns of one matrix lie between each other
+    mask = torch.zeros(max(end, end_b) - first, dtype=torch.bool)
+    mask.as_strided(a.shape, a.stride(), start - first).fill_(True)
+    return bool(mask.as_strided(b.shape, b.stride(), start_b - first).any())
 
 
 def _tensors(name: str, layer: Adapted) -> dict[str, tuple[nn.Module, str]]:
