@@ -21,6 +21,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Fused = Literal["qkv", "qv"]
 SAVED = "_saved_with_adapter"  # set on every module of modules_to_save; saved_modules() reads it
 NO_ROWS: Mapping[str, Iterable[tuple[int, int]]] = {}
+PEFTS = {"merge": "merge_adapter", "unmerge": "unmerge_adapter", "unadapt": "unload"}  # its words for ours
 
 
 def adapt(
@@ -137,6 +138,7 @@ class Summary:
     trainable_parameters: int  # requires_grad at this moment: with one active factor, only that one
     total_parameters: int
     modules_to_save: tuple[str, ...]
+    peft_layers: int = 0  # of PEFT's, of which nothing but trainable_parameters and total_parameters is told here
 
     @property
     def share(self) -> float:
@@ -145,8 +147,11 @@ class Summary:
 
     def __str__(self) -> str:
         ranks = ", ".join(map(str, self.ranks)) or "none"
+        adapted = f"{self.layers} layers adapted (r = {ranks})"
+        if self.peft_layers:
+            adapted = (f"{adapted} and " if self.layers else "") + f"{self.peft_layers} layers adapted by PEFT"
         text = (
-            f"{self.layers} layers adapted (r = {ranks}); {self.trainable_parameters:,} of {self.total_parameters:,} "
+            f"{adapted}; {self.trainable_parameters:,} of {self.total_parameters:,} "
             f"parameters trainable ({self.share:.2f} %)"
         )
         return text + (f"; trained in full: {', '.join(self.modules_to_save)}" if self.modules_to_save else "")
@@ -162,15 +167,17 @@ def trainable_summary(model: nn.Module) -> Summary:
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_parameters=sum(p.numel() for p in model.parameters()),
         modules_to_save=tuple(saved_modules(model)),
+        peft_layers=sum(isinstance(getattr(m, "base_layer", None), nn.Module) for m in model.modules()),
     )
 
 
 def merge(model: Model) -> Model:
     """Fold every layer's s B A into its weight, all of them or none; evaluation then costs what the base model does.
 
-    Raises RuntimeError for a layer that is merged already, ValueError for NaN or Inf in a factor and for a weight that
-    another module shares (a tied embedding would change with it).
+    Raises RuntimeError for a layer that is merged already, ValueError for NaN or Inf in a factor, for a weight that
+    another module shares (a tied embedding would change with it) and for a model without layers of ``adapt``'s.
     """
+    _refuse_plain(model, "merge")
     for name, layer in lora_layers(model):
         if layer.merged:
             raise RuntimeError(f"{name}: this LoRA layer is already merged")
@@ -179,7 +186,9 @@ def merge(model: Model) -> Model:
 
 
 def unmerge(model: Model) -> Model:
-    """Undo ``merge``, bit for bit. Raises RuntimeError if a layer is not merged, before anything is changed."""
+    """Undo ``merge``, bit for bit. Raises, before anything is changed, RuntimeError for a layer that is not merged,
+    ValueError for a model without layers of ``adapt``'s."""
+    _refuse_plain(model, "unmerge")
     for name, layer in lora_layers(model):
         if not layer.merged:
             raise RuntimeError(f"{name}: this LoRA layer is not merged")
@@ -195,6 +204,7 @@ def merge_and_unload(model: Model) -> Model:
     """
     from lalora_kernels.privacy.accounts import pass_on
 
+    _refuse_plain(model, "merge_and_unload")
     _refuse_private(model)
     _merge_rest(model)
     for _, layer in lora_layers(model):
@@ -205,8 +215,9 @@ def merge_and_unload(model: Model) -> Model:
 def unadapt(model: Model) -> Model:
     """Give back the plain layers, in place, with the base weights as they were; the factors are dropped.
 
-    Raises RuntimeError where the model belongs to a private optimizer.
+    Raises RuntimeError where the model belongs to a private optimizer, ValueError where it has no layer of ``adapt``'s.
     """
+    _refuse_plain(model, "unadapt")
     _refuse_private(model)
     for _, layer in lora_layers(model):
         if layer.merged:
@@ -227,6 +238,14 @@ def _merge_rest(model: nn.Module) -> None:
                 other.unmerge()
             raise ValueError(f"{name}: {error}") from None
         done.append(layer)
+
+
+def _refuse_plain(model: nn.Module, call: str) -> None:
+    if not any(True for _ in lora_layers(model)):
+        raise ValueError(
+            f"nothing to {call}: the model has no LoRA layer of adapt's; call adapt(model, ...) first, and on a PEFT "
+            f"model its own {PEFTS.get(call, call)}()"
+        )
 
 
 def _refuse_private(model: nn.Module) -> None:

@@ -316,6 +316,15 @@ def test_summary_counts(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("patch", [lambda model: model, lk.patch_peft])
+def test_the_summary_of_a_peft_model_says_whose_layers_they_are(patch):
+    model = patch(peft.get_peft_model(mlp(), peft.LoraConfig(r=2, target_modules=["fc1", "fc2"])))
+    trained, total = model.get_nb_trainable_parameters()
+    summary = trainable_summary(model)
+    assert (summary.layers, summary.peft_layers) == (0, 2)
+    assert str(summary).startswith(f"2 layers adapted by PEFT; {trained} of {total} parameters trainable (")
+
+
 def test_other_layers_can_be_adapted_later():
     model = adapt(mlp(), r=2, target_modules=["fc1"], verbose=False)
     set_active(model, "B")

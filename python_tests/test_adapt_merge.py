@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from adapting import mlp, twins
@@ -11,6 +12,7 @@ from torch import nn
 
 from lalora_kernels.adapt import adapt, merge, merge_and_unload, saved_modules, unadapt, unmerge
 from lalora_kernels.nn import LoRALinear, lora_layers
+from lalora_kernels.peft_patch import patch_peft
 
 
 @pytest.mark.parametrize("family", ["bert", "swin", "gpt2", "timm_vit"])
@@ -120,3 +122,24 @@ def test_layers_that_adapt_did_not_make_are_unloaded_too():
     merge_and_unload(model)
     assert type(model[0]) is nn.Linear
     torch.testing.assert_close(model(x), expected, **MERGED_F32)
+
+
+@pytest.mark.parametrize(
+    "call, theirs",
+    [
+        (merge, "merge_adapter"),
+        (unmerge, "unmerge_adapter"),
+        (merge_and_unload, "merge_and_unload"),
+        (unadapt, "unload"),
+    ],
+)
+@pytest.mark.parametrize("make", ["plain", "peft", "patched"])
+def test_a_model_without_layers_of_adapts_is_refused(call, theirs, make):
+    model = mlp()
+    if make != "plain":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["fc1"]))
+        assert hasattr(model, theirs)
+    if make == "patched":
+        patch_peft(model)
+    with pytest.raises(ValueError, match=f"^nothing to {call.__name__}: .*on a PEFT model its own {theirs}\\(\\)"):
+        call(model)

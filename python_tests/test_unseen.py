@@ -205,7 +205,8 @@ class TestTrainMode:
 class TestGradientsThatNothingClips:
     """The wrapped optimizer steps on whatever stands in p.grad."""
 
-    def test_a_tensor_unfrozen_within_a_step(self):
+    @pytest.mark.parametrize("late", [False, True])
+    def test_a_tensor_unfrozen_within_a_step(self, late):
         model = chain(nn.Linear(8, 8).requires_grad_(False))
         data = TensorDataset(torch.randn(8, 6), torch.randint(0, 3, (8,)))
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -214,10 +215,15 @@ class TestGradientsThatNothingClips:
         )
         step(model, optimizer, loader)
         (batch,) = loader.steps(1)
-        model.middle.weight.requires_grad_(True)
-        classify(model, batch).backward()
-        before = model.middle.weight.detach().clone()
-        with pytest.raises(RuntimeError, match="middle.weight has a gradient that nothing clips or noises.*freeze it"):
+        weight = model.middle.weight
+        before, how = weight.detach().clone(), "has a gradient that" if late else ".*"
+        if late:
+            classify(model, batch).backward()
+            weight.requires_grad_(True).square().sum().backward()
+        with pytest.raises(RuntimeError, match=f"middle.weight {how} ?nothing clips or noises.*freeze it"):
+            if not late:
+                weight.requires_grad_(True)
+                classify(model, batch).backward()
             optimizer.step()
         assert torch.equal(model.middle.weight, before) and optimizer.ledger.steps == 1
 
