@@ -2,9 +2,13 @@
 
 import copy
 
+import peft
 import pytest
 import schedulefree
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from peft.optimizers import create_lorafa_optimizer
 from test_private_step import KEY
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -78,6 +82,67 @@ def test_other_optimizers_have_no_modes():
     plain = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     optimizer, _ = lk.make_private(model, plain, DataLoader(data, batch_size=8), noise_multiplier=1.0)
     assert not hasattr(optimizer, "train") and not hasattr(optimizer, "no_such_thing")
+
+
+def peft_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    return lk.patch_peft(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0", "2"])))
+
+
+@pytest.fixture(autouse=True)
+def accelerators_forget():
+    """What one Accelerator was given holds for all of the process."""
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("method", ["la-lora", "la-lora-unfiltered", "dp-lora", "rolora", "ffa-lora"])
+def test_pefts_lora_fa_trains_b_alone(method, accelerated):
+    model = peft_model()
+    plain = create_lorafa_optimizer(model, r=2, lora_alpha=8, lr=0.1)
+    plain = Accelerator(cpu=True).prepare(plain) if accelerated else plain
+    loader = DataLoader(TensorDataset(torch.randn(40, 6), torch.randint(0, 3, (40,))), batch_size=8)
+    if method != "ffa-lora":
+        with pytest.raises(ValueError, match='LoraFAOptimizer cannot take.* factor A .*give method="ffa-lora"'):
+            lk.make_private(model, plain, loader, method=method, noise_multiplier=1.0)
+        assert not any(p._post_accumulate_grad_hooks for p in model.parameters()), "nothing is left on the model"
+        return
+    optimizer, loader = lk.make_private(model, plain, loader, method=method, noise_multiplier=1.0)
+    start = copy.deepcopy(model.state_dict())
+    for x, y in loader.steps(3):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert {k for k, v in model.state_dict().items() if not torch.equal(v, start[k])} == {
+        f"base_model.model.{layer}.lora_B.default.weight" for layer in "02"
+    }
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_accelerates_accumulation_is_refused_before_a_charge(steps):
+    """Its optimizer, prepared before make_private, leaves out the steps within."""
+    model, accelerator = peft_model(), Accelerator(cpu=True, gradient_accumulation_steps=steps)
+    plain = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    data = TensorDataset(torch.randn(40, 6), torch.randint(0, 3, (40,)))
+    model, plain, loader = accelerator.prepare(model, plain, DataLoader(data, batch_size=8))
+    optimizer, loader = lk.make_private(model, plain, loader, noise_multiplier=1.0)
+
+    def train():
+        for x, y in loader.steps(2):
+            with accelerator.accumulate(model):
+                accelerator.backward(F.cross_entropy(model(x), y))
+                optimizer.step()
+                optimizer.zero_grad()
+
+    if steps == 1:
+        train()
+    else:
+        with pytest.raises(RuntimeError, match="AcceleratedOptimizer .*gradient accumulation.*physical_batch_size"):
+            train()
+    assert optimizer.ledger.steps == (2 if steps == 1 else 0)
 
 
 def test_the_trainer_puts_it_into_the_mode_that_it_needs(tmp_path):

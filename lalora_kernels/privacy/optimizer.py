@@ -168,6 +168,8 @@ class PrivateOptimizer(Optimizer):
         # as far as a period is expected to reach; _activate asks again, of each step
         factors = {f for r in range(1, 5) for s in range(1, 65) for f in self.schedule.active(r, s)}
         sites = {site.param: site for site in self.engine.sites}
+        if "A" in factors and any(site.role == "lora_A" for site in self.engine.sites):
+            self._refuse_lora_fa()
         for p, site in sites.items():
             frozen = site.role in ("lora_A", "lora_B") and site.role[-1] not in factors
             if p not in inside and not frozen:
@@ -188,6 +190,14 @@ class PrivateOptimizer(Optimizer):
                     f"call optimizer.zero_grad() first"
                 )
 
+    def _refuse_lora_fa(self) -> None:
+        wrapped = getattr(self.original_optimizer, "optimizer", self.original_optimizer)  # accelerate's holds it
+        if any(kind.__name__ == "LoraFAOptimizer" for kind in type(wrapped).__mro__):
+            raise ValueError(
+                f"{type(wrapped).__name__} cannot take a private step of this method: it moves every factor B by a "
+                f'factor A that stays frozen, and the method trains A, too; give method="ffa-lora", or AdamW'
+            )
+
     def _name_of(self, param: torch.Tensor) -> str:
         names = (n for n, p in self.engine.model.named_parameters() if p is param)
         return next(names, f"a tensor of shape {tuple(param.shape)}")
@@ -202,6 +212,15 @@ class PrivateOptimizer(Optimizer):
                         f"after make_private), and the step would release it; freeze it and set its grad to None, or "
                         f"{AGAIN}"
                     )
+
+    def _refuse_accumulation(self) -> None:
+        state = getattr(self.original_optimizer, "gradient_state", None)  # accelerate's, after prepare()
+        if state is not None and not state.sync_gradients:
+            raise RuntimeError(
+                f"{type(self.original_optimizer).__name__} steps at the end of a gradient accumulation alone, and each "
+                f"release is a step; leave out accelerator.accumulate() and gradient_accumulation_steps, give the "
+                f"DataLoader the whole batch's size, and have it split by make_private(physical_batch_size=...)"
+            )
 
     def _settings_now(self) -> list[dict[str, Any]]:
         """Rates and the like of each group; of a tensor, whose value is the device's to know, how often it was set."""
@@ -239,6 +258,7 @@ class PrivateOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse_accumulation()
         self._refuse_raw()
         self._refuse_new_settings()
         last = self.stepped = self.engine.finish()
