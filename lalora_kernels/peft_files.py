@@ -24,8 +24,13 @@ KNOWN = set(
     "lora_ga_config megatron_core modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision "
     "runtime_config target_modules task_type use_rslora".split()
 )
-# Initializations that change the base weights too: the factors alone do not make the model.
+# Initializations that leave the base as it was, so that the factors make the model. An unknown one is refused.
+PLAIN = ("gaussian", "eva", "orthogonal", "mica")
+# Those that change the base weights too. PEFT makes the first two again from the base as it loads them (but not
+# pissa_niter_4, whose SVD is drawn).
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+SERVED = "patch_peft(PeftModel.from_pretrained(model, folder, is_trainable=True)) serves it"
+CONVERTED = "PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...) makes a plain LoRA adapter of it"
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -66,12 +71,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path}: a LoRA adapter has peft_type LORA, this one says {kind!r}")
     unsupported = sorted(key for key, value in config.items() if key not in KNOWN and value)
+    cures = {SERVED if key == "lora_bias" else "" for key in unsupported}
     if config.get("bias") not in (None, "none"):
         unsupported.append(f"bias={config['bias']!r}")
-    if str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
-        unsupported.append(f"init_lora_weights={config['init_lora_weights']!r} (it changes the base weights)")
+        cures.add(SERVED if config["bias"] in ("all", "lora_only") else "")
+    init = config.get("init_lora_weights")
+    if not (init is None or isinstance(init, bool)) and str(init).lower() not in PLAIN:
+        what, kind = f"init_lora_weights={init!r}", str(init).lower()
+        changes = kind.startswith(CHANGES_BASE)
+        unsupported.append(what + (" (it changes the base weights)" if changes else " (it is not known)"))
+        cures.add(SERVED if kind in CHANGES_BASE[:2] else CONVERTED if changes and kind != "loftq" else "")
     if unsupported:
-        raise ValueError(f"{path} uses what is not supported here: {', '.join(unsupported)}")
+        cure = f"; {cures.pop()}" if len(cures) == 1 and "" not in cures else ""  # that of all of it
+        raise ValueError(f"{path} uses what is not supported here: {', '.join(unsupported)}{cure}")
     try:
         _check_values(config)
     except (ValueError, re.error) as error:
