@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from lalora_kernels.privacy.engine import Engine
     from lalora_kernels.privacy.recorders import Site
 
+# A head over several positions has its sum, as its norm, from float64: of terms that cancel (an outlier, its opposite
+# 500 tokens later) a float32 accumulator keeps roundings of the largest partial sum, its own and the other records',
+# many times C in all. SLACK holds a record's terms below C / SLACK, and so what float64 may lose.
+UNIT_F64 = 2.0**-53
+BLOCK = 1 << 22  # elements of the weight that are summed in float64 at a time
+
 
 # A module with its _recorder, an attribute that its class does not declare.
 def _linear(m: Any, x: Tensor) -> Tensor:
@@ -271,6 +277,8 @@ class ExtraRecorder(Recorder):
         dy, x = dy.double(), x.double()
         if 2 * T * T <= m * x.shape[2]:
             sq = ((x @ x.mT) * (dy @ dy.mT)).sum((1, 2)).clamp(min=0.0)
+            # Of products that cancel, so many roundings may hide a gradient.
+            sq = sq + (m + x.shape[2] + T * T + 2) * UNIT_F64 * (_norms(dy) * _norms(x)).sum(1).square()
         else:
             sq = torch.stack([(d.t() @ v).square().sum() for d, v in zip(dy, x)]) if N else dy.new_zeros(0)
         return (sq.sqrt() + self.slack()).square()
@@ -285,25 +293,38 @@ class ExtraRecorder(Recorder):
         """out += sum_i weights[i] G_i for the weight; samples of weight 0 are masked, whatever they hold."""
         if self.ids:
             sample, token, sums = self._token_sums()
-            out.index_add_(0, token, weighted(weights, sample, sums))
+            out.index_add_(0, token, weighted(weights, sample, sums.to(out.dtype)))
             return
         dy, x = self._inputs()
         keep = (weights != 0).view(-1, 1, 1)
-        dy = torch.where(keep, weights.to(dy.dtype).view(-1, 1, 1) * dy, 0.0)
+        if dy.shape[1] > 1 or out.dtype == torch.float64:
+            weights = weights.double()
+        dy = torch.where(keep, weights.to(torch.promote_types(weights.dtype, dy.dtype)).view(-1, 1, 1) * dy, 0.0)
         self._add_product(dy.flatten(0, 1), torch.where(keep, x, 0.0).flatten(0, 1), out)
 
     def add_sample(self, i: int, out: Tensor) -> None:
         """out += G_i for the weight."""
-        dy, x = self._inputs()
         if self.ids:
             sample, token, sums = self._token_sums()
-            out.index_add_(0, token[sample == i], sums[sample == i])
+            out.index_add_(0, token[sample == i], sums[sample == i].to(out.dtype))
         else:
-            self._add_product(dy[i], x[i], out)
+            dy, x = self._inputs()
+            self._add_product(dy[i].double(), x[i], out)
 
     def _add_product(self, dy: Tensor, x: Tensor, out: Tensor) -> None:
-        rows, columns = (x, dy) if self.transposed else (dy, x)
-        out.addmm_(rows.t(), columns)
+        """out += dy^T x in the precision of dy."""
+        x = x.to(dy.dtype)
+        if dy.dtype == out.dtype:
+            rows, columns = (x, dy) if self.transposed else (dy, x)
+            out.addmm_(rows.t(), columns)
+            return
+        step = max(64, BLOCK // max(x.shape[1], 1))
+        for a in range(0, dy.shape[1], step):
+            part = dy[:, a : a + step].t() @ x
+            if self.transposed:
+                out[:, a : a + step].add_(part.t())
+            else:
+                out[a : a + step].add_(part)
 
     def _token_sums(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._sums is None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lalora_kernels.privacy.recorders import Site
     from lalora_kernels.privacy.trained import Use
 
+
 class Deferring(Protocol):
     """A recorder that keeps (dy, input) of a tensor instead of per-sample gradients; see recorders.py, rules.py."""
 
@@ -81,8 +82,7 @@ class TiedWeight:
         used = self._used()
         if len(used) == 1:
             return used[0].squared_norms()
-        dtype = used[0].engine.dtype
-        G = torch.zeros(self.site.param.shape, dtype=dtype, device=self.site.param.device)
+        G = self._zeros()
         norms = []
         for i in range(len(used[0].pairs[0][0])):
             G.zero_()
@@ -93,5 +93,14 @@ class TiedWeight:
 
     def add_weighted_sum(self, weights: Tensor, out: Tensor) -> None:
         """out += sum_i weights[i] G_i; samples of weight 0 are masked, whatever they hold."""
-        for r in self._used():
-            r.add_weighted_sum(weights, out)
+        used = self._used()
+        total = out if len(used) == 1 else self._zeros()  # uses may cancel, each far above the sum
+        for r in used:
+            r.add_weighted_sum(weights, total)
+        if total is not out:
+            out.add_(total)
+
+    def _zeros(self) -> Tensor:
+        p = self.site.param
+        dtype = torch.float64 if self.site.kind == WEIGHT else self.recorders[0].engine.dtype
+        return torch.zeros(p.shape, dtype=dtype, device=p.device)
