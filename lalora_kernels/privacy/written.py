@@ -1,0 +1,42 @@
+"""Does a model's forward write to its parameters? By their values: ``.data`` leaves their versions as they were."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Parameters:
+    """Those of a model as it was given."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.before = {name: (p._version, _sums(p)) for name, p in model.named_parameters()}
+
+    def refuse_written(self) -> None:
+        """Raise ValueError that names one whose value, version or place has changed since."""
+        now = dict(self.model.named_parameters())
+        for name, (version, sums) in self.before.items():
+            p = now.pop(name, None)
+            if p is None or p._version != version or not _equal(sums, _sums(p)):
+                _refuse(name)
+        for name in now:
+            _refuse(name)
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"the model's forward writes to {name}, which nothing clips or noises; keep it fixed")
+
+
+def _sums(p: Tensor) -> list[Tensor]:
+    """What a write to p changes, in the memory of its rows and columns: a copy of every weight may not fit beside it.
+
+    Sums of the bits as integers, which neither round nor overflow; along both axes, or rows that move would not show.
+    """
+    p = p.detach()
+    if p.dim() < 2 or p.dtype != torch.float64:
+        return [p.clone()]
+    bits = p.view(torch.int64).flatten(1)
+    return [bits.sum(0), bits.sum(1)]
+
+
+def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(torch.equal(a, b) for a, b in zip(some, others))
