@@ -89,6 +89,37 @@ def test_a_damaged_file_is_no_new_ledger(tmp_path, left):
     assert path.read_bytes() == left
 
 
+class TestOneFileOfSeveralNames:
+    def test_a_relative_path_stays_where_it_was_opened(self, tmp_path, monkeypatch):
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path)
+        opened, given = lk.Ledger.at("at.json"), lk.Ledger()
+        given.path = "given.json"  # as PrivateTrainer does with its output_dir
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        for ledger in (opened, given):
+            ledger.charge(1.0, 0.1)
+        assert [lk.Ledger.load(tmp_path / name).steps for name in ("at.json", "given.json")] == [1, 1]
+        assert os.listdir() == []
+
+    def test_a_link_stays_one_and_its_file_is_charged(self, tmp_path):
+        real, link = tmp_path / "real.json", tmp_path / "link.json"
+        lk.Ledger.at(real).charge(1.0, 0.1)
+        link.symlink_to(real)
+        lk.Ledger.at(link).charge(1.0, 0.1)
+        assert link.is_symlink() and lk.Ledger.load(real).steps == 2
+
+    def test_a_hard_link_is_refused(self, tmp_path):
+        path = tmp_path / "ledger.json"
+        lk.Ledger.at(path).charge(1.0, 0.1)
+        os.link(path, tmp_path / "twin.json")
+        spent = lk.Ledger.load(path)
+        for refused in (lk.Ledger.at, spent.save, lambda path: setattr(lk.Ledger(), "path", path)):
+            with pytest.raises(lk.LedgerError, match="another name .a hard link.*find -samefile"):
+                refused(path)
+        (tmp_path / "twin.json").unlink()
+        assert lk.Ledger.at(path).steps == 1
+
+
 class TestTwoUsers:
     """Of one file: neither may lose what the other has charged."""
 
@@ -102,6 +133,8 @@ class TestTwoUsers:
                 lk.Ledger.at(path)
             with pytest.raises(lk.LedgerError, match="in use by process"):
                 lk.Ledger().path = path
+            with pytest.raises(lk.LedgerError, match="in use by process"):
+                lk.Ledger().save(path)
             other.send_signal(signal.SIGKILL)
         assert lk.Ledger.at(path).steps == 0
 

@@ -26,7 +26,7 @@ from lalora_kernels.privacy.accountant import (
 from lalora_kernels.privacy.entries import HEADER, begins, chain
 from lalora_kernels.privacy.entries import LedgerEntry as LedgerEntry
 from lalora_kernels.privacy.ledger_file import LedgerError as LedgerError
-from lalora_kernels.privacy.ledger_file import LedgerFile
+from lalora_kernels.privacy.ledger_file import LedgerFile, read_sole, refuse_folder, refuse_open
 from lalora_kernels.privacy.sampling import check_sample_rate
 
 FORMAT, VERSION = "lalora-ledger", 1
@@ -301,15 +301,27 @@ class Ledger:
         for reason in other._refusals:
             self.refuse_epsilon(reason)
 
+    @_locked
     def save(self, path: str | os.PathLike) -> None:
         """Write JSON to ``path``: the old file or the new one, never half of both, also after a crash.
 
-        Raises LedgerError where that is this ledger's own file and somebody else has charged in it.
+        Raises LedgerError where that would lose an account: a file that another ledger has open or has charged in,
+        that holds anything but a former state of this one, or that cannot be read.
         """
-        if self._file is not None and self._file.path.resolve() == Path(path).resolve():
+        place = Path(path).resolve()
+        if self._file is not None and self._file.path == place:
             self._store()
-        else:
-            write_atomic(path, self._text())
+            return
+        refuse_open(place)
+        if (stored := read_sole(place)) is not None:
+            other = _read(path, stored)
+            continues = other.id == self.id and begins(other._entries, self._entries)
+            if not continues or not set(other._refusals) <= set(self._refusals):
+                raise LedgerError(
+                    f"{path} is the account of run {other.id}, {other.steps} releases, which would be lost: this "
+                    f"ledger, of run {self.id} with {self.steps}, does not continue it; save to another path"
+                )
+        write_atomic(place, self._text())
 
     def _text(self) -> str:
         return json.dumps(self.state_dict(), indent=2, allow_nan=False) + "\n"
@@ -320,6 +332,7 @@ class Ledger:
 
         The hashes find damage and careless edits; they hold no secret, so they do not stop a forger.
         """
+        refuse_folder(path)
         try:
             return _read(path, Path(path).read_bytes())
         except FileNotFoundError:

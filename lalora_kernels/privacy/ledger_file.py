@@ -24,16 +24,48 @@ class LedgerError(ValueError):
     """A ledger that cannot be trusted, or a claim that it does not support."""
 
 
+def refuse_folder(path: str | os.PathLike) -> None:
+    """Raise LedgerError where ``path`` is a folder."""
+    if Path(path).is_dir():
+        raise LedgerError(f"{path} is a folder; give the ledger's file, such as {Path(path, 'ledger.json')}")
+
+
+def read_sole(path: Path) -> bytes | None:
+    """What ``path`` holds, None where there is no such file. Raises LedgerError for a folder and for a file of two
+    names: to replace one leaves the other as it was, and whoever opens that spends the budget again."""
+    refuse_folder(path)
+    if not path.exists():
+        return None
+    if path.stat().st_nlink > 1:
+        raise LedgerError(
+            f"{path} has another name (a hard link), under which its releases would be forgotten; find it with "
+            f"find -samefile and delete it, or make it a copy of its own with cp"
+        )
+    return path.read_bytes()
+
+
+def refuse_open(path: Path) -> None:
+    """Raise LedgerError where a ledger, of this or another process, has the file ``path`` open; it is resolved."""
+    lock = path.with_name(path.name + ".lock")
+    if not lock.exists():  # it was never open, and is not given a lock for one reading
+        return
+    if path in _held:
+        raise LedgerError(f"{path} is the file of another ledger in this process; save to another path")
+    LedgerFile(path)
+
+
 class LedgerFile:
     """``path``, from now on closed to other processes (PATH.lock) until no ledger of this one needs it.
 
-    Raises LedgerError where another process holds it, OSError where the folder cannot be written.
+    Raises LedgerError for a folder and where another process holds it, OSError where the folder cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path, self._process = Path(path), os.getpid()
+        # Resolved once: a later chdir would move a relative path, and a replaced link leaves its file behind.
+        self.path, self._process = Path(path).resolve(), os.getpid()
+        refuse_folder(path)
         try:
-            self._lock = _hold(self.path.resolve())
+            self._lock = _hold(self.path)
         except InUse as error:
             raise LedgerError(
                 f"{path} is in use by process {error.holder}; two processes on one ledger would spend its budget "
@@ -42,8 +74,9 @@ class LedgerFile:
         self._known: set[bytes] = set()
 
     def read(self) -> bytes | None:
-        """What it holds, which ``write`` may then replace; None where there is no such file."""
-        stored = self.path.read_bytes() if self.path.exists() else None
+        """What it holds, which ``write`` may then replace; None where there is no such file. Raises LedgerError for a
+        file of two names (hard links), of which ``write`` would renew one."""
+        stored = read_sole(self.path)
         self._known = set() if stored is None else {stored}
         return stored  # an empty file is a damaged one, not a new one
 
