@@ -271,6 +271,7 @@ class TestTheLoop:
             return token_mean(z, y if len(calls) == late else torch.zeros_like(y))
 
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checking, "SMALL", 0)
             patch.setattr(checking, "reduction_of", lambda *a: looks.append(1) or reduction_of(*a))
             if late is None:
                 assert loop(after, steps=30).loss_reduction_checked
@@ -287,3 +288,74 @@ class TestTheLoop:
         assert done.loss_reduction_checked
         with pytest.raises(ValueError, match="pass loss_reduction='mean'"):
             loop(lambda z, y: scaler.scale(own_mean(z, y)), "sum", grad_scaler=scaler, steps=1)
+
+    def test_a_refusal_does_not_use_up_the_looks(self):
+        """A cell of a notebook that is run again and again."""
+        check = checking.ReductionCheck(Told("mean"))
+        for _ in range(3 * checking.TRIES):
+            with pytest.raises(ValueError, match="count over the whole batch"):
+                look(check, lambda z: token_mean(z, ragged()), N, T, V)
+
+
+class Told:
+    """An engine, as far as the check asks it."""
+
+    def __init__(self, loss_reduction):
+        self.loss_reduction, self.batch = loss_reduction, object()
+
+    def _loss_scale(self):
+        return None
+
+
+def look(check, loss, *shape, seed=0, scale=1.0, dtype=torch.float32):
+    check._call += 1
+    check._look(check._call, *logits_and_gradient(loss, *shape, seed=seed, scale=scale, dtype=dtype))
+
+
+class TestRareClasses:
+    """Equal weights in the first batches hide what a weighted mean divides by."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("classes", [2, 3])
+    def test_a_weight_that_comes_late(self, classes, dtype):
+        check = checking.ReductionCheck(Told("mean"))
+        weight = torch.tensor([1.0, 99.0, 1.0])[:classes].to(dtype)
+        for i in range(100):
+            look(check, lambda z: F.cross_entropy(z, torch.zeros(N, dtype=torch.long), weight), N, classes, seed=i,
+                 dtype=dtype)  # fmt: skip
+        rare = (torch.arange(N) == 2).long()
+        with pytest.raises(ValueError, match="class weights"):
+            for i in range(1 if classes > 2 else 2 if dtype == torch.float32 else 4):
+                look(check, lambda z: F.cross_entropy(z, rare, weight), N, classes, seed=i, dtype=dtype)
+
+    def test_labels_that_are_missing_late(self):
+        check = checking.ReductionCheck(Told("mean"))
+        for i in range(50):
+            look(check, lambda z: F.cross_entropy(z, labels(N)), N, V, seed=i)
+        with pytest.raises(ValueError, match="tokens that are not ignored"):
+            look(check, lambda z: F.cross_entropy(z, torch.where(torch.arange(N) == 2, -100, labels(N))), N, V)
+
+    @pytest.mark.parametrize("classes", [2, 3, V])
+    @pytest.mark.parametrize("loss", ["plain", "sum", "smoothed", "soft", "focal", "weighted by N", "logistic"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_losses_of_each_record_alone_pass(self, loss, classes, dtype):
+        check = checking.ReductionCheck(Told("sum" if loss == "sum" else "mean"))
+        for i in range(60):
+            generator = torch.Generator().manual_seed(i)
+            n = int(torch.randint(2, 40, (), generator=generator))
+            y = torch.randint(0, classes, (n,), generator=generator)
+            q = torch.rand(n, classes, generator=generator)
+
+            def own(z, y=y, q=q):
+                z, each = z.float(), F.cross_entropy(z.float(), y, reduction="none")
+                return {
+                    "plain": lambda: each.mean(),
+                    "sum": lambda: each.sum(),
+                    "smoothed": lambda: F.cross_entropy(z, y, label_smoothing=0.1),
+                    "soft": lambda: F.cross_entropy(z, q / q.sum(1, keepdim=True)),
+                    "focal": lambda: ((1 - (-each).exp()) ** 2 * each).mean(),
+                    "weighted by N": lambda: (torch.linspace(1.0, 3.0, classes)[y] * each).mean(),
+                    "logistic": lambda: F.binary_cross_entropy_with_logits(z, F.one_hot(y, classes).float()),
+                }[loss]()
+
+            look(check, own, n, classes, seed=i, scale=10.0 ** (i % 4 - 1), dtype=dtype)

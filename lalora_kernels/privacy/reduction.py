@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 TRIES = 4  # backwards that are looked at
 # Equal lengths hide a mean over tokens: where those showed no others, so many more are asked for their lengths alone.
+# So do labels of one class a mean over class weights, and labels that none lacks one over those that have one: while
+# the logits are small, so many are asked in full.
 WATCH = 256
+SMALL = 1 << 16
 CERTAIN = 0.999  # from here on a gradient may be lost to rounding
 PICKS = 16  # batches in a row in which as many records, or as large a share of them, have a gradient
 RTOL = {torch.float64: 1e-3, torch.float32: 1e-3}
@@ -43,7 +46,15 @@ class ReductionCheck:
         self._call, self._counted, self._full = 0, 0, False
         self._picked: list[tuple[int, int]] = []  # (records, those with a gradient) of batches where some have none
         self._scaled: dict[str, tuple[float, int, int]] = {}  # uniform_weights that are neither 1 / N nor 1
+        self._watching = False  # for what the first backwards did not show
         self._axis: int | None = None  # of the classes, where lengths are still to be seen that differ
+        self._before = self.left, self.watch
+        self._hits: dict[tuple[int, int], set[int] | None] = {}  # calls whose shares add up to 1; None: some did not
+
+    @property
+    def looks(self) -> bool:
+        """Whether the next backward is looked at."""
+        return bool(self.left or self.watch > 0 and self._watching)
 
     def __call__(self, model: nn.Module, args: tuple, output: Any) -> None:
         if torch.compiler.is_compiling() or self.engine is None:
@@ -53,7 +64,7 @@ class ReductionCheck:
             watch(output, batch.rows, self.tied)
         if self.engine.graphing or batch is None or batch.valid < 2 or batch.valid != batch.rows:
             return
-        if not (self.left or self.watch > 0 and self._axis is not None):
+        if not self.looks:
             return
         from lalora_kernels.privacy.checks import _leaves  # which imports the engine
 
@@ -68,16 +79,34 @@ class ReductionCheck:
         if e is None or e.batch is None:
             return
         if call != self._counted:  # a model may return several tensors
-            self._counted, self._full = call, self.left > 0
+            self._counted, self._full, self._before = call, self.left > 0, (self.left, self.watch)
             self.left, self.watch = self.left - self._full, self.watch - (not self._full)
-        if not self._full and (self._axis is None or dz.dim() <= self._axis or not differ(lengths(dz, self._axis))):
+        ragged = self._axis is not None and dz.dim() > self._axis and differ(lengths(dz, self._axis))
+        if not self._full and not ragged and (dz.dim() > 2 and dz.numel() > SMALL):
             return
+        try:
+            self._judge(call, z, dz, self._full or ragged)
+        except ValueError:  # or the loop that was refused so often would run
+            self.left, self.watch = self._before
+            raise
+
+    def _judge(self, call: int, z: Tensor, dz: Tensor, anew: bool) -> None:
+        """``anew``: not one of many looks for shares alone, among which anything else is there by chance some time."""
+        e = self.engine
+        assert e is not None
+        rtol = RTOL.get(z.dtype, RTOL_HALF)
+        fine = not coarse(dz, rtol)
         if (scale := e._loss_scale()) is not None:
             dz = dz.double() / scale
-        found = reduction_of(z, dz, RTOL.get(z.dtype, RTOL_HALF))
-        if found is None:
+        found = reduction_of(z, dz, rtol)
+        again = self._by_total(call, z, dz, rtol) if fine and dz.numel() <= SMALL else None
+        if not anew or again == "shares":
+            found = again
+        if found == "shares" and again == "own" and z.dim() < 3:
+            return
+        if anew and found is None:
             found = self._by_other_sizes(z, dz)
-        if found is None:
+        if found is None or found == "own":
             return
         if found == "shares":
             raise ValueError(
@@ -108,6 +137,24 @@ class ReductionCheck:
         self.seen = found
         self._watch_for(z, dz)
 
+    def _by_total(self, call: int, z: Tensor, dz: Tensor, rtol: float) -> str | None:
+        """ "shares" where those of every batch so far add up to 1, and "own" where they did not: weights that do not
+        depend on the batch add up to it by chance, in some, as any loss of two logits' difference may."""
+        total, certain = shares_total(z, dz, rtol)
+        if total is None:
+            return None
+        key = z.dim(), z.shape[1] if z.dim() == 2 else 0  # one for each head of a model of several
+        hits = self._hits.setdefault(key, set())
+        if hits is None or abs(total - 1.0) > rtol:
+            self._hits[key] = None
+            return "own"
+        hits.add(call)
+        if len(hits) >= (1 if certain else 2 if rtol < RTOL_HALF else 4):
+            return "shares"
+        if not self.left and self.watch > 0:
+            self.left, self.watch = 1, self.watch - 1
+        return None
+
     def _by_other_sizes(self, z: Tensor, dz: Tensor) -> str | None:
         """What a loss times a number takes, told by two batches of other sizes."""
         now = uniform_weights(z, dz, rtol := RTOL.get(z.dtype, RTOL_HALF))
@@ -127,12 +174,17 @@ class ReductionCheck:
         return None
 
     def _watch_for(self, z: Tensor, dz: Tensor) -> None:
-        """Records of several positions, and as many in each of them: a mean over all looks like one over records."""
-        if self.watch <= 0 or z.dim() < 3:
+        """What a mean over records does not tell from one over positions, labels or class weights while records have
+        as many, or of one class."""
+        if self.watch <= 0:
+            return
+        if z.dim() < 3:
+            self._watching |= self.seen == "mean"  # of a sum there is nothing to be shared
             return
         axis = class_axis(z, dz)
         self._axis = None if axis is None or differ(lengths(dz, axis)) else axis
-        if self._axis is None:
+        self._watching = self._axis is not None
+        if not self._watching:
             self.watch = 0  # told
 
     def __deepcopy__(self, memo: dict) -> "ReductionCheck":
@@ -198,6 +250,27 @@ def reduction_of(z: Tensor, dz: Tensor, rtol: float = 1e-3) -> str | None:
     return "shares" if certain and near(records.sum(), 1.0) else None
 
 
+def coarse(dz: Tensor, rtol: float) -> bool:
+    """Whether some of a gradient is so small that its dtype keeps no digits of it."""
+    info, size = torch.finfo(dz.dtype), dz.abs()
+    return bool(((size > 0) & (size < info.tiny * info.eps / rtol)).any())
+
+
+def shares_total(z: Tensor, dz: Tensor, rtol: float) -> tuple[float | None, bool]:
+    """The sum of all k, and whether it could hardly be another loss's; None for a mean, and where nothing shows."""
+    k, certain = _weights(z, dz, rtol)
+    if k is None or not k.any():
+        return None, False
+    axis = class_axis(z, dz) if z.dim() > 1 else None
+    p = torch.sigmoid(z.abs()) if axis is None else z.float().softmax(axis).amax(axis)
+    zero = dz == 0 if axis is None else (dz == 0).all(axis)
+    records = k.sum(1)
+    mean = [t[t != 0] * len(z) - 1 for t in (records, k)]
+    if (zero & (p > CERTAIN)).any() or any((t.abs() <= 2 * rtol).all() for t in mean):  # what is lost, or is no share
+        return None, False
+    return float(records.sum()), certain
+
+
 def uniform_weights(z: Tensor, dz: Tensor, rtol: float) -> dict[str, tuple[float, int, int]]:
     """{"position" or "record": (k, N, how many)} where each position, or each record in all, has the same k."""
     k, _ = _weights(z, dz, rtol)
@@ -214,15 +287,15 @@ def _weights(z: Tensor, dz: Tensor, rtol: float) -> tuple[Tensor | None, bool]:
     for axis in dict.fromkeys((z.dim() - 1, 1)):
         if axis and z.dim() > axis and z.shape[axis] > 1:
             classes = z.shape[axis]
-            rows = [  # one record after the other: a vocabulary is long
-                tuple(t.movedim(axis - 1, -1).reshape(-1, classes) for t in pair) for pair in zip(z, dz)
-            ]
+            size = len(z) if z.numel() <= SMALL else 1  # one record after the other: a vocabulary is long
+            parts = zip(z.split(size), dz.split(size))
+            rows = [tuple(t.movedim(axis, -1).reshape(-1, classes) for t in pair) for pair in parts]
             found = [_softmax_weights(a.double(), d.double(), rtol) for a, d in rows]
             if any(k is None for k in found) and classes > 3:  # a line through two points fits any
                 _, u = max(_smoothing(a.double(), d.double()) for a, d in rows)
                 found = [_smoothed_weights(a.double(), d.double(), u, rtol) for a, d in rows]
             if all(k is not None for k in found):
-                return torch.stack([k for k in found if k is not None]), classes > 2
+                return torch.cat([k for k in found if k is not None]).view(len(z), -1), classes > 2
     z, dz = z.reshape(len(z), -1).double(), dz.reshape(len(z), -1).double()
     k = torch.where(dz < 0, -dz / torch.sigmoid(-z), dz / torch.sigmoid(z))
     live = k[dz != 0]
