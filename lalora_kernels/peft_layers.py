@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lalora_kernels.autograd import lora_conv2d, lora_embedding, lora_linear
 from lalora_kernels.nn import Adapted
+from lalora_kernels.privacy.accounts import pass_on
 
 
 class Patched(Adapted):
@@ -23,6 +24,7 @@ class Patched(Adapted):
     active_adapters: Sequence[str]
     disable_adapters: bool
     merged: bool
+    merged_adapters: list[str]
     base_layer: Any
     lora_A: Mapping[str, Any]
     lora_B: Mapping[str, Any]
@@ -94,6 +96,17 @@ class Patched(Adapted):
             super().enable_adapters(enabled)  # type: ignore[misc]  # of PEFT's class beside this one
         else:
             self._disable_adapters = not enabled
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; the base weight, which goes on without the layer, keeps the account of what trained the factors.
+        Unmerging takes the product away but for rounding, so the account stays."""
+        before = set(self.merged_adapters)
+        super().merge(*args, **kwargs)  # type: ignore[misc]
+        for name in set(self.merged_adapters) - before:
+            factors = [getattr(m, key) for m, key in self._factors(name).values()]
+            pass_on(factors, self.base_layer.weight)
+            if getattr(self.base_layer, "bias", None) is not None:
+                pass_on(factors, self.base_layer.bias)
 
     def _bias(self, name: str) -> Tensor | None:
         """b + s b_B, b_B being the bias that PEFT's lora_bias gives B."""

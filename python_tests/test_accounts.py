@@ -207,3 +207,29 @@ def test_a_damaged_state_is_refused_before_anything_of_it_is_taken(change, messa
 def test_steps_beside_a_noise_multiplier_are_refused():
     with pytest.raises(ValueError, match="beside noise_multiplier they would limit nothing.*iterate loader.steps"):
         private(network(), steps=3)
+
+
+@pytest.mark.parametrize("unmerged", [False, True])
+@pytest.mark.parametrize("layer", ["linear", "embedding"])
+def test_a_merge_by_peft_keeps_the_account(layer, unmerged):
+    """The base weights hold what was learned; without the layer nothing else would tell."""
+    peft = pytest.importorskip("peft")
+    from lalora_kernels.privacy.accounts import note, refuse_second_account
+
+    class Spent:
+        steps = 1
+
+    first = nn.Linear(4, 4) if layer == "linear" else nn.Embedding(5, 4)
+    base = nn.Sequential(first, nn.Linear(4, 3))
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = lk.patch_peft(peft.get_peft_model(base, config))
+    note([p for p in model.parameters() if p.requires_grad], Spent())
+    if unmerged:
+        model.merge_adapter()
+        model.unmerge_adapter()
+        plain = model.unload()
+    else:
+        plain = model.merge_and_unload()
+    with pytest.raises(ValueError, match="trained privately already"):
+        refuse_second_account(plain.parameters())
+    refuse_second_account(plain[1].parameters())
