@@ -1,6 +1,5 @@
 """Does every tensor's per-sample gradient come from its own record alone? Asked of the model itself, in float64."""
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,18 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lalora_kernels.nn import factor_parameters, set_active
-from lalora_kernels.privacy.doubled import LOWER, Doubled
+from lalora_kernels.nn import set_active
+from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.sampling import BatchInfo
-from lalora_kernels.quantized import dequantize_
+from lalora_kernels.privacy.twin import double, take_modes
+from lalora_kernels.privacy.written import Buffers
 
 # Two evaluations of one gradient in different orders: float64, but for models that compute norms in float32 whatever
 # they are (Llama and its kin: 1e-7). What mixes records is off by its share of a record.
 RTOL = 1e-6
 FLOOR = 1e-12  # of the whole gradient's norm: what is zero in exact numbers (an attention key's bias) is rounding here
 NONE: frozenset[str] = frozenset()
+
+
+class Coupled(ValueError):
+    """Records were seen to depend on each other; what else is wrong is a plain ValueError or RuntimeError."""
 
 
 def tree_map(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -44,14 +48,26 @@ ONE_FOR_ALL = (
 
 
 def _apart(t: Tensor) -> Tensor:
-    """t without what it was computed from and without its ``grad``, to which the backwards here have nothing to add."""
-    apart = t.detach().requires_grad_(t.requires_grad)
-    return apart.clone() if t.requires_grad else apart  # no leaf, which a model could not change in place
+    """A copy, which a model may change in place, without what t was computed from and without its ``grad``, to which
+    the backwards here have nothing to add."""
+    return t.detach().requires_grad_(t.requires_grad).clone()
 
 
-def _record(batch: Any, i: int, rows: int) -> Any:
-    """Record i alone; a tensor that has no row for each record (one mask for all) stays whole."""
-    return tree_map(lambda t: _apart(t[i : i + 1] if t.dim() and t.shape[0] == rows else t), batch)
+def have_rows(tree: Any, rows: int) -> list[bool]:
+    """Which leaves have a row for each record. Asked once, of the batch: a scale of two classes has as many rows as two
+    of its records."""
+    return [t.dim() > 0 and t.shape[0] == rows for t in _leaves(tree)]
+
+
+def of_rows(f: Callable[[Tensor], Tensor], tree: Any, batched: Sequence[bool]) -> Any:
+    """A copy with ``f`` of the leaves that have rows; one mask for all stays whole."""
+    at = iter(batched)
+    return tree_map(lambda t: _apart(f(t) if next(at) else t), tree)
+
+
+def _record(batch: Any, i: int, batched: Sequence[bool]) -> Any:
+    """Record i alone."""
+    return of_rows(lambda t: t[i : i + 1], batch, batched)
 
 
 def _leaves(tree: Any) -> list[Tensor]:
@@ -65,52 +81,6 @@ def _leaves(tree: Any) -> list[Tensor]:
     return found
 
 
-def _double(model: nn.Module) -> nn.Module:
-    """A float64 copy in eval mode whose factors are not zero, so that no factor's gradient is."""
-    try:
-        twin = copy.deepcopy(model)
-        dequantize_(twin)
-        twin = twin.double().eval()
-        _plain(twin)
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            raise RuntimeError(
-                "the check of the first batch works on a copy of the model in float64, 8 bytes a weight, for which "
-                "there is no memory. Let it pass on a smaller model of the same family and loss (check_per_sample, on "
-                "a CPU), then pass make_private check='loss' for this one"
-            ) from error
-        raise RuntimeError(
-            f"the check of the first batch works on a copy of the model, which cannot be copied ({error}). A module "
-            f"that keeps an activation (self.last = h) should keep h.detach(); or pass make_private check=False"
-        ) from error
-    for (_, m), (_, t) in zip(model.named_modules(), twin.named_modules()):
-        if isinstance(m, nn.modules.batchnorm._NormBase):
-            t.train(m.training)
-    generator = torch.Generator().manual_seed(0)
-    for _, p in factor_parameters(twin):
-        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        p.data.add_(0.1 * noise.to(p.device))
-    for p in twin.parameters():
-        if p.requires_grad and not p.any():  # a new head, behind which nothing would show
-            p.data.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device))
-    return twin
-
-
-def _plain(twin: nn.Module) -> None:
-    """transformers' mixtures of experts call a grouped product by default, which torch has for no float64. In eval mode
-    its models keep a state for generation, RWKV's by writing over what the backward needs. Tensors that are no buffers
-    are left as they are by ``double()``."""
-    for module in twin.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor) and value.dtype in LOWER:
-                setattr(module, name, value.double())
-        config: Any = getattr(module, "config", None)  # of the copy, and it is one
-        if getattr(config, "_experts_implementation", None) not in (None, "eager"):
-            config._experts_implementation = "eager"
-        if getattr(config, "use_cache", False) is True:
-            config.use_cache = False
-
-
 def per_sample_gradients(
     model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], *, loss_reduction: str = "mean"
 ) -> dict[str, Tensor]:
@@ -119,15 +89,15 @@ def per_sample_gradients(
     ``loss(model, batch)`` is a scalar; ``batch`` nested tensors with N records along the first axis. The model is left
     as it was found, its ``grad`` untouched. Raises as ``make_private`` does for what no rule covers.
     """
-    return _per_sample_gradients(model, batch, loss, loss_reduction, None)[0]
+    rows = _leaves(batch)[0].shape[0]
+    return _per_sample_gradients(model, batch, loss, loss_reduction, None, rows)[0]
 
 
 def _per_sample_gradients(
     model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], loss_reduction: str, backend: str | None,
-    sequence_first: frozenset[str] = NONE,
+    rows: int, sequence_first: frozenset[str] = NONE,
 ) -> tuple[dict[str, Tensor], set[str]]:  # fmt: skip
     """The gradients, and the layers that were given one input for all records."""
-    rows = _leaves(batch)[0].shape[0]
     engine = Engine(
         model,
         clipping="flat",
@@ -171,16 +141,18 @@ def _materialize(site: Any, rows: int) -> Tensor:
 
 
 def single_sample_gradients(
-    model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor]
+    model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], batched: Sequence[bool] = ()
 ) -> dict[str, Tensor]:
     """The same by N ordinary backwards of one record each: the definition, {name: (N, *shape)}."""
-    rows = _leaves(batch)[0].shape[0]
+    leaves = _leaves(batch)
+    batched = batched or have_rows(batch, leaves[0].shape[0])
+    rows = leaves[batched.index(True)].shape[0]
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     before = [p.grad for p in named.values()]
     per_record = []
     try:
         for i in range(rows):
-            value = loss(model, _record(batch, i, rows))
+            value = loss(model, _record(batch, i, batched))
             for p in named.values():
                 p.grad = None
             value.backward()  # not autograd.grad, which reentrant checkpointing does not take
@@ -213,43 +185,46 @@ def check_per_sample(
 
 def compare(
     model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], loss_reduction: str, factors: str,
-    sequence_first: frozenset[str],
+    sequence_first: frozenset[str], batched: Sequence[bool] = (), own_mode: bool = False,
 ) -> None:  # fmt: skip
-    """``check_per_sample`` where these modules are known to have the batch along their second axis."""
+    """``check_per_sample`` where these modules are known to have the batch along their second axis, and these leaves
+    a row for each record; ``own_mode``: in the model's, not in eval mode."""
     batch = tree_map(lambda t: _apart(t.double() if t.is_floating_point() else t), batch)
     leaves = _leaves(batch)
     if not leaves or not leaves[0].dim():
         raise ValueError(f"a {type(batch).__name__} is no batch; give two records' tensors, such as (x[:2], y[:2])")
     if isinstance(loss, nn.Module):
         raise ValueError("loss is called as loss(model, batch); wrap it: lambda m, b: criterion(m(b[0]), b[1])")
-    rows = leaves[0].shape[0]
+    batched = batched or have_rows(batch, leaves[0].shape[0])
+    rows = leaves[batched.index(True)].shape[0]
     if rows < 2:
         raise ValueError("check_per_sample needs two records or more; one cannot show mixing")
     # The first record once more: what sorts rows by anything (by length, for an RNN) may leave all others in place.
-    batch = tree_map(lambda t: torch.cat((t, t[:1])) if t.dim() and t.shape[0] == rows else t, batch)
+    batch = of_rows(lambda t: torch.cat((t, t[:1])), batch, batched)
     rows += 1
-    twin = _double(model)
+    twin = double(model)
+    if own_mode:
+        take_modes(twin, model)
+        loss = from_one_state(twin, loss)
     set_active(twin, factors)
     try:
         with Doubled():
-            expected = single_sample_gradients(twin, batch, loss)
-            # whatever backend is forced
-            found, expanded = _per_sample_gradients(twin, batch, loss, loss_reduction, "reference", sequence_first)
+            expected = single_sample_gradients(twin, batch, loss, batched)
+            found, expanded = _per_sample_gradients(
+                twin, tree_map(_apart, batch), loss, loss_reduction, "reference", rows, sequence_first
+            )  # whatever backend is forced
     except (ValueError, RuntimeError):
         if not sequence_first:  # where the first axis may be another, the first that differs is no culprit
-            _refuse_mixing(twin, batch, loss, rows)  # what fails is told by its cause, if that is it
+            _refuse_mixing(twin, batch, loss, rows, batched)  # what fails is told by its cause, if that is it
         raise
-    floor = FLOOR * torch.stack([e.norm() for e in expected.values()]).norm() + 1e-30
-    wrong = [
-        n for n in expected if (found[n] - expected[n]).norm() > RTOL * max(expected[n].norm(), found[n].norm()) + floor
-    ]
+    wrong = differing(found, expected)
     if wrong:
         if not sequence_first:
-            _refuse_mixing(twin, batch, loss, rows, wrong)
+            _refuse_mixing(twin, batch, loss, rows, batched, wrong)
         if once := sorted(e for e in expanded if any(n.startswith(f"{e}.") for n in wrong)):
             raise ValueError(ONE_FOR_ALL.format(", ".join(once)))
         names = ", ".join(wrong[:5]) + (" ..." if len(wrong) > 5 else "")
-        raise ValueError(
+        raise Coupled(
             f"per-sample gradients of {names} differ from those of single records: the loss couples records, or "
             f"loss_reduction={loss_reduction!r} is not what the loss does; or a hook or a custom backward couples "
             f"them, or a layer is given positions and no records (arange(T)[None], with a batch axis of 1, is taken)"
@@ -260,12 +235,33 @@ def compare(
         warnings.warn(f"no gradient reaches {names}; what nothing reaches is trained by noise alone", stacklevel=2)
 
 
+def from_one_state(twin: nn.Module, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss whose every forward begins with the twin's present buffers: spectral_norm's move in train mode."""
+    buffers = Buffers(twin)
+
+    def value(*inputs: Any) -> Tensor:
+        with torch.no_grad():
+            buffers.put_back()
+        return loss(*inputs)
+
+    return value
+
+
+def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """The tensors whose gradients are others than expected, but for rounding."""
+    floor = FLOOR * torch.stack([e.norm() for e in expected.values()]).norm() + 1e-30
+    return [
+        n for n in expected if (found[n] - expected[n]).norm() > RTOL * max(expected[n].norm(), found[n].norm()) + floor
+    ]
+
+
 def _refuse_mixing(
-    twin: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], rows: int, wrong: Sequence[str] = ()
-) -> None:
-    culprit = _first_mixing_module(twin, batch, loss, rows, wrong)
+    twin: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], rows: int, batched: Sequence[bool],
+    wrong: Sequence[str] = (),
+) -> None:  # fmt: skip
+    culprit = _first_mixing_module(twin, batch, loss, rows, batched, wrong)
     if culprit is not None:
-        raise ValueError(
+        raise Coupled(
             f"{culprit}: the output for one record depends on the other records of the batch, or its first axis is "
             f"not the batch; per-sample clipping cannot bound such a layer. Replace it, freeze what lies before it, or "
             f"make it batch-major"
@@ -273,8 +269,9 @@ def _refuse_mixing(
 
 
 def _first_mixing_module(
-    twin: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], rows: int, wrong: Sequence[str]
-) -> str | None:
+    twin: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], rows: int, batched: Sequence[bool],
+    wrong: Sequence[str],
+) -> str | None:  # fmt: skip
     """The first module, in order of execution, whose outputs in the batch differ from those of single records.
 
     One that is given as many positions as a router chooses (an expert of a mixture) is passed over where it stands in a
@@ -284,13 +281,13 @@ def _first_mixing_module(
     handles = _watch(twin, calls)
     try:
         with torch.no_grad(), Doubled():
-            loss(twin, batch)
+            loss(twin, tree_map(_apart, batch))
             together, singles = _by_module(calls), []
             count = len(calls)
             for i in range(rows):
                 calls.clear()
                 try:
-                    loss(twin, _record(batch, i, rows))
+                    loss(twin, _record(batch, i, batched))
                 except Exception:
                     # What fails on one record alone (BatchNorm in train mode) is the first that did not return.
                     if len(calls) >= count:

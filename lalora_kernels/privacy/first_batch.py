@@ -1,18 +1,28 @@
 """What make_private asks of the model itself at the first batch: whether records mix, or are written down."""
 
-import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lalora_kernels.adapted import Adapted
-from lalora_kernels.privacy.checks import RTOL, _apart, _cards, _double, _leaves, _watch, compare, tree_map
+from lalora_kernels.privacy.checks import (
+    RTOL,
+    _cards,
+    _leaves,
+    _watch,
+    compare,
+    have_rows,
+    of_rows,
+    tree_map,
+)
 from lalora_kernels.privacy.doubled import Doubled
+from lalora_kernels.privacy.drawn import Drawn
 from lalora_kernels.privacy.own_loss import tied, without_rows
-from lalora_kernels.privacy.written import Parameters
+from lalora_kernels.privacy.own_mode import Weigh, compare_alike, compare_in_own_mode
+from lalora_kernels.privacy.twin import double, take_modes
+from lalora_kernels.privacy.written import Buffers, Parameters
 
 # Two records and the first one again: what sorts rows by anything leaves two of them in place, but never these.
 ORDER, DRAWN_ORDER = (0, 1, 0), (0, 1, 0, 1)
@@ -20,6 +30,10 @@ TWIN = (
     "This came from the check of the first batch, which runs a copy of the model in float64 on some of its records. If "
     "the model itself takes them, but not in float64, let check_per_sample pass on a smaller one of its family, and "
     "pass make_private check='loss' for this one."
+)
+SHARED = (
+    "An argument that is no batch, but has as many rows as the batch has records (a mask of as many positions), is "
+    "taken for one; give it an axis more (mask[None])."
 )
 DRAWS = 4  # of a model that draws at random: a permutation of four rows that mixes none comes once in six
 Run = tuple[list[tuple[str, list[Tensor]]], bool]  # (module, its outputs) in order of execution; whether it drew
@@ -31,6 +45,7 @@ class Found(NamedTuple):
     tied: set[str]  # its own losses that tie records together (own_loss)
     sequence_first: frozenset[str]  # trained modules that have positions along the first axis, records along the second
     idle: frozenset[str]  # trained modules that did not run
+    drawn: bool = False  # the model draws at random
 
 
 def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> Found | None:
@@ -40,7 +55,8 @@ def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> Foun
     each record, so it shows what the model mixes, not what the user's criterion couples. Raises as check_per_sample;
     warns of adapters that the two records never reached, which would train on noise alone.
     """
-    rowed = [t for t in _leaves((args, kwargs)) if t.dim() and t.shape[0] == rows]
+    batched = have_rows((args, kwargs), rows)
+    rowed = [t for t, found in zip(_leaves((args, kwargs)), batched) if found]
     if not rowed:
         raise ValueError(
             f"none of the tensors that the model was given has a row for each of the batch's {rows} records, so "
@@ -49,13 +65,9 @@ def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> Foun
     chosen = _two(rowed)
     if chosen is None:
         return None
+    two = of_rows(lambda t: t[chosen.to(t.device)], (args, kwargs), batched)
 
-    def of_two(t: Tensor) -> Tensor:
-        return _apart(t[chosen.to(t.device)] if t.dim() and t.shape[0] == rows else t)
-
-    two = tree_map(of_two, (args, kwargs))
-
-    def project(m: nn.Module, inputs: tuple) -> Tensor:
+    def project(m: nn.Module, inputs: tuple, weigh: Weigh = lambda k, t: t) -> Tensor:
         outputs = _with_axes(m(*inputs[0], **inputs[1]))
         if not outputs:  # though it did for several
             raise ValueError(
@@ -64,13 +76,17 @@ def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> Foun
             )
         generator = torch.Generator().manual_seed(1)
         terms = []
-        for t in outputs:
+        for k, t in enumerate(outputs):
             direction = torch.randn(t.shape[1:], generator=generator, dtype=torch.float64).to(t.device, t.dtype)
-            terms.append((t * direction).sum())
+            terms.append((weigh(k, t) * direction).sum())
         return torch.stack(terms).sum()
 
-    found = check_outputs(model, two)
-    compare(model, two, project, "sum", "AB", found.sequence_first)
+    found = check_outputs(model, two, batched)
+    if found.drawn:
+        compare(model, two, project, "sum", "AB", found.sequence_first, batched)
+        compare_alike(model, two, project, found.sequence_first, batched)
+    else:
+        compare_in_own_mode(model, two, project, found.sequence_first, batched)
     return found
 
 
@@ -92,35 +108,33 @@ def _two(rowed: list[Tensor]) -> Tensor | None:
     return None
 
 
-def check_outputs(model: nn.Module, two: tuple) -> Found:
+def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
     """Raise ValueError where a record's output or a buffer depends on another record, in float64 and the model's mode.
 
-    ``two``: (args, kwargs) with two records along the first axis. The gradients of a projection that is the same for
-    both would not show what is the same in both, such as a mean that is taken off. What (a, b, a) gives for a must be
-    what (a, a, a) does, and for b what (b, b, b) does, dropout drawn alike; also in each trained layer, where rows in
-    another order would be taken for the others' even if they are put back behind it. A model that draws at random is
-    asked again with other draws and (a, b, a, b): a permutation may change no row. A buffer that follows activations
-    (running statistics, a centre) would leave the training without noise, and so would a frozen tensor. A trained layer
-    may have the records along its second axis instead, if it always has.
+    ``two``: (args, kwargs) with two records along the first axis of the leaves that are ``batched``. The gradients of a
+    projection that is the same for both would not show what is the same in both, such as a mean that is taken off. What
+    (a, b, a) gives for a must be what (a, a, a) does, and for b what (b, b, b) does, dropout drawn alike; also in each
+    trained layer, where rows in another order would be taken for the others' even if they are put back behind it. A
+    model that draws at random is asked again with other draws and (a, b, a, b): a permutation may change no row. A
+    buffer that follows activations (running statistics, a centre) would leave the training without noise, and so would
+    a frozen tensor. A trained layer may have the records along its second axis instead, if it always has.
     """
-    twin = _double(model)
-    for (_, m), (_, t) in zip(model.named_modules(), twin.named_modules()):
-        t.training = m.training
+    twin = double(model)
+    take_modes(twin, model)
     two = tree_map(lambda t: t.double() if t.is_floating_point() else t, two)
-    buffers = [(m, key, b if b is None else b.clone()) for m in twin.modules() for key, b in m._buffers.items()]
-    parameters = Parameters(twin)
+    buffers, parameters = Buffers(twin), Parameters(twin)
     after: list[dict[str, Tensor]] = []
     calls: list[tuple[str, list[Tensor]]] = []
     rowless: set[str] = set()
 
     def forward(seed: int | None, *order: int) -> tuple[Any, bool]:
-        with torch.no_grad(), Doubled(), _Drawn(_cards(twin), seed) as drawn:
-            inputs = tree_map(lambda t: t[list(order)] if t.dim() and t.shape[0] == 2 else t, two)
+        with torch.no_grad(), Doubled(), Drawn(_cards(twin), seed) as drawn:
+            inputs = of_rows(lambda t: t[list(order)], two, batched)
             try:
                 output = twin(*inputs[0], **inputs[1])
             except Exception as error:
                 if hasattr(error, "add_note"):  # Python 3.11
-                    error.add_note(TWIN)
+                    error.add_note(TWIN if sum(batched) == 1 else f"{TWIN} {SHARED}")
                 raise
             parameters.refuse_written()  # the first time, too: what is set then (ActNorm) is the same in all others
             if not _with_axes(output):
@@ -131,12 +145,7 @@ def check_outputs(model: nn.Module, two: tuple) -> Found:
                 )
             rowless.update(name for name, _ in without_rows(output, len(order)))
             after.append({n: b.clone() for n, b in twin.named_buffers()})
-            for m, key, before in buffers:
-                now = m._buffers[key]
-                if before is not None and now is not None and now.shape == before.shape:
-                    now.copy_(before)
-                else:  # a table that the model makes as long as the records (ConViT), and makes again
-                    m._buffers[key] = before if before is None else before.clone()
+            buffers.put_back()
         return output, drawn.any
 
     def run(seed: int | None, *order: int) -> Run:
@@ -175,7 +184,7 @@ def check_outputs(model: nn.Module, two: tuple) -> Found:
     seeds = range(2 if draws else 1) if rowless else ()
     losses = {name for seed in seeds for name in tied(lambda *order, s=seed: forward(s, *order)[0])}
     idle = frozenset(name for name, found in axes.items() if not found) - {name for name, _ in shapes}
-    return Found(losses, frozenset(name for name, found in axes.items() if found == {1}), idle)
+    return Found(losses, frozenset(name for name, found in axes.items() if found == {1}), idle, bool(draws))
 
 
 def _compare(
@@ -234,31 +243,3 @@ def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=RTOL, atol=1e-10, equal_nan=True)
-
-
-class _Drawn:
-    """A block whose random draws (torch's, NumPy's, Python's) start from ``seed`` and are given back; None: from where
-    they are. ``any``: whether there were some."""
-
-    def __init__(self, cards: list[torch.device], seed: int | None):
-        self.fork, self.cards, self.seed, self.any = torch.random.fork_rng(devices=cards), cards, seed, False
-
-    def _state(self) -> str:
-        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(card) for card in self.cards)]
-        return repr([*(t.tolist() for t in states), random.getstate(), np.random.get_state(legacy=False)["state"]])
-
-    def __enter__(self) -> "_Drawn":
-        self.fork.__enter__()
-        self.theirs = random.getstate(), np.random.get_state()
-        if self.seed is not None:
-            torch.manual_seed(self.seed)
-            random.seed(self.seed)
-            np.random.seed(self.seed)
-        self.before = self._state()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.any = self.before != self._state()
-        random.setstate(self.theirs[0])
-        np.random.set_state(self.theirs[1])
-        self.fork.__exit__(*error)

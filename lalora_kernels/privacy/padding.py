@@ -8,7 +8,8 @@ records of the first batch's check are padded alike, so nothing of it shows ther
 import torch
 from torch import Tensor, nn
 
-from lalora_kernels.privacy.checks import _double, _leaves, tree_map
+from lalora_kernels.privacy.checks import _apart, _leaves, tree_map
+from lalora_kernels.privacy.twin import double
 
 # Float64, but for models that turn positions in float32 (rotary embeddings); what padding moves, it moves by more.
 RTOL = 1e-4
@@ -65,16 +66,17 @@ def refuse_padding(model: nn.Module, args: tuple, kwargs: dict) -> bool:
 
     def alone(t: Tensor) -> Tensor:
         t = t[record : record + 1] if t.dim() and t.shape[0] == rows else t
-        return t.detach().double() if t.is_floating_point() else t.detach()
+        return t.double() if t.is_floating_point() else t
 
     def cut(t: Tensor) -> Tensor:
         return t[:, start:end] if t.dim() > 1 and t.shape[1] == length else t
 
     padded = tree_map(alone, (args, kwargs))
-    twin = _double(model)
+    twin = double(model)
     with torch.no_grad():
-        whole = _leaves(twin(*padded[0], **padded[1]))
-        short = tree_map(cut, padded)
+        given = tree_map(_apart, padded)  # which a model may change in place
+        whole = _leaves(twin(*given[0], **given[1]))
+        short = tree_map(lambda t: _apart(cut(t)), padded)
         try:
             bare = _leaves(twin(*short[0], **short[1]))
         except Exception:  # of a length that is no multiple of its windows, say

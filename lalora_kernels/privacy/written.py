@@ -1,7 +1,25 @@
-"""Does a model's forward write to its parameters? By their values: ``.data`` leaves their versions as they were."""
+"""What a model's forward writes to: its parameters, which are looked at by value (``.data`` leaves their versions as
+they were), and its buffers, which are put back."""
 
 import torch
 from torch import Tensor, nn
+
+
+class Buffers:
+    """Those of a model as it was given."""
+
+    def __init__(self, model: nn.Module):
+        self.before = [
+            (m, key, b if b is None else b.clone()) for m in model.modules() for key, b in m._buffers.items()
+        ]
+
+    def put_back(self) -> None:
+        for m, key, before in self.before:
+            now = m._buffers[key]
+            if before is not None and now is not None and now.shape == before.shape:
+                now.copy_(before)
+            else:  # a table that the model makes as long as the records (ConViT), and makes again
+                m._buffers[key] = before if before is None else before.clone()
 
 
 class Parameters:

@@ -1,0 +1,35 @@
+"""Random draws of a block of code: from a seed, or from where they are, and as if there had been none behind it."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Drawn:
+    """A block whose random draws (torch's, NumPy's, Python's) start from ``seed`` and are given back; None: from where
+    they are. ``any``: whether there were some."""
+
+    def __init__(self, cards: list[torch.device], seed: int | None):
+        self.fork, self.cards, self.seed, self.any = torch.random.fork_rng(devices=cards), cards, seed, False
+
+    def _state(self) -> str:
+        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(card) for card in self.cards)]
+        return repr([*(t.tolist() for t in states), random.getstate(), np.random.get_state(legacy=False)["state"]])
+
+    def __enter__(self) -> "Drawn":
+        self.fork.__enter__()
+        self.theirs = random.getstate(), np.random.get_state()
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+            random.seed(self.seed)
+            np.random.seed(self.seed)
+        self.before = self._state()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.any = self.before != self._state()
+        random.setstate(self.theirs[0])
+        np.random.set_state(self.theirs[1])
+        self.fork.__exit__(*error)
