@@ -308,6 +308,8 @@ class Told:
 
 
 def look(check, loss, *shape, seed=0, scale=1.0, dtype=torch.float32):
+    if not check.looks:  # as the forward hook asks
+        return
     check._call += 1
     check._look(check._call, *logits_and_gradient(loss, *shape, seed=seed, scale=scale, dtype=dtype))
 
