@@ -17,25 +17,35 @@ from lalora_kernels import opaque
 from lalora_kernels.autograd_tools import (
     apply,
     cast,
+    keep,
     low_rank_backward,
     once_differentiable,
     product,
+    recorder_of,
     rows_of,
     shaped,
     traced,
 )
 
+USUAL = 128  # positions of a record, where a choice may not go by those that were drawn
 
-def _merging_pays(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+
+def _merging_pays(x: Tensor, weight: Tensor, dtype: torch.dtype, recorder: Any) -> bool:
     """Whether x (W0 + s B A)^T beats x W0^T + s (x A^T) B^T.
 
     Two passes over W0 (m n) against one over x (rows n) and two over y (rows m), once more in backward; three times
-    measured. In half precision W0 + s B A would round small updates away.
+    measured. In half precision W0 + s B A would round small updates away. A private step goes by the public size of
+    its batches: by the records drawn, one more would change how those of all others are rounded, and a server may send
+    factors of which rounding is all that is left.
     """
     if torch.compiler.is_compiling() or dtype not in (torch.float32, torch.float64) or weight.dtype != dtype:
         return False  # traced: one graph for every batch size
     m, n = weight.shape
-    return x.numel() * (m + n) >= 3 * m * n * n
+    if recorder is None:
+        rows = x.numel() / n
+    else:
+        rows = recorder.engine.usual_rows * (USUAL if x.dim() > 2 else 1)
+    return rows * (m + n) >= 3 * m * n
 
 
 MAKERS: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {  # node -> (what it keeps, x from that)
@@ -92,7 +102,7 @@ class LoRAFunction(torch.autograd.Function):
         A, B = cast(lora_A, dtype), cast(lora_B, dtype)
         h: Any = None
         rows = rows_of(xc)
-        ctx.merged = x_lora is None and _merging_pays(xc, weight, dtype)
+        ctx.merged = x_lora is None and _merging_pays(xc, weight, dtype, recorder)
         if need_B or not ctx.merged:
             h = F.linear(rows if xl is xc else rows_of(xl), A)
         if ctx.merged:
@@ -105,7 +115,8 @@ class LoRAFunction(torch.autograd.Function):
         ctx.save_for_backward(
             shaped(h, x) if need_B else None, xl if need_A and ctx.maker is None else None, weight, A, B
         )
-        ctx.scaling, ctx.dtype, ctx.recorder, ctx.token = scaling, dtype, recorder, token
+        ctx.scaling, ctx.dtype = scaling, dtype
+        keep(ctx, recorder, token)
         ctx.dtypes = (x.dtype, None if x_lora is None else x_lora.dtype, lora_A.dtype, lora_B.dtype)
         if recorder is not None and token is None and (need_bias or need_A or need_B):
             recorder.note_forward()
@@ -179,7 +190,8 @@ class LoRAConv2dFunction(torch.autograd.Function):
         h = F.conv2d(xl, lora_A.to(dtype), None, stride, padding)
         y += F.conv2d(h, scaling * lora_B.to(dtype))
         ctx.save_for_backward(h if need_B else None, xl if need_A else None, weight, lora_A, lora_B)
-        ctx.scaling, ctx.stride, ctx.padding, ctx.recorder, ctx.token = scaling, stride, padding, recorder, token
+        ctx.scaling, ctx.stride, ctx.padding = scaling, stride, padding
+        keep(ctx, recorder, token)
         ctx.shape, ctx.dtypes = x.shape, (x.dtype, None if x_lora is None else x_lora.dtype)
         if recorder is not None and token is None and (need_bias or need_A or need_B):
             recorder.note_forward()
@@ -242,7 +254,8 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         h = F.embedding(ids, lora_A.t())
         ctx.save_for_backward(ids, h if ctx.needs_input_grad[3] else None, lora_A, lora_B)
-        ctx.scaling, ctx.padding_idx, ctx.recorder, ctx.token = scaling, padding_idx, recorder, token
+        ctx.scaling, ctx.padding_idx = scaling, padding_idx
+        keep(ctx, recorder, token)
         if recorder is not None and token is None and (ctx.needs_input_grad[2] or ctx.needs_input_grad[3]):
             recorder.note_forward()
         return F.embedding(ids, weight) + (scaling * (h @ lora_B.t())).to(weight.dtype)
@@ -255,7 +268,7 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
         if ctx.token is not None:
             opaque.record_embedding(ctx.token, dy, lora_B.to(dy.dtype), h, ids, ctx.scaling, ctx.recorder)
         elif ctx.recorder is not None:
-            ctx.recorder.record_embedding(dy, lora_B.to(dy.dtype), ctx.scaling, h, ids)
+            recorder_of(ctx).record_embedding(dy, lora_B.to(dy.dtype), ctx.scaling, h, ids)
         else:
             dy = rows_of(dy).to(lora_B.dtype)
             if ctx.needs_input_grad[2]:
@@ -281,14 +294,14 @@ def _record(ctx: Any, dy: Tensor, x: Tensor | None) -> None:
     if ctx.token is not None:
         opaque.record(ctx.token, dy, x, ctx.recorder)
     else:
-        ctx.recorder.record(dy, x)
+        recorder_of(ctx).record(dy, x)
 
 
 def _record_scale(ctx: Any, dy: Tensor, normalized: Tensor | None, axis: int) -> None:
     if ctx.token is not None:
         opaque.record_scale(ctx.token, dy, normalized, axis, ctx.recorder)
     else:
-        ctx.recorder.record_scale(dy, normalized, axis)
+        recorder_of(ctx).record_scale(dy, normalized, axis)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -299,7 +312,7 @@ class LinearFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, recorder: Any, token: Tensor | None = None
     ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.recorder, ctx.token = recorder, token
+        keep(ctx, recorder, token)
         return product(x, weight, bias)
 
     @staticmethod
@@ -320,7 +333,8 @@ class LayerNormFunction(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
-        ctx.shape, ctx.recorder, ctx.token = shape, recorder, token
+        ctx.shape = shape
+        keep(ctx, recorder, token)
         return y
 
     @staticmethod
@@ -346,7 +360,8 @@ class ScaleShiftFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, recorder: Any, token: Any = None
     ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.axis, ctx.recorder, ctx.token = axis, recorder, token
+        ctx.axis = axis
+        keep(ctx, recorder, token)
         along = [-1, *[1] * (x.dim() - 2)] if axis == 1 else None
         ctx.along = along
         y = x if weight is None else x * (weight.view(along) if along else weight)
@@ -371,7 +386,7 @@ class EmbeddingFunction(torch.autograd.Function):
         ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int | None, recorder: Any, token: Tensor | None = None
     ) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.recorder, ctx.token = recorder, token
+        keep(ctx, recorder, token)
         return F.embedding(ids, weight, padding_idx)
 
     @staticmethod

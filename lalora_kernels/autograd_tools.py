@@ -70,6 +70,23 @@ def traced(recorder: Any) -> tuple:
     return recorder, None
 
 
+def keep(ctx: Any, recorder: Any, token: Tensor | None) -> None:
+    """What ``traced`` gave, and of which batch this forward is."""
+    ctx.recorder, ctx.token = recorder, token
+    ctx.batch = None if recorder is None or token is not None else recorder.engine.serial
+
+
+def recorder_of(ctx: Any) -> Any:
+    """The recorder that ``keep`` was given. Raises RuntimeError where its forward was one of an earlier batch."""
+    if ctx.batch != ctx.recorder.engine.serial:
+        raise RuntimeError(
+            f"a backward reached {ctx.recorder.name} in the graph of an earlier batch, whose rows are other records (a "
+            f"loss added up over batches, with retain_graph=True?); call backward on the loss of this batch alone, and "
+            f"add up loss.item()"
+        )
+    return ctx.recorder
+
+
 def low_rank_backward(
     ctx: Any, dy: Tensor, B: Tensor, h: Tensor | None, x: Tensor | None, through_A: bool, need_A: bool, need_B: bool,
     need_bias: bool, dtypes: tuple[torch.dtype, torch.dtype],
@@ -82,7 +99,7 @@ def low_rank_backward(
     if ctx.token is not None:
         return opaque.record_lora(ctx.token, dy, B, h, x, ctx.scaling, need_bias, ctx.recorder), None, None, None
     if ctx.recorder is not None:
-        return ctx.recorder.record_lora(dy, B, ctx.scaling, h, x, through_A, need_bias), None, None, None
+        return recorder_of(ctx).record_lora(dy, B, ctx.scaling, h, x, through_A, need_bias), None, None, None
     rows = rows_of(dy)
     dz = ctx.scaling * (rows @ B) if through_A or need_A else None
     dA = (dz.t() @ rows_of(x)).to(dtypes[0]) if need_A else None  # type: ignore[union-attr]  # dz was asked for

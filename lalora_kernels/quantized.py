@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lalora_kernels.autograd_tools import (
     apply,
     cast,
+    keep,
     low_rank_backward,
     once_differentiable,
     rows_of,
@@ -100,7 +101,8 @@ class LoRAUpdateFunction(torch.autograd.Function):
         if bias is not None:
             out += bias.to(y.dtype)
         ctx.save_for_backward(shaped(h, x) if need_B else None, xc if need_A else None, A, B)
-        ctx.scaling, ctx.dtype, ctx.recorder, ctx.token = scaling, dtype, recorder, token
+        ctx.scaling, ctx.dtype = scaling, dtype
+        keep(ctx, recorder, token)
         ctx.dtypes = (x.dtype, lora_A.dtype, lora_B.dtype)
         if recorder is not None and token is None and (need_bias or need_A or need_B):
             recorder.note_forward()

@@ -3,7 +3,10 @@
 import pytest
 import torch
 from tolerances import LAYER_F32, LAYER_F64
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import lalora_kernels as lk
 from lalora_kernels import autograd
 from lalora_kernels.nn import LoRAConv1D, LoRALinear
 
@@ -55,3 +58,46 @@ def test_half_precision_and_dropout_keep_the_parts_apart(merged):
     assert merged == []  # dropped-out inputs go through A alone
     layer.eval()(torch.randn(MANY, 3, N_IN, dtype=torch.bfloat16))
     assert merged == [False]
+
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.last = nn.Linear(N_IN, N_OUT), nn.Linear(N_OUT, 4)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.fc(x)).mean(1))
+
+
+def clipped_sum(records, x, y, physical):
+    """The first ``records`` of them, of a release without noise, whatever the state makes of their gradients."""
+    torch.manual_seed(0)
+    model = lk.adapt(Positions(), r=2, lora_alpha=2, target_modules=["fc", "last"], verbose=False)
+    with torch.no_grad():  # a server's: B A = 0 exactly, and x A^T B^T is nothing but rounding
+        u, m = (torch.randint(-9, 10, (n,)) / 8.0 for n in (N_IN, N_OUT))
+        model.fc.lora_A.copy_(torch.stack([u, 3 * u]))
+        model.fc.lora_B.copy_(torch.stack([3 * 2.0**30 * m, -(2.0**30) * m], 1))
+        model.last.lora_B.normal_()
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    optimizer, loader = lk.make_private(
+        model, sgd, DataLoader(TensorDataset(x, y)), noise_multiplier=0.0, expected_batch_size=8, smoothing=None,
+        loss_reduction="sum", method="dp-lora", physical_batch_size=physical, check=False,
+    )  # fmt: skip
+    loader.batch_sampler.draw = lambda: list(range(records))
+    for a, b in loader.steps(1):
+        nn.functional.cross_entropy(model(a), b, reduction="sum").backward()
+        optimizer.step()
+        if optimizer.stepped:  # fc's own gradient is 1e9 times too large to show the others'
+            return 8 * torch.cat([p.grad.double().flatten() for p in model.last.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("physical", [None, 16])
+def test_one_record_more_does_not_change_how_the_others_are_computed(merged, physical):
+    """Nor whether they merge: the records drawn are not to decide it where each one's share is bounded."""
+    x, y = torch.randn(1, 3, N_IN).repeat(MANY, 1, 1), torch.zeros(MANY, dtype=torch.long)
+    before = clipped_sum(1, x, y, physical)
+    for records in range(2, 20):  # 3 m n / (m + n) rows of 3 positions are 8 records
+        now = clipped_sum(records, x, y, physical)
+        assert (now - before).norm() <= 1 + 1e-4, records
+        before = now
+    assert len(set(merged[0::2])) == len(set(merged[1::2])) == 1

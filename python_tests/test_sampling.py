@@ -233,7 +233,7 @@ def test_an_empty_draw_is_one_zeroed_record_in_any_structure():
     plain = DataLoader(range(3), batch_size=1, collate_fn=collate)
     (empty,) = fixed(plain, sample_rate=1e-12, on_batch=infos.append).steps(1)
     (full,) = fixed(plain, sample_rate=1.0).steps(1)
-    assert infos == [BatchInfo(rows=1, valid=0, first=True, last=True)]
+    assert infos == [BatchInfo(rows=1, valid=0, first=True, last=True, iteration=1)]
     assert type(empty["mapping"]) is UserDict and type(empty["pair"]) is Pair and type(empty["pair"].y) is tuple
 
     def leaves(b):

@@ -22,7 +22,15 @@ from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder,
 from lalora_kernels.privacy.reduction import ReductionCheck
 from lalora_kernels.privacy.rules import ExtraRecorder, may_mix, refuse_mixing, refuse_tables, refuse_torchscript
 from lalora_kernels.privacy.sampling import BatchInfo
-from lalora_kernels.privacy.sentinel import SKIPPED, UNSTEPPED, refuse_foreign, refuse_gradients, stand_in, take_away
+from lalora_kernels.privacy.sentinel import (
+    PASSED,
+    SKIPPED,
+    UNSTEPPED,
+    refuse_foreign,
+    refuse_gradients,
+    stand_in,
+    take_away,
+)
 from lalora_kernels.privacy.structure import Structure
 from lalora_kernels.privacy.ties import tie
 from lalora_kernels.privacy.trained import Use, refuse_hooks, refuse_upstream, trained_tensors
@@ -57,7 +65,7 @@ class Engine:
         self.strict, self._checks = bool(check), check is True
         self.check_pending = self._checks  # no batch had two records to compare yet
         self.padding: Any = None  # a PaddingCheck
-        self._checked: set[bool] = set()  # in train mode, in eval mode
+        self._checked: set[tuple[bool, ...]] = set()  # which modules were in train mode
         self._unchecked = False  # records were told apart in a batch before the check
         self.forwarded = False  # the model itself has seen this physical batch
         self.sites: list[Site] = []
@@ -65,6 +73,8 @@ class Engine:
         self.expanded: set[str] = set()  # layers that were given one input for all records
         self.active: list[Site] = []
         self.batch: BatchInfo | None = None
+        self.usual_rows = divisor  # records in a physical batch, by what is public
+        self.serial = 0  # of the batch, by which a graph knows its own
         self.nonfinite, self.graphing = NonfiniteCount(), False
         self.auto_batch: Any = None  # an AutoBatch, which measures at the first forward
         self.adaptive: Any = None  # an AdaptiveClipping, which then moves max_grad_norm between logical batches
@@ -76,6 +86,7 @@ class Engine:
         self._waiting = False  # sentinels stand in p.grad until the step
         self._open = False  # a logical batch has begun and is not released
         self._partial = False  # ... and some of its physical batches are summed already
+        self._passed = False  # a batch of this iteration was fetched, and not used, before the next one
         try:
             self._attach()
         except BaseException:
@@ -173,20 +184,20 @@ class Engine:
             return
         if self.batch.seeded:
             refuse_known_seed()
-        refuse_mixing(self._mixers)
         first = batch_tensor(args, kwargs, self.batch.rows)
         self.check_rows(self.batch.rows if first is None else first.shape[0])
         refuse_upstream((args, kwargs), self.sites)
         if self.auto_batch is not None:
             self.auto_batch.measure(self, model, args, kwargs)
-        if (self.check_pending or self._checked and model.training not in self._checked) and self.batch.valid >= 2:
+        modes = self.structure.modes() if self._checks else ()
+        if (self.check_pending or self._checked and modes not in self._checked) and self.batch.valid >= 2:
             from lalora_kernels.privacy.first_batch import check_inputs  # it builds an Engine of its own
 
             if (found := check_inputs(model, args, kwargs, self.batch.rows)) is not None:
                 self.reduction.tied |= found.tied
                 self.turn(found.sequence_first, found.idle)
                 self.check_pending = False
-                self._checked.add(model.training)
+                self._checked.add(modes)
         if self.padding is not None and not self.graphing:
             self.padding(model, args, kwargs)
 
@@ -194,6 +205,10 @@ class Engine:
         """The model was called with gradients on; all that a compiled model tells."""
         if self.batch is None:
             return
+        if self._passed:
+            raise RuntimeError(PASSED)
+        self._factors()  # or what was put in since the batch came would go unseen
+        refuse_mixing(self._mixers)
         if rows != self.batch.rows:
             raise ValueError(
                 f"the model was given {rows} rows, but the loader's batch has {self.batch.rows} records; pass the "
@@ -287,10 +302,12 @@ class Engine:
         """Called by the loader before it yields a physical batch."""
         if not self.recorders:
             raise RuntimeError("this loader's optimizer was detached; use a loader of your own, or make_private again")
+        self.serial += 1
+        same = self.batch is not None and 0 < batch.iteration == self.batch.iteration
+        self._passed = same or self._passed and not batch.first
         if self.batch is not None and (self.forwarded or any(s.marked for s in self.sites)):
             left = UNSTEPPED if any(s.marked for s in self.sites) else SKIPPED
-            self.batch, self._open, self._partial = None, False, False
-            self.clear_batch()
+            self._forget()
             raise RuntimeError(left)
         if self._partial if batch.first else not self._open:
             self._partial = False
@@ -343,6 +360,8 @@ class Engine:
             raise RuntimeError(
                 "optimizer.step() without a new batch of the private loader, or called twice on one batch"
             )
+        if self._passed:
+            raise RuntimeError(PASSED)
         batch, sites = self.batch, self.active
         self._unchecked |= self.check_pending and batch.valid >= 2
         if self.strict and not self.forwarded and any(s.marked for s in sites):
@@ -361,6 +380,24 @@ class Engine:
             raise RuntimeError("the trainable tensors changed between the batch and optimizer.step()")
         if batch.valid and not any(s.marked for s in sites):
             raise RuntimeError("optimizer.step() before loss.backward(): no gradient was recorded for this batch")
+        try:
+            self._clip_and_release(batch, sites)
+        except BaseException:  # halfway: a second step() on the batch would count what is summed already once more
+            self._forget()
+            raise
+        if batch.last:
+            self._open = self._partial = False
+        self.clear_batch()
+        self.batch = None
+        return batch.last
+
+    def _forget(self) -> None:
+        """The logical batch is lost, as far as it came."""
+        self.batch, self._open, self._partial = None, False, False
+        take_away(self.sites)
+        self.clear_batch()
+
+    def _clip_and_release(self, batch: BatchInfo, sites: list[Site]) -> None:
         for s in sites:
             if s.marked and s.deferred is not None:
                 s.sq = s.deferred.squared_norms()
@@ -392,10 +429,6 @@ class Engine:
                     s.fused = True
         if batch.last:
             self._release(weights)
-            self._open = self._partial = False
-        self.clear_batch()
-        self.batch = None
-        return batch.last
 
     def _release(self, weights: Tensor) -> None:
         # The ledger first: a crash from here on may waste budget, never overspend it.

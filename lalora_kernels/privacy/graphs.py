@@ -92,7 +92,7 @@ class GraphedBackward:
             )
         if wrong := [tuple(t.shape) for t in batch if not t.dim() or t.shape[0] != e.batch.rows]:
             raise ValueError(f"tensors of shapes {wrong} in a batch of {e.batch.rows} records")
-        if self._checks and (e.check_pending or e.reduction.left):  # the first batches' checks read values
+        if self._checks and (e.check_pending or e.reduction.looks):  # the first batches' checks read values
             self.backward(*batch)
             return
         if self._looks != e.structure.looks:  # other modules than were captured

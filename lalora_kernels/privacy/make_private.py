@@ -265,6 +265,8 @@ def make_private(
         grad_scaler=grad_scaler,
         group=group,
     )
+    if type(physical_batch_size) is int:
+        engine.usual_rows = min(float(b), physical_batch_size)
     if adaptive is not None:
         engine.adaptive = adaptive
         adaptive.set_bound(engine, max_grad_norm)

@@ -51,6 +51,7 @@ class BatchInfo:
     valid: rows from ``valid`` on are placeholders and contribute nothing.
     first, last: whether this is the first, the last physical batch of its logical batch.
     seeded: whether the global random generators were seeded for it, which they must be still when the model is called.
+    iteration: which of the loader's iterations it came in.
     """
 
     rows: int
@@ -58,6 +59,7 @@ class BatchInfo:
     first: bool
     last: bool
     seeded: bool = False
+    iteration: int = 0
 
 
 class PoissonBatchSampler(Sampler[list[int]]):
@@ -244,10 +246,9 @@ class PrivateLoader:
                 batch = next(batches)
             except StopIteration:
                 return
-            info = infos.popleft()
+            info = replace(infos.popleft(), seeded=self._secret, iteration=mine)
             if self._secret:
                 seed_from_system()  # a data set may set one for each record
-                info = replace(info, seeded=True)
             for path, leaf in _tensors(batch):
                 if leaf.dim() == 0 or leaf.shape[0] != info.rows:
                     raise ValueError(

@@ -26,6 +26,12 @@ UNSTEPPED = (
     "in parts by make_private(physical_batch_size=...), not by adding up backwards). Where the loop was interrupted, "
     "run it again: that batch is forgotten now"
 )
+PASSED = (
+    "a batch of this iteration was passed over before this one, without optimizer.step(): fetched ahead (then records "
+    "would be taken for those of another batch), or skipped for what is in it. Use each batch that the loader yields "
+    "before the next one is asked for, and call backward and step on it; to look at batches, or to evaluate on them, "
+    "iterate the loader on its own"
+)
 GETTERS = {"dtype", "device", "layout", "shape", "is_sparse", "requires_grad"}
 
 

@@ -12,7 +12,7 @@ from lalora_kernels.privacy.accounts import AGAIN
 from lalora_kernels.privacy.recorders import Recorder, Site
 
 HOLDING = ("_modules", "_parameters")
-_trains, _values = attrgetter("requires_grad"), methodcaller("values")
+_trains, _training, _values = attrgetter("requires_grad"), attrgetter("training"), methodcaller("values")
 
 
 class Structure:
@@ -26,6 +26,7 @@ class Structure:
     def __init__(self, model: nn.Module):
         self.model = model
         self.looks = 0  # at all of it: the first step's, and one whenever something differed
+        self._parts: list[nn.Module] = []
         self._attributes: list[dict[str, Any]] = []  # of every module
         self._holding: dict[str, list[Any]] = {}  # its dictionaries of children and of tensors
         self._sizes: list[int] = []
@@ -49,13 +50,17 @@ class Structure:
         modules = submodules(self.model)
         told = refuse_changes(self.model, modules, sites, recorders)
         known = {site.param for site in sites}
-        self._attributes = [vars(module) for module in modules]
+        self._parts, self._attributes = modules, [vars(module) for module in modules]
         self._holding = {name: [getattr(module, name) for module in modules] for name in HOLDING}
         self._sizes, self._held = list(map(len, self._dicts())), list(self._contents())
         tensors = (p for held in self._holding["_parameters"] for p in held.values() if p is not None)
         self._frozen = [p for p in tensors if p not in known]
         self._factors = factors_of(modules, told)
         return self._factors
+
+    def modes(self) -> tuple[bool, ...]:
+        """Which modules were in train mode, of those that there were at the last look."""
+        return tuple(map(_training, self._parts))
 
     def _dicts(self) -> Iterator[Any]:
         return chain.from_iterable(self._holding.values())

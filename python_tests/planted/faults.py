@@ -16,6 +16,7 @@ from planted.fault import (
 from planted.fault import fault as _fault
 from planted.files import FILES
 from planted.layers import LAYERS
+from planted.loops import LOOPS
 
 _CLIP_AFTER_SUM = (
     "whole = sum(s.G.sum(0).square().sum() for s in sites if s.materialized).sqrt() * self.grad_scale; "
@@ -392,4 +393,5 @@ FAULTS = (
     ),
     *LAYERS,
     *FILES,
+    *LOOPS,
 )  # fmt: skip

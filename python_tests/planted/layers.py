@@ -130,8 +130,8 @@ LAYERS = (
     fault(
         "an adapter recorded without its scaling",
         "lalora_kernels/autograd_tools.py",
-        "ctx.recorder.record_lora(dy, B, ctx.scaling, h, x, through_A, need_bias)",
-        "ctx.recorder.record_lora(dy, B, 1.0, h, x, through_A, need_bias)",
+        "recorder_of(ctx).record_lora(dy, B, ctx.scaling, h, x, through_A, need_bias)",
+        "recorder_of(ctx).record_lora(dy, B, 1.0, h, x, through_A, need_bias)",
         "quantized",
     ),
     fault(
@@ -186,7 +186,7 @@ LAYERS = (
     fault(
         "the check of one mode taken for the other's",
         ENGINE,
-        "or self._checked and model.training not in self._checked",
+        "or self._checked and modes not in self._checked",
         "",
         "first_batch",
     ),

@@ -1,0 +1,48 @@
+"""Faults in what holds a loop to its batch, a file to its owner, a server to its place."""
+
+from planted.fault import ENGINE, fault
+
+LOOPS = (
+    fault(
+        "a step that failed may be made once more",
+        ENGINE,
+        "            self._forget()\n            raise\n",
+        "            raise\n",
+        "loops",
+    ),
+    fault(
+        "a graph of another batch is backpropagated",
+        "lalora_kernels/autograd_tools.py",
+        "    if ctx.batch != ctx.recorder.engine.serial:\n",
+        "    if False:\n",
+        "loops",
+    ),
+    fault(
+        "a batch fetched ahead goes unnoticed",
+        ENGINE,
+        "        self._passed = same or self._passed and not batch.first\n",
+        "",
+        "loops",
+    ),
+    fault(
+        "a layer put in before the forward is not looked at",
+        ENGINE,
+        "        self._factors()  # or what was put in since the batch came would go unseen\n",
+        "",
+        "loops",
+    ),
+    fault(
+        "the number of records decides how all are computed",
+        "lalora_kernels/autograd.py",
+        "    if recorder is None:\n        rows = x.numel() / n\n",
+        "    if True:\n        rows = x.numel() / n\n",
+        "merged_products",
+    ),
+    fault(
+        "two tensors over one memory train",
+        "lalora_kernels/privacy/trained.py",
+        "    _refuse_views(model, [use for _, _, uses in found for use in uses])\n",
+        "",
+        "views",
+    ),
+)
