@@ -177,6 +177,32 @@ def test_a_trained_tensor_that_the_forward_writes_to():
         first_step(model)
 
 
+class Count(nn.Module):
+    """Of records, or of forwards alone."""
+
+    def __init__(self, start, records=True, drawn=False):
+        super().__init__()
+        self.register_buffer("seen", torch.tensor(start))
+        self.register_buffer("last", torch.tensor(0.0))
+        self.records, self.drawn = records, drawn
+
+    def forward(self, h):
+        h = F.dropout(h, 0.5, self.training and self.drawn)
+        self.seen.add_(len(h) if self.records else 1)
+        if self.drawn:  # after as many draws as records have: others than beside two of them
+            self.last.copy_(torch.rand(()))
+        return h
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("start", [0, 0.0, 1e9])
+def test_a_buffer_that_counts_records(start, drawn):
+    """All runs that compare records have as many; one more or less is what nobody may see."""
+    with pytest.raises(ValueError, match=r"the buffer middle\.seen counts the records of a batch"):
+        first_step(chain(Count(start, drawn=drawn)))
+    assert first_step(chain(Count(start, records=False, drawn=drawn))).per_sample_checked
+
+
 class OfADict(nn.Module):
     def __init__(self):
         super().__init__()

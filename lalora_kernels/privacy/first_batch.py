@@ -48,14 +48,16 @@ class Found(NamedTuple):
     drawn: bool = False  # the model draws at random
 
 
-def check_inputs(model: nn.Module, args: tuple, kwargs: dict, rows: int) -> Found | None:
+def check_inputs(
+    model: nn.Module, args: tuple, kwargs: dict, rows: int, batched: list[bool] | None = None
+) -> Found | None:
     """``check_per_sample`` of a forward's arguments, on two of their records; None where no two are finite and differ.
 
     What make_private runs at the first private step. The loss is a random projection of every output that has a row for
     each record, so it shows what the model mixes, not what the user's criterion couples. Raises as check_per_sample;
     warns of adapters that the two records never reached, which would train on noise alone.
     """
-    batched = have_rows((args, kwargs), rows)
+    batched = have_rows((args, kwargs), rows) if batched is None else batched
     rowed = [t for t, found in zip(_leaves((args, kwargs)), batched) if found]
     if not rowed:
         raise ValueError(
@@ -181,6 +183,11 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
     finally:
         for h in handles:
             h.remove()
+    if buffers.moved:
+        after.clear()
+        for seed, rows in ((0, 3), (0, 2), (1, 3)):
+            forward(seed, *(0,) * rows)
+        buffers.refuse_counts(*after)
     seeds = range(2 if draws else 1) if rowless else ()
     losses = {name for seed in seeds for name in tied(lambda *order, s=seed: forward(s, *order)[0])}
     idle = frozenset(name for name, found in axes.items() if not found) - {name for name, _ in shapes}
