@@ -114,7 +114,7 @@ def _opacus(config: Config, classifier: Classifier, records: Dataset) -> Iterato
     from opacus.grad_sample import GradSampleModule
     from opacus.optimizers import DPOptimizer
 
-    model = GradSampleModule(classifier.model, batch_first=True, loss_reduction="mean", strict=False)
+    model = GradSampleModule(classifier.model, batch_first=True, loss_reduction="sum", strict=False)
     kind: Callable = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.SGD
     optimizer = DPOptimizer(
         kind([p for p in model.parameters() if p.requires_grad], lr=base_rate(config)),

@@ -57,8 +57,12 @@ class Classifier:
     new_modules: list[str]
 
     def loss(self, batch: tuple, model: nn.Module | None = None) -> Tensor:
-        """Mean cross entropy of a batch that ``collate`` made; of ``model``, a copy of this one, where it is given."""
-        return F.cross_entropy(self.logits(batch[0], model), batch[1])
+        """Cross entropy of a batch that ``collate`` made, summed; of ``model``, a copy of this one, where it is given.
+
+        No mean: its 1/N rounds each record's gradient by how many others there are, and a state that a server chose
+        can make that as large as one likes.
+        """
+        return F.cross_entropy(self.logits(batch[0], model), batch[1], reduction="sum")
 
     def logits(self, inputs: Tensor | dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
         """(N, classes) scores of the inputs of a batch that ``collate`` made."""

@@ -158,6 +158,7 @@ class Client:
             max_grad_norm=config.max_grad_norm if self.max_grad_norm is None else self.max_grad_norm,
             target_unclipped_quantile=config.target_unclipped_quantile if adaptive else None,
             noise_multiplier=self.noise_multiplier,
+            loss_reduction="sum",  # as Classifier.loss
             expected_batch_size=config.batch_size,
             physical_batch_size=config.physical_batch_size,
             lengths=None if config.physical_batch_size is None else text_lengths(self.records),

@@ -158,7 +158,7 @@ def audit_run(
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr),
         DataLoader(attacker.data, batch_size=1, collate_fn=attacker.collate),
         method=method, smoothing=smoothing, max_grad_norm=max_grad_norm, noise_multiplier=noise_multiplier,
-        sample_rate=sample_rate, noise=noise, **attacker.options,
+        sample_rate=sample_rate, noise=noise, loss_reduction="sum",
     )  # fmt: skip
     try:
         for step, batch in enumerate(loader.steps(steps), 1):
@@ -184,8 +184,6 @@ def audit_run(
 class _Dirac:
     """Canaries are rows of the batch for which every adapted layer is called once more, on an input and with a
     gradient that make the layer's per-sample gradient one coordinate; the image of such a row is blank and free."""
-
-    options: dict[str, Any] = {"loss_reduction": "sum"}
 
     def __init__(
         self,
@@ -258,8 +256,6 @@ class _Dirac:
 
 class _Mislabelled:
     """Canaries are the first records with wrong labels."""
-
-    options: dict[str, Any] = {}
 
     def __init__(
         self,
