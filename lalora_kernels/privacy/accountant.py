@@ -5,10 +5,12 @@ Google's ``dp_accounting``, in its pessimistic discretisation ("Connect the Dots
 a coarse grid can only make the reported ε larger. The grid's spacing is a power of two, at most 2^-11 and at most 1/16
 of the standard deviation of the smallest release's loss, which keeps the excess below about 0.1% of ε; it is coarser
 only where more than 2^18 points a release, or 2^22 in all, would be needed (ε in the thousands, or q under 1e-4). The
-convolutions round in float64; δ is lowered by 1e-12 to stay above their error, and a δ under 1e-10 is refused.
+convolutions round in float64, and raising to the n-th power multiplies their error by n: δ is lowered by 1e-12 and
+2^-51 a release (measured: up to 2^-54) to stay above it, and a δ under 1e-10 is refused.
 """
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -22,8 +24,9 @@ Release = tuple[float, float, int]  # (noise_multiplier, sample_rate, count), as
 ACCOUNTANTS = ("pld", "rdp")
 NEIGHBORING_RELATIONS = ("add_or_remove_one", "replace_one")
 MIN_DELTA = 1e-10
-ROUNDING_DELTA = 1e-12
+ROUNDING_DELTA, ROUNDING_OF_ONE = 1e-12, 2.0**-51  # of all, and of each release
 MAX_STEPS = 10_000_000
+LARGEST = sys.float_info.max  # a whole number may be larger, and still below inf
 MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER = 0.01, 1e5
 
 _COARSEST, _FINEST = -11, -30  # log2 of the grid's spacing
@@ -45,7 +48,8 @@ def compute_epsilon(
         accountant: "pld", or "rdp" (Mironov 2017): looser, for comparison.
         neighboring_relation: "add_or_remove_one" record, or "replace_one" (PLD only).
 
-    Returns ε >= 0; ``inf`` where a release had a noise_multiplier under 0.01, and where ε would be in the millions.
+    Returns ε >= 0; ``inf`` where a release had a noise_multiplier under 0.01, where ε would be in the millions, and
+    where δ is within the rounding of so many releases (1e-10: 200,000; 1e-9: 2 million).
     Raises ValueError for arguments out of range.
     """
     _one_of("accountant", accountant, ACCOUNTANTS)
@@ -119,7 +123,8 @@ def max_steps(
     limit = check_steps(limit, "limit")
     _one_of("neighboring_relation", neighboring_relation, NEIGHBORING_RELATIONS)
     spent = merge_releases(history)
-    if sigma < MIN_NOISE_MULTIPLIER:
+    limit = min(limit, int((delta - ROUNDING_DELTA) / ROUNDING_OF_ONE) - sum(n for *_, n in spent))
+    if sigma < MIN_NOISE_MULTIPLIER or limit < 1:
         return 0
 
     def cost(k: int) -> float:
@@ -151,7 +156,7 @@ def max_steps(
 
 def check_noise_multiplier(value: float, name: str = "noise_multiplier") -> float:
     """σ >= 0 and finite, as a float, or ValueError."""
-    if not _is_real(value) or not 0.0 <= value < math.inf:
+    if not _is_real(value) or not 0.0 <= value <= LARGEST:
         raise ValueError(f"{name} is a finite number >= 0, in units of max_grad_norm; got {value!r}")
     return float(value)
 
@@ -201,7 +206,7 @@ def merge_releases(releases: Iterable[Release]) -> tuple[Release, ...]:
 
 
 def _positive(name: str, value: float) -> float:
-    if not _is_real(value) or not 0.0 < value < math.inf:
+    if not _is_real(value) or not 0.0 < value <= LARGEST:
         raise ValueError(f"{name} is a finite number > 0; got {value!r}")
     return float(value)
 
@@ -239,11 +244,14 @@ def _epsilon(
     interval = coarser * _interval(releases)
     if interval > 1.0:
         return math.inf
+    exact = delta - ROUNDING_DELTA - ROUNDING_OF_ONE * sum(count for *_, count in releases)
+    if exact <= 0.0:  # rounding alone could be as large
+        return math.inf
     composed: Any = None
     for sigma, q, count in releases:
         part = _one_release(sigma, q, interval, neighboring_relation).self_compose(count)
         composed = part if composed is None else composed.compose(part)
-    return max(0.0, float(composed.get_epsilon_for_delta(delta - ROUNDING_DELTA)))
+    return max(0.0, float(composed.get_epsilon_for_delta(exact)))
 
 
 @lru_cache(maxsize=16)
@@ -303,6 +311,8 @@ def _gdp_mu(epsilon: float, delta: float) -> float:
     from scipy.special import log_ndtr, ndtr
 
     low, high = -20.0, 20.0  # of log2 μ
+    if epsilon == math.inf:
+        return 2.0**high
     for _ in range(60):
         mu = 2.0 ** ((low + high) / 2)
         over = ndtr(mu / 2 - epsilon / mu) - math.exp(min(epsilon + log_ndtr(-mu / 2 - epsilon / mu), 0.0)) > delta
