@@ -149,6 +149,28 @@ class TestABatchThatWasPassedOver:
         assert seen and optimizer.ledger.steps == 2
 
 
+def test_what_one_record_leaves_for_the_next_is_seen_where_each_is_a_batch():
+    """No batch has two records to compare."""
+
+    class Memory(nn.Module):
+        state = torch.zeros(8)
+
+        def forward(self, h):
+            h, self.state = h + self.state, h.detach().mean(0)
+            return h
+
+    torch.manual_seed(0)
+    model = chain(Memory())
+    optimizer, loader = private(model, records(8), physical_batch_size=1, sample_rate=1.0)
+    with pytest.raises(ValueError, match="middle: the output for one record depends on the other records"):
+        train(model, optimizer, loader, 1)
+    assert optimizer.ledger.steps == 0
+    model = network()
+    optimizer, loader = private(model, records(8), physical_batch_size=1)
+    train(model, optimizer, loader, 3)
+    assert optimizer.per_sample_checked
+
+
 class TestAModelThatChanges:
     @pytest.mark.parametrize("middle, message", [
         (BatchMean(), "middle: the output for one record depends on the other records"),

@@ -65,6 +65,7 @@ class Engine:
         self.strict, self._checks = bool(check), check is True
         self.check_pending = self._checks  # no batch had two records to compare yet
         self.padding: Any = None  # a PaddingCheck
+        self._singles: Any = None  # a Singles, while batches of one record wait for the check
         self._checked: set[tuple[bool, ...]] = set()  # which modules were in train mode
         self._unchecked = False  # records were told apart in a batch before the check
         self.forwarded = False  # the model itself has seen this physical batch
@@ -190,13 +191,19 @@ class Engine:
         if self.auto_batch is not None:
             self.auto_batch.measure(self, model, args, kwargs)
         modes = self.structure.modes() if self._checks else ()
-        if (self.check_pending or self._checked and modes not in self._checked) and self.batch.valid >= 2:
+        if (self.check_pending or self._checked and modes not in self._checked) and self.batch.valid:
             from lalora_kernels.privacy.first_batch import check_inputs  # it builds an Engine of its own
+            from lalora_kernels.privacy.singles import Singles
 
-            if (found := check_inputs(model, args, kwargs, self.batch.rows)) is not None:
+            if self.batch.valid >= 2:
+                found = check_inputs(model, args, kwargs, self.batch.rows)
+            else:
+                self._singles = self._singles or Singles()
+                found = self._singles.check(model, args, kwargs) if self.batch.rows == 1 else None
+            if found is not None:
                 self.reduction.tied |= found.tied
                 self.turn(found.sequence_first, found.idle)
-                self.check_pending = False
+                self.check_pending, self._singles = False, None
                 self._checked.add(modes)
         if self.padding is not None and not self.graphing:
             self.padding(model, args, kwargs)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from lalora_kernels.privacy.engine import Engine
 
 
-# Relative to sum_t ||x_t|| ||dy_t||, the rounding that the float32 product of a clipped sum may add to a sample's
-# share. Norms are raised by it, so that a sample whose terms cancel still keeps the bound.
+# Relative to sum_t ||x_t|| ||dy_t||, by which norms are raised: a sample's weighted terms stay below C / SLACK, so that
+# what rounding adds to a sum of terms that cancel (in float64 over several positions) keeps the bound.
 SLACK = 4e-7
 
 
@@ -306,13 +306,13 @@ class LoRARecorder(Recorder):
     def add_weighted_sum(self, weights: Tensor, out: Tensor) -> None:
         """out (r,V) += sum_i weights[i] G_A[i]; samples of weight 0 are masked, whatever they hold."""
         sample, token, sums = self._token_sums()
-        out.index_add_(1, token, weighted(weights, sample, sums).t())
+        out.index_add_(1, token, weighted(weights, sample, sums.to(out.dtype)).t())
 
     def add_sample(self, i: int, out: Tensor) -> None:
         """out (r,V) += G_A[i]."""
         sample, token, sums = self._token_sums()
         mine = sample == i
-        out.index_add_(1, token[mine], sums[mine].t())
+        out.index_add_(1, token[mine], sums[mine].to(out.dtype).t())
 
     def slack(self) -> Tensor:
         """What rounding may add to a sample's share of a sum that is added up in several parts, (N,) float64."""

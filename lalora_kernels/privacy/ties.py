@@ -102,5 +102,4 @@ class TiedWeight:
 
     def _zeros(self) -> Tensor:
         p = self.site.param
-        dtype = torch.float64 if self.site.kind == WEIGHT else self.recorders[0].engine.dtype
-        return torch.zeros(p.shape, dtype=dtype, device=p.device)
+        return torch.zeros(p.shape, dtype=torch.float64, device=p.device)
