@@ -35,6 +35,7 @@ TEXT_PAIRS = (  # the first of these that a table has goes before a single text:
 TEST_SHARE = 0.2  # where a source has no test split; which records these are is the same in every run
 MOST_CLASSES = 100_000  # a larger label is a number of something else, and each class costs a row of the head
 SPLIT_SEED, SPLIT_SALT = 0, b"lalora_kernels: which records are set aside"  # both public
+_LEAVE_OUT = "give other test records, or leave {} out and a fifth is set aside"
 Text = str | tuple[str, str]
 
 
@@ -195,6 +196,8 @@ def _npz(path: Path) -> Data:
     if "x_test" not in arrays:
         records = _images(arrays["x_train"], arrays["y_train"], str(path))
         return _task(str(path), "image", *_set_aside(records), classes, set_aside=True)
+    if np.array_equal(arrays["x_train"], arrays["x_test"]):
+        raise BadInput(f"{path}: x_test is x_train, whose accuracy is private; {_LEAVE_OUT.format('x_test and y_test')}")
     train = _images(arrays["x_train"], arrays["y_train"], f"{path}: x_train")
     test = _images(arrays["x_test"], arrays["y_test"], f"{path}: x_test")
     return _task(str(path), "image", train, test, classes)
@@ -287,6 +290,8 @@ def _text(path: Path, test: Path | None, text_column: str | None, label_column: 
     train = Records(texts, torch.tensor([index[c] for c in labels]))
     if test is None:
         return _task(str(path), "text", *_set_aside(train), classes, set_aside=True)
+    if test.exists() and test.samefile(path):
+        raise BadInput(f"{test}: this is the training file, whose accuracy is private; {_LEAVE_OUT.format('it')}")
     texts, labels = _read_table(test, text_column, label_column)
     if strange := sorted(set(labels) - set(classes)):
         raise BadInput(f"{test}: label {strange[0]!r} does not occur in {path}, which has {', '.join(classes[:10])}")

@@ -13,10 +13,12 @@ from typing import Any
 
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import Config, make_config
+from lalora_kernels.federated.diagnostics import PRIVATE_TEST
 from lalora_kernels.federated.methods import get_method
 from lalora_kernels.files import write_atomic
 
-Accuracy = tuple[float, float]  # before and after, in [0, 1]
+Accuracy = tuple[float, float, bool]  # before and after, in [0, 1]; whether they are of private records set aside
+PRIVATE = "accuracy of private records set aside: not covered by epsilon, do not publish"
 
 
 def make_table(shared: dict[str, Any], grid: dict[str, Sequence], out: Path, jobs: int = 1) -> str:
@@ -49,8 +51,13 @@ def make_table(shared: dict[str, Any], grid: dict[str, Sequence], out: Path, job
 def put_into(page: Path, table: str, mark: str = "accuracy") -> None:
     """Replace what stands between the page's lines <!-- MARK:begin --> and <!-- MARK:end --> by ``table``.
 
-    Raises BadInput for a page without them.
+    Raises BadInput for a page without them, and for a table of private records' accuracy.
     """
+    if PRIVATE in table:
+        raise BadInput(
+            f"{page} would show {PRIVATE}; leave out --into, or give the data set test records of its own "
+            f"(x_test and y_test of an .npz, --test-dataset of a table) that may be published"
+        )
     begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
     try:
         head, found, rest = page.read_text(encoding="utf-8").partition(begin)
@@ -91,7 +98,7 @@ def _finished(folder: Path, config: Config) -> Accuracy | None:
         return None
     try:
         first, *_, last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return (first["accuracy"], last["accuracy"]) if last["round"] == config.rounds else None
+        return _accuracy(first, last) if last["round"] == config.rounds else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
@@ -120,7 +127,11 @@ def _one(config: Config, folder: Path, threads: int | None) -> Accuracy:
     there = (folder / "config.json").exists()
     run = Run.resume(folder) if there else Run.start(prepare(config), folder)
     run.train()
-    return run.at.history[0]["accuracy"], run.at.history[-1]["accuracy"]
+    return _accuracy(run.at.history[0], run.at.history[-1])
+
+
+def _accuracy(first: dict[str, Any], last: dict[str, Any]) -> Accuracy:
+    return first["accuracy"], last["accuracy"], PRIVATE_TEST in first or PRIVATE_TEST in last
 
 
 def _markdown(grid: dict[str, Sequence], results: dict[str, Accuracy]) -> str:
@@ -132,8 +143,10 @@ def _markdown(grid: dict[str, Sequence], results: dict[str, Accuracy]) -> str:
             cell = {"method": method, "smoothing": smoothing, "epsilon": epsilon}
             row.append(_spread([results[_name(cell | {"seed": seed})][1] for seed in grid["seed"]]))
         lines.append("| " + " | ".join(row) + " |")
-    before = [accuracy for accuracy, _ in results.values()]
+    before = [accuracy for accuracy, *_ in results.values()]
     seeds = ", ".join(map(str, grid["seed"]))
+    notes = [f"**{PRIVATE}.**"] if any(private for *_, private in results.values()) else []
+    lines += ["", " ".join([*notes, "Runs on the same records add up."])]
     text = "\n".join(lines) + f"\n\nBefore fine-tuning: {_spread(before)}. Seeds {seeds}."
     own = [method for method in grid["method"] if get_method(method).keeps]
     return text + (f" {', '.join(own)}: the mean over the clients' models." if own else "") + "\n"

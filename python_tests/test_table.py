@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small import digits_npz, vit_folder
 
@@ -59,6 +60,26 @@ def test_a_seed_that_is_named_twice_counts_once(tmp_path):
     once = make_table(shared, GRID | {"seed": [0, 1]}, tmp_path / "out")
     twice = GRID | {"seed": [0, 0, 1, 0], "method": ["ffa-lora", "ffa-lora"]}
     assert make_table(shared, twice, tmp_path / "out") == once
+
+
+def test_the_accuracy_of_private_records_set_aside_is_marked_and_kept_off_pages(tmp_path):
+    shared = {
+        "model": vit_folder(tmp_path / "vit"), "dataset": digits_npz(tmp_path / "d.npz", 80, 40), "clients": 2,
+        "rounds": 1, "local_steps": 1, "rank": 2, "batch_size": 6, "partition": "iid", "device": "cpu",
+    }  # fmt: skip
+    public = make_table(shared, GRID, tmp_path / "public")
+    with np.load(shared["dataset"]) as whole:
+        np.savez(tmp_path / "own.npz", x_train=whole["x_train"], y_train=whole["y_train"])
+    own = shared | {"dataset": str(tmp_path / "own.npz")}
+    (page := tmp_path / "page.md").write_text("<!-- accuracy:begin --><!-- accuracy:end -->")
+    for _ in range(2):  # the second reads what the first has trained
+        private = make_table(own, GRID, tmp_path / "private")
+        assert "not covered by epsilon, do not publish" in private
+        with pytest.raises(BadInput, match="do not publish; leave out --into"):
+            put_into(page, private)
+        assert "|" not in page.read_text()
+    put_into(page, public)
+    assert page.read_text().count("Runs on the same records add up.") == 1 and "do not publish" not in page.read_text()
 
 
 def test_a_page_in_another_encoding_is_named(tmp_path):
