@@ -1,7 +1,8 @@
 """What ``lalora train`` shows: a table that grows by a row each round; progress bars, where there is a terminal.
 
 With --json: one JSON object a line, each with an "event": "start", "round" (metrics.jsonl's record without what is
-computed on private data), and "end" or "interrupted".
+computed on private data), and "end" or "interrupted". Where the test records were set aside from private ones, so are
+accuracy and loss, and "test_is_private" says why they and the seconds are missing.
 """
 
 import json
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lalora_kernels.adapt import trainable_summary
 from lalora_kernels.federated.client import trainable_tensors
-from lalora_kernels.federated.diagnostics import NOT_PRIVATE
+from lalora_kernels.federated.diagnostics import NOT_PRIVATE, PRIVATE_TEST
 from lalora_kernels.federated.run import ADAPTER, ADAPTERS, Run, Watch
 from lalora_kernels.report import show_epsilon, write_report
 
@@ -162,13 +163,19 @@ class JsonDisplay(Display):
             self._round(record)
 
     def _round(self, record: dict[str, Any]) -> None:
-        self._event("round", {name: value for name, value in record.items() if name != NOT_PRIVATE})
+        self._event("round", {name: value for name, value in record.items() if name not in _left_out(record)})
 
     def finish(self, run: Run) -> None:
         first, last = run.at.history[0], run.at.history[-1]
-        self._event("end", {
+        end = {
             "folder": str(run.folder), "report": str(write_report(run.folder)), "adapter": str(run.weights),
             "accuracy": last["accuracy"], "before": first["accuracy"], "epsilon": last["epsilon"],
             "delta": run.task.config.delta if run.task.config.private else None, "rounds": last["round"],
             "bytes_sent": sum(record["bytes_sent"] for record in run.at.history), "seconds": last["seconds"],
-        }, last=True)  # fmt: skip
+        }  # fmt: skip
+        end |= {PRIVATE_TEST: True} if PRIVATE_TEST in last else {}
+        self._event("end", {name: value for name, value in end.items() if name not in _left_out(end)}, last=True)
+
+
+def _left_out(values: dict[str, Any]) -> tuple[str, ...]:
+    return NOT_PRIVATE, *(("accuracy", "before", "loss", "seconds") if PRIVATE_TEST in values else ())

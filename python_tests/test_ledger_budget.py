@@ -1,8 +1,12 @@
 """What a ledger's budget and ε are of: the rate, its own neighbouring relation, what a loaded state says."""
 
+import json
+
 import pytest
 
-from lalora_kernels.privacy.accountant import compute_epsilon, max_steps
+from lalora_kernels.data import BadInput
+from lalora_kernels.federated.books import show_ledger
+from lalora_kernels.privacy.accountant import compute_epsilon, max_steps, show_bound
 from lalora_kernels.privacy.ledger import BudgetExceeded, Ledger, LedgerError
 
 
@@ -32,3 +36,30 @@ def test_a_state_that_forbids_epsilon_forbids_it_where_it_is_loaded():
     ledger.load_state_dict(shown.state_dict())
     with pytest.raises(LedgerError, match="its key was shown"):
         ledger.epsilon()
+
+
+def test_a_spent_epsilon_is_shown_rounded_up():
+    ledger = Ledger(target_epsilon=3.0, target_delta=1e-5)
+    for sigma in (1.0, 2.0, 3.0, 4.0):
+        ledger.charge(sigma, 0.1)
+    ledger.target_epsilon = 1e-3
+    with pytest.raises(BudgetExceeded) as caught:
+        ledger.charge(1.0, 0.1)
+    shown = float(str(caught.value).partition("have spent ")[2].partition(")")[0])
+    assert ledger.epsilon() <= shown < ledger.epsilon() + 1e-4
+    assert (show_bound(0.12341), show_bound(0.1234), show_bound(float("inf"))) == ("0.1235", "0.1234", "inf")
+
+
+def test_a_file_of_no_clients_or_a_claim_beyond_all_numbers_is_not_sound(tmp_path):
+    (path := tmp_path / "ledger.json").write_text('{"clients": {}}')
+    with pytest.raises(BadInput, match="holds no client's ledger"):
+        show_ledger(path)
+    ledger = Ledger(target_epsilon=3.0, target_delta=1e-5)
+    ledger.charge(2.0, 0.1)
+    book = {"ledger": ledger.state_dict(), "epsilon": 10**400}
+    path.write_text(json.dumps({"clients": {"0": book}, "delta": 1e-5}))
+    with pytest.raises(BadInput, match="ledger.json: "):
+        show_ledger(path)
+    path.write_text(json.dumps({"clients": {"0": book | {"epsilon": ledger.epsilon()}}, "delta": 1e-5}))
+    shown = float(show_ledger(path).partition("  epsilon ")[2].split()[0])
+    assert ledger.epsilon() <= shown < ledger.epsilon() + 1e-4

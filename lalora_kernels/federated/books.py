@@ -8,7 +8,7 @@ from lalora_kernels.data import BadInput
 from lalora_kernels.federated.lifetime import refuse_lost
 from lalora_kernels.federated.node import KEPT
 from lalora_kernels.federated.run import CONFIG, LEDGERS, read_json, read_ledgers
-from lalora_kernels.privacy.accountant import NEIGHBORING_RELATIONS, check_delta
+from lalora_kernels.privacy.accountant import NEIGHBORING_RELATIONS, check_delta, show_bound
 from lalora_kernels.privacy.ledger import Ledger, LedgerError
 
 SAME = 1e-3  # relative; an accountant of another version may differ from the stored ε by less
@@ -33,6 +33,8 @@ def show_ledger(run: str | Path, *, accountant: str = "pld", delta: float | None
     try:
         if isinstance(books, dict) and "clients" in books:
             ledgers = read_ledgers(path.parent, books)
+            if not ledgers:
+                raise BadInput(f"{path} holds no client's ledger, so it shows nothing; restore it from a copy")
             if lost := [name for name in _planned(path.parent) if name not in ledgers]:
                 raise BadInput(
                     f"{path} holds no ledger of client {lost[0]}, which {CONFIG} names; it was cut or edited"
@@ -46,7 +48,7 @@ def show_ledger(run: str | Path, *, accountant: str = "pld", delta: float | None
             ledgers, claimed, run_delta = {"": Ledger.load(path)}, {}, None
         delta = run_delta if delta is None else delta
         blocks = [_client(n, ledger, claimed.get(n), accountant, delta, run_delta) for n, ledger in ledgers.items()]
-    except (LedgerError, ValueError) as error:
+    except (LedgerError, ValueError, OverflowError) as error:  # a claim of 10**400
         if isinstance(error, BadInput):
             raise
         raise BadInput(str(error) if str(path) in str(error) else f"{path}: {error}") from error
@@ -132,7 +134,7 @@ def _client(
         spent = ledger.epsilon(delta, accountant=accountant, neighboring_relation=relation)
         own = (delta, relation) == (ledger.target_delta, ledger.neighboring_relation) and ledger.target_epsilon
         budget = f" of {ledger.target_epsilon:g}" if own else ""
-        lines.append(f"  epsilon {spent:.4f}{budget} at delta {delta:g}, {WORDS[relation]}")
+        lines.append(f"  epsilon {show_bound(spent)}{budget} at delta {delta:g}, {WORDS[relation]}")
     if claimed is not None and run_delta is not None:
         _refuse_other_claim(ledger, claimed, run_delta)
     return "\n".join(lines)
@@ -141,4 +143,4 @@ def _client(
 def _refuse_other_claim(ledger: Ledger, claimed: object, delta: float) -> None:
     found = ledger.epsilon(delta)
     if not isinstance(claimed, (int, float)) or not math.isclose(found, claimed, rel_tol=SAME, abs_tol=1e-9):
-        raise BadInput(f"the file claims epsilon {claimed!r}, but its entries cost {found:.4f}; it was edited")
+        raise BadInput(f"the file claims epsilon {claimed!r}, but its entries cost {show_bound(found)}; it was edited")

@@ -179,6 +179,11 @@ def refuse_delta(delta: float, records: int) -> None:
         )
 
 
+def show_bound(epsilon: float) -> str:
+    """ε with four digits after the point, rounded up, so that it stays a bound."""
+    return "inf" if epsilon == math.inf else f"{math.ceil(1e4 * epsilon - 1e-9) / 1e4:.4f}"
+
+
 def check_epsilon(value: float, name: str = "epsilon") -> float:
     """ε > 0 and finite, as a float, or ValueError."""
     return _positive(name, value)

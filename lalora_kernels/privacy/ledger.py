@@ -22,6 +22,7 @@ from lalora_kernels.privacy.accountant import (
     compute_epsilon,
     max_steps,
     merge_releases,
+    show_bound,
 )
 from lalora_kernels.privacy.entries import HEADER, begins, chain
 from lalora_kernels.privacy.entries import LedgerEntry as LedgerEntry
@@ -242,7 +243,7 @@ class Ledger:
         if not left:
             left = self.remaining_steps(entry.noise_multiplier, entry.sample_rate) or 0
         if not left:
-            spent = "" if self._refusals else f" ({self.steps} steps have spent {self.epsilon():.4f})"
+            spent = "" if self._refusals else f" ({self.steps} steps have spent {show_bound(self.epsilon())})"
             raise BudgetExceeded(
                 f"step {self.steps + 1}, with noise_multiplier {entry.noise_multiplier:g} and sample_rate "
                 f"{entry.sample_rate:g}, would exceed the budget {_show(self._budget())}{spent}; stop here, or plan "
