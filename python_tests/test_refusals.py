@@ -394,6 +394,8 @@ class TestArguments:
         model, data, _ = toy()
         with pytest.raises(ValueError, match=f"promises nothing to {len(data)} records: .*well below"):
             private(model, data, target_delta=1 / len(data))
+        with pytest.raises(ValueError, match=f"promises nothing to {len(data)} records"):
+            private(model, data, ledger=lk.Ledger(target_epsilon=0.5, target_delta=0.5))
         private(model, data, target_delta=0.9 / len(data))
 
 

@@ -119,8 +119,9 @@ def make_private(
     Returns (optimizer, loader). The guarantee: record-level (ε, δ)-DP, add or remove one record, of everything computed
     from the stepped parameters, by the composition in ``optimizer.ledger``.
     Raises ValueError for arguments out of range, a δ of 1 over the number of records or more, a trainable parameter
-    that no rule covers, a BatchNorm in train mode, a parameter that trains but is not in the optimizer, an adapter
-    whose factors are both frozen, a model in shards (FSDP, DeepSpeed, tensor parallel), and an ε that no σ reaches.
+    that no rule covers or over whose memory the model has another tensor, a BatchNorm in train mode, a parameter that
+    trains but is not in the optimizer, an adapter whose factors are both frozen, a model in shards (FSDP, DeepSpeed,
+    tensor parallel), and an ε that no σ reaches.
     """
     schedule = get_schedule(method)
     _one_of("smoothing", smoothing, SMOOTHING)
@@ -193,6 +194,8 @@ def make_private(
     q, b = loader.sample_rate, loader.expected_batch_size
     if target_delta is not None and poisson_sampling:
         refuse_delta(check_delta(target_delta, "target_delta"), len(loader.dataset))
+    if ledger is not None and ledger.target_delta is not None and poisson_sampling:
+        refuse_delta(ledger.target_delta, len(loader.dataset))
     if (noise_multiplier is None) == (target_epsilon is None):
         raise ValueError("give either noise_multiplier, or target_epsilon with target_delta and steps")
     if noise_multiplier is not None and not steps is epochs is None:
