@@ -197,7 +197,8 @@ def _npz(path: Path) -> Data:
         records = _images(arrays["x_train"], arrays["y_train"], str(path))
         return _task(str(path), "image", *_set_aside(records), classes, set_aside=True)
     if np.array_equal(arrays["x_train"], arrays["x_test"]):
-        raise BadInput(f"{path}: x_test is x_train, whose accuracy is private; {_LEAVE_OUT.format('x_test and y_test')}")
+        them = _LEAVE_OUT.format("x_test and y_test")
+        raise BadInput(f"{path}: x_test is x_train, whose accuracy is private; {them}")
     train = _images(arrays["x_train"], arrays["y_train"], f"{path}: x_train")
     test = _images(arrays["x_test"], arrays["y_test"], f"{path}: x_test")
     return _task(str(path), "image", train, test, classes)
