@@ -235,6 +235,7 @@ class Coordinator:
             "settings": json.loads(config.to_json()),
             "schema": schema_hash(state),
             "base": self.task.fingerprints["base model"],
+            "data": self.task.fingerprints["data"],
             "state": state_digest(state, config.wire),
         }
         blobs = {past: pack(lacking(state, self.changed, past), about, config.wire) for past in set(known.values())}

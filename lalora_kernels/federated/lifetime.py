@@ -61,16 +61,29 @@ def claim(ledgers: Path, hashes: frozenset[bytes]) -> Path:
 
 
 def refuse_lost(ledgers: Path, runs: Path, file: str) -> None:
-    """Raises LedgerError for a run that left ``runs``/RUN/``file``, whose cost stands in no ledger: it was deleted."""
+    """Raises LedgerError for a run that left ``runs``/RUN/``file``, whose cost stands in no ledger, which was deleted,
+    or in one with fewer releases than it had then: an old copy."""
+    # the runs before the ledgers: another process writes in the other order
+    left = {path.parent.name: json.loads(path.read_text()) for path in sorted(runs.glob(f"*/{file}"))}
     known: set[str] = set()
+    steps: dict[str, int] = {}
     for path in ledgers.glob(f"*/{LEDGER}"):
-        known |= json.loads(path.read_text())["rounds"].keys()
-    lost = sorted(path.parent.name for path in runs.glob(f"*/{file}") if path.parent.name not in known)
-    if lost:
-        raise LedgerError(
-            f"this client took part in run {lost[0]}, and no ledger in {ledgers} holds what that has cost; put the "
-            f"ledger back from a copy: without it the same records would be given a second budget"
-        )
+        book = json.loads(path.read_text())
+        known |= book["rounds"].keys()
+        steps[book["ledger"]["id"]] = sum(entry["count"] for entry in book["ledger"]["entries"])
+    for run, kept in left.items():
+        had, has = kept.get("ledger_steps", 0), steps.get(kept.get("ledger", ""), 0)
+        if run not in known:
+            raise LedgerError(
+                f"this client took part in run {run}, and no ledger in {ledgers} holds what that has cost; put the "
+                f"ledger back from a copy: without it the same records would be given a second budget"
+            )
+        if has < had:
+            raise LedgerError(
+                f"the ledger of run {run} in {ledgers} holds {has} releases, and had {had} when that run was answered: "
+                f"it is an old copy, and what came after it would be forgotten; put back a newer one. Where none "
+                f"is left, these records' ε is not known any more and they can take part in nothing"
+            )
 
 
 def _read(folder: Path) -> frozenset[bytes]:

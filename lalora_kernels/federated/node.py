@@ -90,7 +90,7 @@ class Node:
         kept = _Kept.read(folder / KEPT)
         if kept.settings not in ("", digest := settings_digest(about["settings"])):
             raise Refused("settings", "the settings of this run are not those of its first round")
-        task = self._task(config)
+        task = self._task(config, about)
         task.refuse_once(self.client)
         reply = folder / f"reply-{number}.safetensors"
         refuse_lost(self.home / "ledgers", self.home / "runs", KEPT)
@@ -99,6 +99,7 @@ class Node:
         # Flower sends a message again when a client reconnects, whose first answer is still being made.
         with RunLock(lifetime, PATIENCE).released_on_error() as lock:
             kept = _Kept.read(folder / KEPT)  # as that one left it
+            kept.refuse_others(self, len(task.records))
             book = _Book.open(lifetime / LEDGER, policy)
             charged = book.rounds.get(run, [])
             if number in charged and reply.exists():
@@ -109,18 +110,21 @@ class Node:
             if number not in turns:
                 raise Refused("budget", f"round {number} is not one of this client's turns: {turns}")
             state = self._state(task, folder, upcast(sent, config.wire), about, config)
+            policy.check_state(state)
             client = self._client(task, book, kept, config, policy, len(turns))
             client.max_grad_norm = kept.max_grad_norm
             update = client.train_round(task.task.classifier, get_method(config.method), config, number, state, on_step)
             book.rounds[run] = [*charged, number]
             book.save(client)  # what it cost, before what it bought
+            kept.settings, kept.noise_multiplier = digest, client.noise_multiplier
+            kept.max_grad_norm = client.max_grad_norm
+            kept.client, kept.records = self.client, len(task.records)
+            kept.ledger, kept.ledger_steps = book.ledger.id, book.ledger.steps
+            write_atomic(folder / KEPT, json.dumps(dataclasses.asdict(kept)) + "\n")
             write_atomic(folder / "state.safetensors", save({k: state[k].contiguous() for k in sorted(state)}))
             write_atomic(reply, save({k: update[k].contiguous() for k in sorted(update)}))
             for old in charged:
                 (folder / f"reply-{old}.safetensors").unlink(missing_ok=True)
-            kept.settings, kept.noise_multiplier = digest, client.noise_multiplier
-            kept.max_grad_norm = client.max_grad_norm
-            write_atomic(folder / KEPT, json.dumps(dataclasses.asdict(kept)) + "\n")
             lock.release()
         return update, config.wire
 
@@ -144,7 +148,7 @@ class Node:
             raise Refused("settings", f"{type(error).__name__}: {error}") from error
         return config, run, number
 
-    def _task(self, config: Config) -> "_Local":
+    def _task(self, config: Config, about: dict) -> "_Local":
         path = self.home / "client.toml"
         local = read_toml(path) if path.exists() else {}
         if strange := sorted(set(local) - set(LOCAL)):
@@ -152,8 +156,18 @@ class Node:
         alone: dict[str, Any] = {}
         if "dataset" in local:  # all of its training records are this client's
             alone = {"clients": 1, "fraction": 1.0, "partition": "iid", "min_records": config.batch_size}
-            return _prepare(dataclasses.replace(config, **local, **alone), 0)
-        return _prepare(dataclasses.replace(config, **local), self.client)
+            # which columns of a private file are read is not the server's choice
+            alone |= {"test_dataset": None, "text_column": None, "label_column": None}
+            return _prepare(dataclasses.replace(config, **(alone | local)), 0)
+        task = _prepare(dataclasses.replace(config, **local), self.client)
+        if about.get("data") != (found := task.task.fingerprints["data"]):
+            # a deal of other data than the server's own is by a shuffle of what may be private: no ε is true of it
+            raise Refused(
+                "schema",
+                f"{config.dataset!r} here is {found}, the server's data is {about.get('data')!r:.70}; where this "
+                f"client has records of its own, name their file as dataset in {path}",
+            )
+        return task
 
     def _state(self, task: "_Local", folder: Path, sent: dict, about: dict, config: Config) -> dict[str, Tensor]:
         """The server's whole state: what was sent, over what this client was sent before, over the public start."""
@@ -208,11 +222,31 @@ class Node:
 
 @dataclasses.dataclass
 class _Kept:
-    """What a client remembers of a run: the settings of its first round, the σ that they led to, adaptive C."""
+    """What a client remembers of a run: the settings of its first round, the σ that they led to, adaptive C; its number
+    and its records then; the ledger, and how many releases that had."""
 
     settings: str = ""
     noise_multiplier: float | None = None
     max_grad_norm: float | None = None
+    client: int | None = None
+    records: int | None = None
+    ledger: str = ""
+    ledger_steps: int = 0
+
+    def refuse_others(self, node: Node, records: int) -> None:
+        """Raises Refused for another client's number, and for records of another number, than this run began with."""
+        if self.client not in (None, node.client):
+            raise Refused(
+                "settings",
+                f"{node.home} has answered this run as client {self.client} and is asked as client {node.client}; give "
+                f"each client a --home of its own: one home for two would pay this run's ε twice",
+            )
+        if self.records not in (None, records):
+            raise Refused(
+                "schema",
+                f"this client had {self.records} records when this run began and has {records} now, and σ is for the "
+                f"first number; put the data back as they were, or wait for the next run",
+            )
 
     @classmethod
     def read(cls, path: Path) -> "_Kept":

@@ -2,9 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import Config, read_toml
@@ -27,8 +30,9 @@ class Policy:
 
     max_epsilon, delta: the lifetime budget of one data set; what every run on it costs is added up.
     min_noise_multiplier: least σ in units of C. max_grad_norm: largest C. max_local_steps: largest K.
-    targets, clipping: values of these settings that are allowed. max_rank: largest r. With "adaptive" clipping C
-        follows the records' norms from the run's max_grad_norm on, wherever that leads.
+    max_state_entry: largest absolute value in a state that the server sends; far beyond any honest one, rounding makes
+        of it what it likes. max_rank: largest r. targets, clipping: values of these settings that are allowed. With
+        "adaptive" clipping C follows the records' norms from the run's max_grad_norm on, wherever that leads.
     """
 
     max_epsilon: float
@@ -37,6 +41,7 @@ class Policy:
     max_grad_norm: float = 10.0
     max_local_steps: int = 1000
     max_rank: int = 64
+    max_state_entry: float = 1e4
     targets: tuple[str, ...] = ("all-linear", "qv")
     clipping: tuple[str, ...] = ("flat", "per_layer", "automatic")
 
@@ -86,6 +91,18 @@ class Policy:
             asked, names = getattr(config, name), getattr(self, name)
             if asked not in names:
                 raise Refused("policy", f"{name} {asked!r} is asked for, {', '.join(names) or 'nothing'} allowed")
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raises Refused for a state that no training can start from: it would be paid for and come to nothing."""
+        for key, value in state.items():
+            if not value.isfinite().all():
+                raise Refused("policy", f"the server's state is NaN or Inf in {key}; nothing was spent")
+            if value.numel() and (largest := float(value.abs().max())) > self.max_state_entry:
+                raise Refused(
+                    "policy",
+                    f"the server's state has {largest:.3g} in {key}, {self.max_state_entry:g} is allowed; if that is "
+                    f"right, raise max_state_entry in {FILE}",
+                )
 
     def check_noise(self, noise_multiplier: float) -> None:
         """Raises Refused for a σ below the least that is allowed."""

@@ -20,11 +20,11 @@ from lalora_kernels.nn import factor_of
 # Everything that a client says beside its tensors; what it means, for the server's display.
 STATUS = {
     "ok": "sent an update",
-    "policy": "its policy does not allow these settings",
+    "policy": "its policy does not allow these settings or this state",
     "budget": "its privacy budget does not bear this round",
     "stale": "this round is over for it",
     "lost": "it paid for this round, but its update was lost with a crash",
-    "schema": "its model or its data do not have this schema",
+    "schema": "its model or its data do not have this schema, or are others than at first",
     "settings": "the settings of this run changed, or cannot be read",
     "resync": "it lacks part of the state",
     "failed": "an error; its own log has the details",
