@@ -5,8 +5,10 @@ a logistic loss k (sigmoid - target), where k is what the loss gives to that pos
 1 / N is a mean over records and 1 a sum, while shares of 1 that differ come from a count over the whole batch (its
 tokens, its class weights), by which each record's gradient depends on the others: no clipping bounds what one record
 changes then. Any other k is a sum divided by a number where it stays the same while N changes, a mean where k N does.
-A batch's largest loss, or its few largest, leave most records without a gradient; so do labels that are left out. The
-first takes as many records of every batch, or as large a share, which the second does not go on doing.
+Where records have as many positions as the batch has records, or equally many, one k fits two of them: that tells
+nothing, and the next batch is looked at. A batch's largest loss, or its few largest, leave most records without a
+gradient; so do labels that are left out. The first takes as many records of every batch, or as large a share, which the
+second does not go on doing.
 Of other losses nothing is known here; ``check_per_sample`` takes any.
 """
 
@@ -98,16 +100,17 @@ class ReductionCheck:
         fine = not coarse(dz, rtol)
         if (scale := e._loss_scale()) is not None:
             dz = dz.double() / scale
-        found = reduction_of(z, dz, rtol)
+        fits = reductions_of(z, dz, rtol)
         again = self._by_total(call, z, dz, rtol) if fine and dz.numel() <= SMALL else None
         if not anew or again == "shares":
-            found = again
-        if found == "shares" and again == "own" and z.dim() < 3:
+            fits = [again] if again == "shares" else []
+        if fits == ["shares"] and again == "own" and z.dim() < 3:
             return
-        if anew and found is None:
-            found = self._by_other_sizes(z, dz)
-        if found is None or found == "own":
+        if anew and not fits:
+            fits = self._by_other_sizes(z, dz)
+        if not fits:
             return
+        found = e.loss_reduction if e.loss_reduction in fits else fits[0]
         if found == "shares":
             raise ValueError(
                 "the loss divides by a count over the whole batch (tokens that are not ignored, class weights), so one "
@@ -134,8 +137,16 @@ class ReductionCheck:
                 f"the loss is a {found} over the records of the batch, but make_private was told "
                 f"loss_reduction={e.loss_reduction!r}; pass loss_reduction={found!r}"
             )
+        if len(fits) > 1:
+            self._look_again()
+            return
         self.seen = found
         self._watch_for(z, dz)
+
+    def _look_again(self) -> None:
+        """Of one batch more, if this was to be the last."""
+        if not self.left and self.watch > 0:
+            self.left, self.watch = 1, self.watch - 1
 
     def _by_total(self, call: int, z: Tensor, dz: Tensor, rtol: float) -> str | None:
         """ "shares" where those of every batch so far add up to 1, and "own" where they did not: weights that do not
@@ -151,16 +162,16 @@ class ReductionCheck:
         hits.add(call)
         if len(hits) >= (1 if certain else 2 if rtol < RTOL_HALF else 4):
             return "shares"
-        if not self.left and self.watch > 0:
-            self.left, self.watch = 1, self.watch - 1
+        self._look_again()
         return None
 
-    def _by_other_sizes(self, z: Tensor, dz: Tensor) -> str | None:
-        """What a loss times a number takes, told by two batches of other sizes."""
+    def _by_other_sizes(self, z: Tensor, dz: Tensor) -> list[str]:
+        """What a loss times a number may take, told by two batches of other sizes."""
         now = uniform_weights(z, dz, rtol := RTOL.get(z.dtype, RTOL_HALF))
         if not now:  # a hidden state beside the logits
-            return None
+            return []
         before, self._scaled = self._scaled, now
+        fits = []
         for (k, N, count), (l, M, others) in ((now[u], before[u]) for u in now if u in before):
             for name, a, b, told in (
                 ("sum", k, l, N != M),
@@ -168,10 +179,11 @@ class ReductionCheck:
                 ("shares", k * count, l * others, count != others),
             ):
                 if told and abs(a - b) <= 2 * rtol * abs(b):
-                    return name
-        if not self.left and self.watch > 0:
-            self.left, self.watch = 1, self.watch - 1
-        return None
+                    fits.append(name)
+                    break
+        if not fits:
+            self._look_again()
+        return [name for name in ("mean", "sum", "shares") if name in fits]
 
     def _watch_for(self, z: Tensor, dz: Tensor) -> None:
         """What a mean over records does not tell from one over positions, labels or class weights while records have
@@ -230,24 +242,24 @@ def differ(counts: Tensor) -> bool:
     return bool((counts != counts[0]).any())
 
 
-def reduction_of(z: Tensor, dz: Tensor, rtol: float = 1e-3) -> str | None:
-    """What a loss with gradient dz takes over the N records of logits z (N, ...): "mean", "sum", "shares" that differ.
+def reductions_of(z: Tensor, dz: Tensor, rtol: float = 1e-3) -> list[str]:
+    """What a loss with gradient dz may take over the N records of logits z (N, ...): "mean", "sum", "shares" that
+    differ. A mean over records of their sums and a sum of their means are one where each has N positions.
 
-    None where dz is not that of a cross-entropy (classes along the last or the second axis) or a logistic loss.
+    Empty where dz is not that of a cross-entropy (classes along the last or the second axis) or a logistic loss.
     """
     N = len(z)
     k, certain = _weights(z, dz, rtol)
     if k is None or not k.any():
-        return None
+        return []
 
     def near(t: Tensor, value: float) -> bool:
         return bool(((t - value).abs() <= rtol * value).all())
 
     records, positions = k.sum(1), k[k != 0]
-    for name, value in (("mean", 1 / N), ("sum", 1.0)):
-        if near(records[records != 0], value) or near(positions, value):
-            return name
-    return "shares" if certain and near(records.sum(), 1.0) else None
+    values = {"mean": 1 / N, "sum": 1.0}
+    fits = [name for name, v in values.items() if near(records[records != 0], v) or near(positions, v)]
+    return fits or (["shares"] if certain and near(records.sum(), 1.0) else [])
 
 
 def coarse(dz: Tensor, rtol: float) -> bool:

@@ -1,0 +1,59 @@
+"""Batches whose gradient fits two reductions: neither claim is refused there, and neither is taken for shown."""
+
+import pytest
+from test_reduction import Told, V, labels, logits_and_gradient, look
+from torch.nn import functional as F
+
+from lalora_kernels.privacy import reduction as checking
+from lalora_kernels.privacy.reduction import reductions_of
+
+
+def bce(z):
+    return F.binary_cross_entropy_with_logits(z, labels(*z.shape, classes=2).float(), reduction="none")
+
+
+def ce(z):
+    return F.cross_entropy(z.transpose(1, 2), labels(*z.shape[:2]), reduction="none")
+
+
+class TestAsManyPositionsAsRecords:
+    """A sum of records' means and a mean of their sums are one loss then, and either may be claimed."""
+
+    @pytest.mark.parametrize("claimed", ["sum", "mean"])
+    @pytest.mark.parametrize("each, shape", [(bce, ()), (ce, (V,))], ids=["labels", "tokens"])
+    def test_either_claim_passes_and_the_other_is_refused_at_the_next_batch(self, each, shape, claimed):
+        losses = {"sum": lambda z: each(z).mean(1).sum(), "mean": lambda z: each(z).sum(1).mean()}
+        check = checking.ReductionCheck(Told(claimed))
+        for i in range(3 * checking.TRIES):  # which does not use up the looks
+            for loss in losses.values():
+                assert reductions_of(*logits_and_gradient(loss, 4, 4, *shape, seed=i)) == ["mean", "sum"]
+                look(check, loss, 4, 4, *shape, seed=i)
+        assert check.seen is None
+        other = "mean" if claimed == "sum" else "sum"
+        with pytest.raises(ValueError, match=f"loss_reduction='{claimed}'; pass loss_reduction='{other}'"):
+            look(check, losses[other], 5, 4, *shape)
+        look(check, losses[claimed], 5, 4, *shape)
+        assert check.seen == claimed
+
+    @pytest.mark.parametrize("claimed", ["sum", "mean"])
+    @pytest.mark.parametrize("loss", ["sum", "mean"])
+    def test_a_loss_times_a_number(self, loss, claimed):
+        """Twice as many records of twice as many positions."""
+        scaled = {"sum": lambda z: ce(z).mean(1).sum() / 7, "mean": lambda z: ce(z).sum(1).mean() / 7}[loss]
+        check = checking.ReductionCheck(Told(claimed))
+        for i in range(2 * checking.TRIES):
+            look(check, scaled, 3 << i % 2, 6 << i % 2, V, seed=i)
+        assert check.seen is None
+        if loss == claimed:
+            look(check, scaled, 5, 12, V)
+            assert check.seen == claimed
+        else:
+            with pytest.raises(ValueError, match=f"loss_reduction='{claimed}'; pass loss_reduction='{loss}'"):
+                look(check, scaled, 5, 12, V)
+
+    def test_a_mean_times_a_number_of_equal_lengths_that_change(self):
+        """Each batch's lengths are equal, so a mean over tokens is as likely: no refusal, and nothing is told."""
+        check = checking.ReductionCheck(Told("mean"))
+        for length in (3, 5, 8, 13):
+            look(check, lambda z: ce(z).mean() / 7, length + 1, length, V)
+        assert check.seen is None and check.looks
