@@ -22,7 +22,7 @@ class FlowerDisplay:
 
     def begin(self, folder: Path, run: str) -> None:
         """It was submitted as Flower's ``run``."""
-        self.note(f"run {run} in {folder}; its server log: flwr log {run}")
+        self.note(f"run {run} in {folder}; its server log: FLWR_HOME={folder / '.flower'} flwr log {run} lalora")
         self.note(ROW.format("round", "accuracy", "loss", "bytes up", "bytes down", "time", "clients"))
 
     def round(self, folder: Path, record: dict[str, Any]) -> None:
