@@ -19,6 +19,7 @@ from lalora_kernels.cli import main
 from lalora_kernels.federated.coordinator import Coordinator
 from lalora_kernels.federated.node import Node
 from lalora_kernels.federated.run import prepare
+from lalora_kernels.privacy.accountant import show_bound
 from lalora_kernels.report import MARK, read_run, show_epsilon
 from lalora_kernels.report_flower import spent_at_most
 
@@ -174,7 +175,7 @@ def test_the_ledgers_of_a_run_are_its_clients_own(world, tmp_path, capsys, comma
     for client in (0, 1, 3):
         spent = ledger_of(run / "clients" / str(client)).epsilon(1e-4)
         block = out[out.index(f"client {client}, run") :].split("client", 2)[1]
-        assert f"epsilon {spent:.4f} of 8 at delta 0.0001, add or remove one record" in block
+        assert f"epsilon {show_bound(spent)} of 8 at delta 0.0001, add or remove one record" in block
     assert f"client 2: no ledger in {run}/clients/2" in out
 
     home = run / "clients" / "0"

@@ -24,6 +24,7 @@ from lalora_kernels.federated.checkpoint import load_checkpoint
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.run import Run, Watch, prepare
 from lalora_kernels.files import write_atomic
+from lalora_kernels.privacy.accountant import show_bound
 from lalora_kernels.privacy.ledger import BudgetExceeded, Ledger, LedgerError
 
 K, EPSILON, DELTA = 2, 8.0, 1e-4
@@ -357,10 +358,10 @@ def test_the_ledger_command_prints_entries_and_recomputes_epsilon(run_folder, ca
             for entry in ledger.entries:
                 assert f"{entry.count} x sigma {entry.noise_multiplier:.6g}, q {entry.sample_rate:.6g}, flat" in block
             spent = ledger.epsilon(DELTA, accountant=accountant)
-            assert f"epsilon {spent:.4f} of 8 at delta 0.0001, add or remove one record" in block
+            assert f"epsilon {show_bound(spent)} of 8 at delta 0.0001, add or remove one record" in block
             if accountant == "pld":
                 replaced = ledger.epsilon(DELTA, neighboring_relation="replace_one")
-                assert f"epsilon {replaced:.4f} at delta 0.0001, replace one record" in block
+                assert f"epsilon {show_bound(replaced)} at delta 0.0001, replace one record" in block
                 assert replaced > spent or not ledger.steps
 
 
@@ -382,7 +383,7 @@ def test_the_ledger_command_reads_a_single_ledger_and_says_why_there_is_no_epsil
     assert cli.main(["ledger", str(tmp_path / "one.json"), "--delta", "1e-5"]) == 0
     text = capsys.readouterr().out
     assert "1 ledger, 1 releases" in text and "C 0.5, b 16, poisson" in text
-    assert f"epsilon {ledger.epsilon(1e-5):.4f} at delta 1e-05" in text
+    assert f"epsilon {show_bound(ledger.epsilon(1e-5))} at delta 1e-05" in text
     ledger.refuse_epsilon("the noise key is fixed")
     ledger.save(tmp_path / "one.json")
     assert cli.main(["ledger", str(tmp_path / "one.json")]) == 0

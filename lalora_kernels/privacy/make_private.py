@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lalora_kernels.privacy import accounts
-from lalora_kernels.privacy.accountant import check_delta, get_noise_multiplier, refuse_delta
+from lalora_kernels.privacy.accountant import LARGEST, check_delta, get_noise_multiplier, refuse_delta
 from lalora_kernels.privacy.adaptive import AdaptiveClipping
 from lalora_kernels.privacy.clipping import CLIPPING
 from lalora_kernels.privacy.distributed import find_group, refuse_sharded
@@ -221,7 +221,7 @@ def make_private(
             history=ledger.releases,
         )
         ledger.target_epsilon, ledger.target_delta = float(target_epsilon), float(target_delta)
-    elif not isinstance(noise_multiplier, Real) or not 0.0 <= noise_multiplier < math.inf:
+    elif not isinstance(noise_multiplier, Real) or not 0.0 <= noise_multiplier <= LARGEST:
         raise ValueError(f"noise_multiplier is a finite number >= 0, got {noise_multiplier!r}")
     if ledger is None:
         ledger = Ledger(target_delta=target_delta)
@@ -309,5 +309,5 @@ def _one_of(name: str, value: object, allowed: tuple) -> None:
 
 
 def _positive(name: str, value: Any) -> None:
-    if not isinstance(value, Real) or not 0.0 < value < math.inf:  # type: ignore[operator]
+    if not isinstance(value, Real) or not 0.0 < value <= LARGEST:  # type: ignore[operator]
         raise ValueError(f"{name} is a finite number > 0, got {value!r}")
