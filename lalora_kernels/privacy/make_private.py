@@ -1,6 +1,5 @@
 """One call that makes an ordinary training loop private."""
 
-import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
