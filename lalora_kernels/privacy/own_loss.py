@@ -2,18 +2,95 @@
 
 A mean over all tokens or boxes of the batch, a term that balances a mixture's experts, a contrastive one: taken as they
 are, they let a record's gradient depend on the others, which no clipping bounds. The first batch tells which of a
-model's losses are such; only a backward that reaches one is refused, since a loop may have a loss of its own.
+model's losses are such, unless its two records count for as much; so a few batches are asked of two that do not. Only a
+backward that reaches one is refused, since a loop may have a loss of its own.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 RTOL = 1e-5  # in float64, but for the many models that compute their loss in float32
 ROWS = 3
+MARKS = (0, -100, 255)  # what does not count: padding and masks, labels that are ignored, pixels without a class
+TRIES = 4  # batches, for each tensor and mark: lengths that differ late are not hidden by class labels that always do
+LOOKS = 256  # batches that are looked through, for which a GPU's host has to wait
+
+
+class OwnLossCheck:
+    """Called with a forward's arguments, for names of outputs that tie records: asked where records count unequally."""
+
+    def __init__(self) -> None:
+        self.looks = LOOKS
+        self._asked: Counter[tuple[int, int]] = Counter()
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict, rows: int) -> set[str]:
+        if not self.looks:
+            return set()
+        self.looks -= 1
+        found = {key: pairs for key, pairs in unequal((args, kwargs), rows).items() if self._asked[key] < TRIES}
+        self._asked.update(found.keys())
+        pairs = set().union(*found.values())
+        return tied_in(model, args, kwargs, rows, sorted(pairs)) if pairs else set()
+
+
+def unequal(inputs: Any, rows: int) -> dict[tuple[int, int], set[tuple[int, int]]]:
+    """{(which tensor, mark): pairs of records} of all tensors with rows whose marks differ in number.
+
+    The record with the fewest, beside the one with the most and the one with the most that is not marked throughout: a
+    mean over nothing may be no number.
+    """
+    from lalora_kernels.privacy.checks import _leaves  # which imports the engine
+
+    found = {}
+    for at, t in enumerate(_leaves(inputs)):
+        if not t.dim() or t.shape[0] != rows or not t.numel():
+            continue
+        t = t.detach().reshape(rows, -1)
+        for mark in MARKS[: 1 if t.dtype == torch.bool else None]:
+            counts = (t == mark).sum(1).cpu()
+            some = torch.where(counts < t.shape[1], counts, -1)
+            least = int(counts.argmin())
+            pairs = {(least, int(c.argmax())) for c in (counts, some) if c.max() > counts[least]}
+            if pairs:
+                found[at, mark] = pairs
+    return found
+
+
+def tied_in(model: nn.Module, args: tuple, kwargs: dict, rows: int, pairs: list[tuple[int, int]]) -> set[str]:
+    """``tied`` of each pair of records on a float64 copy of the model, in its mode; one that fails there is not judged,
+    as where a mask of all positions has as many rows as this batch has records."""
+    from lalora_kernels.privacy.checks import _cards, have_rows, of_rows, tree_map
+    from lalora_kernels.privacy.doubled import Doubled
+    from lalora_kernels.privacy.drawn import Drawn
+    from lalora_kernels.privacy.twin import double, take_modes
+    from lalora_kernels.privacy.written import Buffers
+
+    batched = have_rows((args, kwargs), rows)
+    twin = double(model)
+    take_modes(twin, model)
+    buffers = Buffers(twin)
+    names = set()
+
+    def run(pair: tuple[int, int], *order: int) -> Any:
+        inputs = of_rows(lambda t: t[[pair[i] for i in order]], (args, kwargs), batched)
+        inputs = tree_map(lambda t: t.double() if t.is_floating_point() else t, inputs)
+        with torch.no_grad(), Doubled(), Drawn(_cards(twin), 0):
+            try:
+                return twin(*inputs[0], **inputs[1])
+            finally:
+                buffers.put_back()
+
+    for pair in pairs:
+        try:
+            names |= tied(partial(run, pair))
+        except Exception:
+            continue
+    return names
 
 
 def without_rows(output: Any, rows: int, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -52,16 +129,17 @@ def tied(run: Callable[..., Any]) -> set[str]:
 
 def watch(output: Any, rows: int, names: set[str]) -> None:
     """From now on a backward that reaches one of the named outputs raises ValueError."""
-    for name, t in without_rows(output, rows) if names else ():
-        if name in names and t.requires_grad:
-            t.register_hook(partial(_refuse, name))
+    found = [(n, t) for n, t in without_rows(output, rows) if n in names and t.requires_grad] if names else []
+    for _, t in found:  # all are named: a loss that is tied for one of its terms is reached before that
+        t.register_hook(partial(_refuse, sorted(name for name, _ in found)))
 
 
-def _refuse(name: str, gradient: Tensor) -> NoReturn:
+def _refuse(names: list[str], gradient: Tensor) -> NoReturn:
+    s = "s" if len(names) == 1 else ""
     raise ValueError(
-        f"{name}, which the model returns, divides by a count over the whole batch (its tokens, its boxes) or ties the "
-        f"records together otherwise (a balance of experts, a contrast), so one record's gradient depends on the other "
-        f"records and clipping cannot bound what one of them changes. Leave it out (of experts: "
+        f"{' and '.join(names)}, which the model returns, divide{s} by a count over the whole batch (its tokens, its "
+        f"boxes) or tie{s} the records together otherwise (a balance of experts, a contrast), so one record's gradient "
+        f"depends on the other records and clipping cannot bound what one of them changes. Leave it out (of experts: "
         f"config.output_router_logits = False) and backpropagate a loss of each record's own instead: take the mean "
         f"over each record's own positions first and then over records (for class labels and language models: "
         f"lalora_kernels.record_losses(logits, labels, shift=...).mean())"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lalora_kernels.privacy.own_loss import watch
+from lalora_kernels.privacy.own_loss import watch, without_rows
 
 if TYPE_CHECKING:
     from lalora_kernels.privacy.engine import Engine
@@ -45,6 +45,7 @@ class ReductionCheck:
         self.engine, self.left, self.watch = engine, TRIES, WATCH
         self.seen: str | None = None
         self.tied: set[str] = set()  # the model's own losses that tie records together
+        self.owns = False  # the model returns something that may be one
         self._call, self._counted, self._full = 0, 0, False
         self._picked: list[tuple[int, int]] = []  # (records, those with a gradient) of batches where some have none
         self._scaled: dict[str, tuple[float, int, int]] = {}  # uniform_weights that are neither 1 / N nor 1
@@ -64,6 +65,8 @@ class ReductionCheck:
         batch = self.engine.batch
         if batch is not None and torch.is_grad_enabled():
             watch(output, batch.rows, self.tied)
+            if batch.rows > 1 and not self.owns:  # one logit of one record looks like a loss
+                self.owns = any(t.requires_grad for _, t in without_rows(output, batch.rows))
         if self.engine.graphing or batch is None or batch.valid < 2 or batch.valid != batch.rows:
             return
         if not self.looks:
