@@ -12,7 +12,7 @@ from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.sampling import BatchInfo
-from lalora_kernels.privacy.twin import double, take_modes
+from lalora_kernels.privacy.twin import Apart, double, take_modes
 from lalora_kernels.privacy.written import Buffers
 
 # Two evaluations of one gradient in different orders: float64, but for models that compute norms in float32 whatever
@@ -24,6 +24,10 @@ NONE: frozenset[str] = frozenset()
 
 class Coupled(ValueError):
     """Records were seen to depend on each other; what else is wrong is a plain ValueError or RuntimeError."""
+
+
+class Unreached(ValueError):
+    """No trainable tensor took part in the forward, so nothing was compared."""
 
 
 def tree_map(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -149,17 +153,24 @@ def single_sample_gradients(
     rows = leaves[batched.index(True)].shape[0]
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     before = [p.grad for p in named.values()]
-    per_record = []
+    per_record, reached = [], False
     try:
         for i in range(rows):
             value = loss(model, _record(batch, i, batched))
             for p in named.values():
                 p.grad = None
-            value.backward()  # not autograd.grad, which reentrant checkpointing does not take
+            if value.requires_grad:
+                value.backward()  # not autograd.grad, which reentrant checkpointing does not take
+            reached = reached or any(p.grad is not None for p in named.values())
             per_record.append([torch.zeros_like(p) if p.grad is None else p.grad for p in named.values()])
     finally:
         for p, grad in zip(named.values(), before):
             p.grad = grad
+    if not reached:
+        raise Unreached(
+            "no trainable tensor takes part in the loss, so there is no gradient to compare; call this where the "
+            "adapters are on (not within PEFT's disable_adapter()) and gradients are"
+        )
     return {n: torch.stack(g) for n, g in zip(named, zip(*per_record))}
 
 
@@ -207,28 +218,30 @@ def compare(
         take_modes(twin, model)
         loss = from_one_state(twin, loss)
     set_active(twin, factors)
-    try:
-        with Doubled():
-            expected = single_sample_gradients(twin, batch, loss, batched)
-            found, expanded = _per_sample_gradients(
-                twin, tree_map(_apart, batch), loss, loss_reduction, "reference", rows, sequence_first
-            )  # whatever backend is forced
-    except (ValueError, RuntimeError):
-        if not sequence_first:  # where the first axis may be another, the first that differs is no culprit
-            _refuse_mixing(twin, batch, loss, rows, batched)  # what fails is told by its cause, if that is it
-        raise
-    wrong = differing(found, expected)
-    if wrong:
-        if not sequence_first:
-            _refuse_mixing(twin, batch, loss, rows, batched, wrong)
-        if once := sorted(e for e in expanded if any(n.startswith(f"{e}.") for n in wrong)):
-            raise ValueError(ONE_FOR_ALL.format(", ".join(once)))
-        names = ", ".join(wrong[:5]) + (" ..." if len(wrong) > 5 else "")
-        raise Coupled(
-            f"per-sample gradients of {names} differ from those of single records: the loss couples records, or "
-            f"loss_reduction={loss_reduction!r} is not what the loss does; or a hook or a custom backward couples "
-            f"them, or a layer is given positions and no records (arange(T)[None], with a batch axis of 1, is taken)"
-        )
+    with Apart(model, twin):
+        try:
+            with Doubled():
+                expected = single_sample_gradients(twin, batch, loss, batched)
+                found, expanded = _per_sample_gradients(
+                    twin, tree_map(_apart, batch), loss, loss_reduction, "reference", rows, sequence_first
+                )  # whatever backend is forced
+        except (ValueError, RuntimeError):
+            if not sequence_first:  # where the first axis may be another, the first that differs is no culprit
+                _refuse_mixing(twin, batch, loss, rows, batched)  # what fails is told by its cause, if that is it
+            raise
+        wrong = differing(found, expected)
+        if wrong:
+            if not sequence_first:
+                _refuse_mixing(twin, batch, loss, rows, batched, wrong)
+            if once := sorted(e for e in expanded if any(n.startswith(f"{e}.") for n in wrong)):
+                raise ValueError(ONE_FOR_ALL.format(", ".join(once)))
+            names = ", ".join(wrong[:5]) + (" ..." if len(wrong) > 5 else "")
+            raise Coupled(
+                f"per-sample gradients of {names} differ from those of single records: the loss couples records, or "
+                f"loss_reduction={loss_reduction!r} is not what the loss does; or a hook or a custom backward couples "
+                f"them, or a layer is given positions and no records (arange(T)[None], with a batch axis of 1, is "
+                f"taken)"
+            )
     idle = [n for n in expected if not found[n].any() and not expected[n].any()]
     if idle:
         names = ", ".join(idle[:5]) + (" ..." if len(idle) > 5 else "")

@@ -23,7 +23,7 @@ from lalora_kernels.privacy.checks import (
 )
 from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.drawn import Drawn
-from lalora_kernels.privacy.twin import double, take_modes
+from lalora_kernels.privacy.twin import Apart, double, take_modes
 
 Project = Callable[..., Tensor]  # (model, batch, and how the model's output k is weighed first)
 Weigh = Callable[[int, Tensor], Tensor]
@@ -36,6 +36,7 @@ class OwnMode:
         self, model: nn.Module, two: tuple, project: Project, sequence_first: frozenset[str], batched: list[bool]
     ):
         self.twin, self.sequence_first, self.batched = double(model), sequence_first, batched
+        self._apart = Apart(model, self.twin)
         take_modes(self.twin, model)
         set_active(self.twin, "AB")
         self.two = tree_map(lambda t: t.double() if t.is_floating_point() else t, two)
@@ -49,7 +50,7 @@ class OwnMode:
             each = t.new_tensor(weights).repeat_interleave(t.shape[0] // len(weights))
             return t * each.view(-1, *(1 for _ in t.shape[1:]))
 
-        with Doubled(), Drawn(_cards(self.twin), 0):
+        with self._apart, Doubled(), Drawn(_cards(self.twin), 0):
             return _per_sample_gradients(
                 self.twin, self._batch(order), lambda m, b: self.project(m, b, weigh), "sum", "reference", len(order),
                 self.sequence_first,
@@ -66,7 +67,7 @@ class OwnMode:
                 seen[k] = t.shape[0]
                 return t
 
-            with torch.no_grad(), Doubled(), Drawn(_cards(self.twin), 0):
+            with torch.no_grad(), self._apart, Doubled(), Drawn(_cards(self.twin), 0):
                 self.project(self.twin, self._batch(order), see)
             return seen
 
