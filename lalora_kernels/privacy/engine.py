@@ -195,11 +195,15 @@ class Engine:
             from lalora_kernels.privacy.first_batch import check_inputs  # it builds an Engine of its own
             from lalora_kernels.privacy.singles import Singles
 
-            if self.batch.valid >= 2:
-                found = check_inputs(model, args, kwargs, self.batch.rows)
-            else:
-                self._singles = self._singles or Singles()
-                found = self._singles.check(model, args, kwargs) if self.batch.rows == 1 else None
+            batch, self.batch = self.batch, None  # the check runs a copy: what is the model's own refuses meanwhile
+            try:
+                if batch.valid >= 2:
+                    found = check_inputs(model, args, kwargs, batch.rows)
+                else:
+                    self._singles = self._singles or Singles()
+                    found = self._singles.check(model, args, kwargs) if batch.rows == 1 else None
+            finally:
+                self.batch = batch
             if found is not None:
                 self.reduction.tied |= found.tied
                 self.turn(found.sequence_first, found.idle)
