@@ -65,6 +65,7 @@ class Engine:
         self.strict, self._checks = bool(check), check is True
         self.check_pending = self._checks  # no batch had two records to compare yet
         self.padding: Any = None  # a PaddingCheck
+        self.own_loss: Any = None  # an OwnLossCheck
         self._singles: Any = None  # a Singles, while batches of one record wait for the check
         self._checked: set[tuple[bool, ...]] = set()  # which modules were in train mode
         self._unchecked = False  # records were told apart in a batch before the check
@@ -206,11 +207,14 @@ class Engine:
                 self.batch = batch
             if found is not None:
                 self.reduction.tied |= found.tied
+                self.reduction.owns |= found.owns
                 self.turn(found.sequence_first, found.idle)
                 self.check_pending, self._singles = False, None
                 self._checked.add(modes)
         if self.padding is not None and not self.graphing:
             self.padding(model, args, kwargs)
+        if self.own_loss is not None and self.reduction.owns and not self.graphing and self.batch.valid >= 2:
+            self.reduction.tied |= self.own_loss(model, args, kwargs, self.batch.rows)
 
     def check_rows(self, rows: int) -> None:
         """The model was called with gradients on; all that a compiled model tells."""

@@ -47,6 +47,7 @@ class Found(NamedTuple):
     sequence_first: frozenset[str]  # trained modules that have positions along the first axis, records along the second
     idle: frozenset[str]  # trained modules that did not run
     drawn: bool = False  # the model draws at random
+    owns: bool = False  # it returns what has no row for each record, as a loss
 
 
 def check_inputs(
@@ -196,7 +197,8 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
     seeds = range(2 if draws else 1) if rowless else ()
     losses = {name for seed in seeds for name in tied(lambda *order, s=seed: forward(s, *order)[0])}
     idle = frozenset(name for name, found in axes.items() if not found) - {name for name, _ in shapes}
-    return Found(losses, frozenset(name for name, found in axes.items() if found == {1}), idle, bool(draws))
+    second = frozenset(name for name, found in axes.items() if found == {1})
+    return Found(losses, second, idle, bool(draws), bool(rowless))
 
 
 def _compare(

@@ -19,6 +19,7 @@ from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.privacy.microbatch import AutoBatch
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.optimizer import MARK, PrivateOptimizer
+from lalora_kernels.privacy.own_loss import OwnLossCheck
 from lalora_kernels.privacy.padding import PaddingCheck
 from lalora_kernels.privacy.postprocess import EXPERIMENTAL
 from lalora_kernels.privacy.sampling import PrivateLoader
@@ -283,7 +284,7 @@ def make_private(
     if postprocess is not None:
         private.postprocess = postprocess(engine)
     if check is True:
-        engine.padding = PaddingCheck()
+        engine.padding, engine.own_loss = PaddingCheck(), OwnLossCheck()
     if auto:
         engine.auto_batch = AutoBatch(loader.batch_sampler, memory_budget, schedule)
     loader.on_batch = engine.begin

@@ -221,7 +221,7 @@ LAYERS = (
     fault(
         "a sum divided by a number taken for a mean",
         REDUCTION,
-        "found = self._by_other_sizes(z, dz)",
+        "fits = self._by_other_sizes(z, dz)",
         "pass",
         "reduction",
     ),
