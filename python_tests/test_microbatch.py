@@ -145,6 +145,19 @@ def test_measuring_leaves_no_trace():
     assert torch.equal(*drawn)
 
 
+def test_a_forward_that_was_replaced_by_a_function_is_measured_on_the_copy():
+    """As TRL's SFTTrainer does; run on the model itself it would be recorded into the batch."""
+    results = []
+    for replaced in (False, True):
+        model = network()
+        if replaced:
+            model.forward = lambda x, forward=model.forward: forward(x)
+        optimizer, loader = private(model, memory_budget=peak_of(4))
+        train(model, optimizer, loader, 2)
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*results)
+
+
 def test_every_factor_that_trains_is_measured():
     """With A active a layer keeps what a norm made: a size that fits B's steps alone would be too large."""
     sizes = {}

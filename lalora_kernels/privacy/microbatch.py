@@ -25,6 +25,7 @@ from lalora_kernels.privacy.checks import _leaves, tree_map
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.sampling import BatchInfo, PoissonBatchSampler
+from lalora_kernels.privacy.twin import rebind
 from lalora_kernels.schedule import Schedule
 
 CGROUPS = (  # of a container, versions 2 and 1: its limit, its usage, and what of that is cache to be dropped
@@ -67,8 +68,9 @@ class AutoBatch:
     def _peaks(
         self, engine: Engine, model: nn.Module, args: tuple, kwargs: dict, factors: str, device: torch.device
     ) -> tuple[int, int, int]:
-        memo = {id(p): p for p in model.parameters()}
+        memo: dict[int, Any] = {id(p): p for p in model.parameters()}
         twin = copy.deepcopy(model, memo)
+        rebind(model, twin, memo)
         other = Engine(
             twin,
             clipping=engine.clipping,

@@ -24,7 +24,7 @@ def double(model: nn.Module) -> nn.Module:
     try:
         memo: dict[int, Any] = {}
         twin = copy.deepcopy(model, memo)
-        _rebind(model, twin, memo)
+        rebind(model, twin, memo)
         dequantize_(twin)
         twin = twin.double().eval()
         _plain(twin)
@@ -95,7 +95,7 @@ def take_modes(twin: nn.Module, model: nn.Module) -> None:
 HOLDS = (FunctionType, MethodType, functools.partial)
 
 
-def _rebind(model: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
+def rebind(model: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
     """Functions are kept by deepcopy as they are, so a closure in the place of a module's forward, or a hook, would go
     on with the original that it holds; the copy gets one that holds the copy."""
     originals = {id(d) for m in model.modules() for d in _dicts(m)}  # which a __deepcopy__ may share
