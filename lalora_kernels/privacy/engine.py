@@ -14,30 +14,21 @@ from torch import Tensor, nn
 
 from lalora_kernels import dispatch, functional
 from lalora_kernels.adapted import Adapted, Factors
+from lalora_kernels.privacy.attached import Attached
 from lalora_kernels.privacy.clipping import clip_weights, tensor_bound
-from lalora_kernels.privacy.distributed import Group, loud_ddp, quiet_ddp
+from lalora_kernels.privacy.distributed import Group, quiet_ddp
 from lalora_kernels.privacy.noise import NoiseSource, refuse_known_seed
 from lalora_kernels.privacy.nonfinite import NonfiniteCount
-from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder, Site, Undo, batch_tensor, squared_norms
-from lalora_kernels.privacy.reduction import ReductionCheck
-from lalora_kernels.privacy.rules import ExtraRecorder, may_mix, refuse_mixing, refuse_tables, refuse_torchscript
+from lalora_kernels.privacy.recorders import Recorder, Site, batch_tensor, squared_norms
+from lalora_kernels.privacy.rules import refuse_mixing
 from lalora_kernels.privacy.sampling import BatchInfo
-from lalora_kernels.privacy.sentinel import (
-    PASSED,
-    SKIPPED,
-    UNSTEPPED,
-    refuse_foreign,
-    refuse_gradients,
-    stand_in,
-    take_away,
-)
+from lalora_kernels.privacy.sentinel import PASSED, SKIPPED, UNSTEPPED, refuse_gradients, stand_in, take_away
 from lalora_kernels.privacy.structure import Structure
-from lalora_kernels.privacy.ties import tie
-from lalora_kernels.privacy.trained import Use, refuse_hooks, refuse_upstream, trained_tensors
+from lalora_kernels.privacy.trained import refuse_upstream
 from lalora_kernels.privacy.workspace import Workspace
 
 
-class Engine:
+class Engine(Attached):
     """See the module's docstring; users meet it through ``make_private``."""
 
     def __init__(
@@ -99,84 +90,6 @@ class Engine:
     def within_logical_batch(self) -> bool:
         """Whether some physical batches of the present logical one are summed."""
         return self._partial
-
-    # ---------------------------------------------------------------- attaching
-
-    def _attach(self) -> None:
-        self._refuse_layers()
-        seen: dict[nn.Parameter, Site] = {}
-        for name, module, uses in trained_tensors(self.model):
-            found = {}
-            for use in uses:
-                if use.param in seen:
-                    found[use.role] = tie(seen[use.param], use)
-                else:
-                    found[use.role] = seen[use.param] = self._add_site(use)
-            if found:
-                self._record(name, module, found)
-        if not self.sites:
-            raise ValueError("the model has no trainable parameter; adapt() it first")
-        dtypes = {s.param.dtype == torch.float64 for s in self.sites}
-        if len(dtypes) > 1:
-            raise ValueError("some trainable parameters are float64 and some are not; use one precision")
-        self.dtype = torch.float64 if dtypes.pop() else torch.float32
-        self._handles.append(self.model.register_forward_pre_hook(InputCheck(self, self.sites[0]), with_kwargs=True))
-        self.reduction = ReductionCheck(self)
-        if self.strict:
-            self._handles.append(self.model.register_forward_hook(self.reduction))
-
-    def _refuse_layers(self) -> None:
-        refuse_torchscript(self.model)
-        self._mixers = [(n, m) for n, m in self.model.named_modules() if may_mix(m)]
-        refuse_mixing(self._mixers)
-        refuse_tables(self.model)
-
-    def _factors(self) -> Factors:
-        """The model's, which is looked at and checked like a new one where it has others modules than before."""
-        looks = self.structure.looks
-        found = self.structure.factors(self.sites, self.recorders)
-        if self.structure.looks > looks:
-            self._refuse_layers()
-            if looks:
-                self.check_pending = self._checks
-        return found
-
-    def _add_site(self, use: Use) -> Site:
-        p = use.param
-        refuse_hooks(use)
-        smooth_dim = {"lora_A": 1, "lora_B": 0}.get(use.role) if use.adapted else None
-        site = Site(
-            use.name, use.owner, use.key, use.role, p, len(self.sites), smooth_dim, p.requires_grad, kind=use.kind
-        )
-        self.sites.append(site)
-        p.requires_grad_(True)  # torch takes the hook of no other tensor
-        self._handles.append(p.register_post_accumulate_grad_hook(lambda p: refuse_foreign(p, use.name)))
-        p.requires_grad_(site.trained)
-        return site
-
-    def _record(self, name: str, module: nn.Module, sites: dict[str, Site]) -> None:
-        if getattr(module, "recorder" if isinstance(module, Adapted) else "_recorder", None) is not None:
-            raise RuntimeError(f"{name} already belongs to a private optimizer; call its detach() first")
-        if isinstance(module, Adapted):
-            self.recorders.append(LoRARecorder(self, name, module, sites))
-            self._handles.append(Undo(module))
-        else:
-            self.recorders.append(ExtraRecorder(self, name, module, sites))
-
-    def detach(self) -> None:
-        """Give the model back to ordinary training, trainable as it was found; the workspace is freed."""
-        take_away(self.sites)
-        for site in self.sites:
-            site.param.requires_grad_(site.trained)
-        if self._ddp:
-            loud_ddp(self.model)
-        for handle in self._handles:
-            handle.remove()
-        for recorder in self.recorders:
-            if isinstance(recorder, ExtraRecorder):
-                recorder.detach()
-        self._buffers.clear()
-        self._handles, self.recorders, self.batch = [], [], None
 
     # ---------------------------------------------------------------- refusals
 

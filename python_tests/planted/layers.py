@@ -290,7 +290,7 @@ LAYERS = (
     ),
     fault(
         "a layer put in between two steps is not checked",
-        ENGINE,
+        "lalora_kernels/privacy/attached.py",
         "                self.check_pending = self._checks\n",
         "                pass\n",
         "refusals",
