@@ -169,6 +169,35 @@ def test_a_bad_record_contributes_nothing_and_spoils_no_other(bad, backend):
             assert torch.equal(got[which], want[which])
 
 
+@pytest.mark.parametrize("wrong, message", [
+    ({"max_norm": 0.0}, "max_norm must be positive, got 0.0"),
+    ({"max_norm": float("nan")}, "max_norm must be positive, got nan"),
+    ({"max_norm": 1.0, "grad_scale": 0.0}, "grad_scale must be positive and finite, got 0.0"),
+    ({"max_norm": 1.0, "grad_scale": float("inf")}, "grad_scale must be positive and finite, got inf"),
+    ({"max_norm": 1.0, "valid": -1}, "valid is between 0 and the 4 samples, got -1"),
+    ({"max_norm": 1.0, "valid": 5}, "valid is between 0 and the 4 samples, got 5"),
+])  # fmt: skip
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_bound_that_bounds_nothing_is_refused(backend, wrong, message):
+    args, kwargs = split(grad_inputs(GradCase(4, 5, 7, 6, 2)), "h", "x")
+    with pytest.raises(ValueError, match=f"sample_grad_clip: {message}"):
+        functional.sample_grad_clip(*args, **kwargs, **wrong, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("valid", [None, 0, 3, 4])
+@pytest.mark.parametrize("bound", [1e-3, 1e6])
+def test_what_is_left_out_of_the_public_call_is_the_plain_case(backend, valid, bound):
+    """dz is returned, gradients are as they stand, and every sample counts up to ``valid``."""
+    args, kwargs = split(grad_inputs(GradCase(4, 5, 7, 6, 2)), "h", "x")
+    dz, S_B, sq_B, S_A, sq_A = functional.sample_grad_clip(*args, **kwargs, max_norm=bound, valid=valid, backend=backend)
+    grads = functional.sample_grad(*args, **kwargs, backend=backend)
+    close(dz, grads[0], KERNEL_F32, "dz")
+    for S, G, sq in ((S_B, *grads[1:3]), (S_A, *grads[3:])):
+        clipped = (bound / sq.sqrt()).clamp(max=1.0).to(G.dtype).view(-1, 1, 1) * G
+        close(S, clipped[:valid].sum(0), KERNEL_F32, f"S of {valid}")
+
+
 @pytest.mark.parametrize("magnitude", [1e-15, 1e-4, 1e4, 1e15])
 def test_one_record_moves_the_clipped_sum_by_at_most_the_bound(magnitude, isa):
     """Also where the square of a gradient overflows float32 (its norm is taken in float64)."""
