@@ -190,8 +190,9 @@ def test_a_bound_that_bounds_nothing_is_refused(backend, wrong, message):
 def test_what_is_left_out_of_the_public_call_is_the_plain_case(backend, valid, bound):
     """dz is returned, gradients are as they stand, and every sample counts up to ``valid``."""
     args, kwargs = split(grad_inputs(GradCase(4, 5, 7, 6, 2)), "h", "x")
-    dz, S_B, sq_B, S_A, sq_A = functional.sample_grad_clip(*args, **kwargs, max_norm=bound, valid=valid, backend=backend)
-    grads = functional.sample_grad(*args, **kwargs, backend=backend)
+    kwargs["backend"] = backend
+    dz, S_B, sq_B, S_A, sq_A = functional.sample_grad_clip(*args, **kwargs, max_norm=bound, valid=valid)
+    grads = functional.sample_grad(*args, **kwargs)
     close(dz, grads[0], KERNEL_F32, "dz")
     for S, G, sq in ((S_B, *grads[1:3]), (S_A, *grads[3:])):
         clipped = (bound / sq.sqrt()).clamp(max=1.0).to(G.dtype).view(-1, 1, 1) * G
