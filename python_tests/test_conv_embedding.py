@@ -26,6 +26,7 @@ KERNELS = {
     "strided": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0)},
     "same": {"kernel_size": 3, "padding": "same"},
     "uneven": {"kernel_size": (2, 4), "padding": "same", "bias": False},
+    "uneven in one": {"kernel_size": (3, 2), "padding": "same"},
     "patches": {"kernel_size": 2, "stride": 2},
     "pointwise": {"kernel_size": 1},
 }
