@@ -182,9 +182,21 @@ def test_a_module_with_records_along_one_axis_and_the_other_is_refused(T):
         step(BothWays(), records(T))
 
 
-def test_another_axis_in_the_other_mode_is_refused():
-    with pytest.raises(ValueError, match=r"rms saw \(5, 8\)"):
-        step(InEvalMode(), records())
+@pytest.mark.parametrize("T", [5, 6])  # with as many positions as records no shape would tell
+@pytest.mark.parametrize("training", [True, False])
+def test_another_axis_in_the_other_mode_is_refused(T, training):
+    model = InEvalMode().train(training)
+    optimizer, loader = private(model, TensorDataset(*records(T)), sample_rate=1.0)
+    for go_on in (False, True):
+        for part in loader.steps(1):
+            if go_on:
+                model.train(not training)
+                with pytest.raises(ValueError, match="mix, norm, rms: positions come before records there in one mode"):
+                    model(part[0])
+            else:
+                loss_of(model, part).backward()
+                optimizer.step()
+    assert optimizer.ledger.steps == 1
 
 
 def test_later_batches_have_the_records_where_the_first_had_them():

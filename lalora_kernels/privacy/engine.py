@@ -152,6 +152,12 @@ class Engine(Attached):
                 f"positions first, so nothing shows along which axis its records would be; name it in exclude_modules, "
                 f"or have it run in every batch"
             )
+        turned = {r.name for r in self.recorders if r.batch_axis == 1}
+        if self._checked and (both := sorted((turned ^ sequence_first) - idle)):
+            raise ValueError(
+                f"{', '.join(both)}: positions come before records there in one mode of the model, and behind them in "
+                f"another, so their gradients cannot be taken apart; train in one mode, or name it in exclude_modules"
+            )
         if sequence_first and self._unchecked:
             raise RuntimeError(
                 f"{', '.join(sorted(sequence_first))}: positions come before records there, which the batches before "
