@@ -108,6 +108,19 @@ def test_a_ledger_that_is_an_old_copy_is_no_budget(world, tmp_path):
         assert status == expected and "holds 2 releases, and had 4" in log
 
 
+@pytest.mark.parametrize("damaged", ["", "{", "[]"])
+def test_what_a_run_left_is_named_where_it_is_damaged(world, tmp_path, damaged):
+    """It says how many releases the ledger must hold, in whatever run."""
+    config = settings(world, clients=1)
+    (node,) = make_nodes(tmp_path, config, key=False)
+    assert said(node, message(config, 1))[0] == "ok"
+    (left,) = node.home.glob("runs/*/run.json")
+    left.parent.rename(left.parent.with_name("f" * 16))
+    (node.home / "runs" / ("f" * 16) / "run.json").write_text(damaged)
+    status, log = said(node, message(config, 2))
+    assert status == "failed" and "run.json is damaged, and says how much the ledger must hold" in log
+
+
 def test_one_home_answers_a_run_as_one_client(world, tmp_path):
     config = settings(world, clients=2)
     node, _ = make_nodes(tmp_path, config, key=False)

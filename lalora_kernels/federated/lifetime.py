@@ -64,7 +64,7 @@ def refuse_lost(ledgers: Path, runs: Path, file: str) -> None:
     """Raises LedgerError for a run that left ``runs``/RUN/``file``, whose cost stands in no ledger, which was deleted,
     or in one with fewer releases than it had then: an old copy."""
     # the runs before the ledgers: another process writes in the other order
-    left = {path.parent.name: json.loads(path.read_text()) for path in sorted(runs.glob(f"*/{file}"))}
+    left = {path.parent.name: _kept(path) for path in sorted(runs.glob(f"*/{file}"))}
     known: set[str] = set()
     steps: dict[str, int] = {}
     for path in ledgers.glob(f"*/{LEDGER}"):
@@ -84,6 +84,18 @@ def refuse_lost(ledgers: Path, runs: Path, file: str) -> None:
                 f"it is an old copy, and what came after it would be forgotten; put back a newer one. Where none "
                 f"is left, these records' ε is not known any more and they can take part in nothing"
             )
+
+
+def _kept(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise LedgerError(
+            f"{path} is damaged, and says how much the ledger must hold; put it back from a copy as new as the ledger"
+        )
+    return found
 
 
 def _read(folder: Path) -> frozenset[bytes]:
