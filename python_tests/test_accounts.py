@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -213,7 +214,6 @@ def test_steps_beside_a_noise_multiplier_are_refused():
 @pytest.mark.parametrize("layer", ["linear", "embedding"])
 def test_a_merge_by_peft_keeps_the_account(layer, unmerged):
     """The base weights hold what was learned; without the layer nothing else would tell."""
-    peft = pytest.importorskip("peft")
     from lalora_kernels.privacy.accounts import note, refuse_second_account
 
     class Spent:
