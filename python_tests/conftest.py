@@ -1,11 +1,13 @@
-"""Shared fixtures: uninitialised memory is poisoned, and one test can run on every instruction set of this machine."""
+"""Shared fixtures: uninitialised memory is poisoned, generators are seeded, a test can run on every instruction set."""
 
 import os
+import random
 
 # Read when a kernel is decorated, so before any test imports one: on this suite's machines Triton runs interpreted.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +35,14 @@ def poisoned_empty(monkeypatch):
     """torch.empty full of NaN: an output element that no kernel wrote shows."""
     monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poison(_empty_like(*a, **k)))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """A private batch seeds the global generators from its key: what a test draws must not hang on the one before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 ISAS = [name for name, supported in native.require().isas() if supported]

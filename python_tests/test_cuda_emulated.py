@@ -84,7 +84,7 @@ def test_sample_grad_outputs(case):
 ORDERED = [GradCase(1, 70, 460, 260, 17, F16), GradCase(23, 40, 90, 70, 5, BF16), GradCase(5, 40, 300, 170, 17, BF16)]
 
 
-@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("order", [1, 3])
 @pytest.mark.parametrize("case", ORDERED, ids=str)
 def test_the_order_of_threads_changes_no_bit(case, order, emulation):
     """A missing barrier shows as a difference between orders."""

@@ -43,7 +43,7 @@ def charged():
 
 
 def test_the_step_that_would_exceed_the_budget_is_refused_and_no_other():
-    sigma, q, budget = 1.7, 0.2, 2.5
+    sigma, q, budget = 3.0, 0.5, 2.5
     ledger, last = Ledger(target_epsilon=budget, target_delta=DELTA), 0
     with pytest.raises(BudgetExceeded):
         for last in range(10_000):  # noqa: B007
@@ -56,7 +56,7 @@ def test_the_step_that_would_exceed_the_budget_is_refused_and_no_other():
         ):
             ledger.charge(sigma, q)
     assert ledger.state_dict() == before and ledger.epsilon() <= budget
-    ledger.charge(50.0, 0.01)  # a smaller release may still fit
+    ledger.charge(12.0, 0.5)  # a smaller release may still fit
     with pytest.raises(BudgetExceeded):
         ledger.charge(sigma, q)
 

@@ -131,20 +131,20 @@ def check_neighbours(records, i, options, **kwargs):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(case=neighbours())
 def test_one_record_changes_the_sum_by_at_most_C_float32(case, backend):
     check_neighbours(*case, dtype=torch.float32, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(case=neighbours())
 def test_one_record_changes_the_sum_by_at_most_C_bfloat16(case, backend):
     check_neighbours(*case, dtype=torch.bfloat16, backend=backend)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(case=neighbours())
 def test_one_record_changes_the_sum_by_at_most_C_float64(case):
     check_neighbours(*case, dtype=torch.float64)
@@ -325,16 +325,16 @@ def test_no_block_of_the_key_stream_is_used_twice_in_a_million_draws():
 
 
 def test_noise_and_sums_are_float32_where_parameters_are_bfloat16():
-    """Four hundred equal records, one at a time: a bfloat16 sum would stop growing at 256 of them. The noise is the
+    """Three hundred equal records, one at a time: a bfloat16 sum would stop growing at 256 of them. The noise is the
     float32 stream, rounded once, after everything."""
     records = (
-        torch.full((400, 1, 6), 0.5, dtype=torch.bfloat16), torch.zeros(400, 1, dtype=torch.long),
-        torch.full((400, 1, 3), 1e-3, dtype=torch.bfloat16),
+        torch.full((300, 1, 6), 0.5, dtype=torch.bfloat16), torch.zeros(300, 1, dtype=torch.long),
+        torch.full((300, 1, 3), 1e-3, dtype=torch.bfloat16),
     )  # fmt: skip
     one = clipped_sum(tuple(t[:1] for t in records), dtype=torch.bfloat16, max_grad_norm=10.0)
     assert 0 < one.norm() < 10.0
     many = clipped_sum(records, dtype=torch.bfloat16, max_grad_norm=10.0, physical_batch_size=1)
-    assert (many - 400 * one).norm() <= KERNEL_F32 * 400 * one.norm() * 10  # 400 roundings of 6e-8, all to one side
+    assert (many - 300 * one).norm() <= KERNEL_F32 * 300 * one.norm() * 10  # 300 roundings of 6e-8, all to one side
     sigma = 2.0
     noisy = clipped_sum(
         records, dtype=torch.bfloat16, max_grad_norm=10.0, physical_batch_size=1, noise_multiplier=sigma

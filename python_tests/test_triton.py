@@ -1,6 +1,7 @@
 """The Triton kernels in Triton's interpreter, on every case of cases.py, against the reference in float64."""
 
 import contextlib
+import math
 import os
 import sys
 
@@ -129,9 +130,15 @@ def test_every_scale(op):
     check_scales(TARGET, GradCase(3, 5, 17, 19, 4), op)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, BF16, F16])
-def test_a_bad_record_spoils_no_other(bad, dtype):
+@pytest.mark.parametrize(
+    "dtype, bad",
+    [
+        *((torch.float32, bad) for bad in (math.nan, math.inf, -math.inf)),
+        (BF16, math.nan),
+        (F16, math.inf),
+    ],
+)
+def test_a_bad_record_spoils_no_other(dtype, bad):
     check_bad_record(TARGET, GradCase(3, 5, 17, 19, 4, dtype), "sample_grad", bad)
     check_bad_record(TARGET, GradCase(3, 5, 17, 19, 4, dtype), "sample_grad_clip", bad)  # fused
     check_bad_record(TARGET, GradCase(3, 2, 1100, 19, 8, dtype), "sample_grad_clip", bad)  # through sample_grad
@@ -153,7 +160,7 @@ def test_normals():
 @pytest.mark.parametrize("padding", ["symmetric", "reflect"])
 @pytest.mark.parametrize("parts", ["gs", "g", "s", ""])
 def test_privatize_without_noise(parts, padding):
-    for N in (0, 1, 6) if parts == "gs" else (2,):
+    for N in (0, 1, 3) if parts == "gs" else (2,):
         check_privatize(TARGET, N, 0.0, padding, parts=parts)
 
 
