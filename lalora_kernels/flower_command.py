@@ -139,9 +139,12 @@ def _interrupt(*_: object) -> None:
 
 
 def _run(args: argparse.Namespace, given: dict[str, Any]) -> int:
+    from lalora_kernels.federated.coordinator import read_sizes
+
     resumed = args.resume is not None  # "" of an unset variable is no new run
-    if resumed and (given or args.out):
+    if resumed and (given or args.out or args.sizes):
         raise BadInput("--resume continues a run with its own settings; leave the other flags out")
+    read_sizes(args.sizes)  # here, not in the server's log
     if not 1.0 <= args.round_timeout < math.inf:
         raise BadInput(f"--round-timeout is a number of seconds, 1 or more; got {args.round_timeout:g}")
     config = None if resumed else make_config(given)

@@ -11,8 +11,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import secrets
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 import lalora_kernels
@@ -28,7 +27,7 @@ from lalora_kernels.data import BadInput
 from lalora_kernels.federated.checkpoint import FILE as CHECKPOINT
 from lalora_kernels.federated.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lalora_kernels.federated.client import get_state, set_state
-from lalora_kernels.federated.config import make_config
+from lalora_kernels.federated.config import Config, make_config
 from lalora_kernels.federated.diagnostics import PRIVATE_TEST
 from lalora_kernels.federated.guard import Outcome, QuorumLost, Rules, refuse_lost_rounds, schema_hash, why_refused
 from lalora_kernels.federated.lock import RunLock
@@ -36,6 +35,7 @@ from lalora_kernels.federated.methods import Method, get_method
 from lalora_kernels.federated.plan import participation
 from lalora_kernels.federated.run import ADAPTER, CONFIG, METRICS, read_json, write_metrics
 from lalora_kernels.federated.server import Server
+from lalora_kernels.federated.spool import Spool
 from lalora_kernels.federated.task import QUIET, Task, Watch, prepare
 from lalora_kernels.federated.wire import (
     STATUS,
@@ -54,7 +54,7 @@ UPDATES, RESULT = "updates", "result.json"
 
 
 class BudgetSpent(RuntimeError):
-    """So many clients' own budgets are spent that no round can have its quorum any more."""
+    """So many clients' own budgets are spent that no round that is left can have its quorum."""
 
 
 class Transport(Protocol):
@@ -97,20 +97,25 @@ class Coordinator:
     ) -> "Coordinator":
         """Make the run folder and measure the model as it is. ``sizes`` default to those of the dealt public data.
 
-        Raises BadInput for a folder that holds a run already, for sizes that are not one a client, and for a task that
-        another run has trained.
+        Raises BadInput for a folder that holds a run already or a lost one's replies, for sizes that are not one a
+        client, and for a task that another run has trained.
         """
         folder, config = Path(folder), task.config
         if get_method(config.method).in_process_only:
             raise BadInput(f"{config.method} changes more than travels, and runs in one process only: lalora train")
         private_test = sizes is None and task.data.set_aside  # with sizes the clients hold records of their own
         sizes = [len(part) for part in task.parts] if sizes is None else list(sizes)
-        if len(sizes) != config.clients or any(type(n) is not int or n < 1 for n in sizes):
+        if not _are_sizes(sizes, config.clients):
             raise BadInput(f"--sizes are {config.clients} whole numbers, one a client; got {sizes}")
         task.refuse_trained()
         with RunLock(folder).released_on_error() as lock:
             if (folder / CONFIG).exists():
                 raise BadInput(f"{folder} holds a run already; --resume {folder} continues it, another --out is new")
+            if any((folder / UPDATES).glob("*")):
+                raise BadInput(
+                    f"{folder / UPDATES} holds replies to a run that lost its {CONFIG}; restore that file, or "
+                    f"choose another --out"
+                )
             state = get_state(task.classifier.model)
             settings = json.loads(config.to_json())
             at = Checkpoint(0, state, settings=settings)
@@ -132,8 +137,8 @@ class Coordinator:
     def resume(cls, folder: str | Path, watch: Watch = QUIET) -> "Coordinator":
         """Pick a run up after its last complete round; replies of the round in progress that were stored still count.
 
-        Raises BadInput for a folder that is no such run or in use, for settings that were edited (but for
-        ``checkpoint.MOVABLE``), and for data or a base model that changed.
+        Raises BadInput for a folder that is no such run or in use, for a damaged config.json, for settings that were
+        edited (but for ``checkpoint.MOVABLE``), and for data or a base model that changed.
         """
         folder = Path(folder)
         if not (folder / CONFIG).exists():
@@ -144,10 +149,11 @@ class Coordinator:
             try:
                 config = make_config(about["settings"], str(folder / CONFIG))
                 at.refuse_other_settings(folder / CONFIG, json.loads(config.to_json()))
-                task = prepare(config, watch)
+                task = prepare(config, watch, dealt="partition" in about["fingerprints"])
                 for what, found in task.fingerprints.items():
                     if about["fingerprints"][what] != found:
                         raise BadInput(f"{folder}: the {what} is not the one that this run was started with")
+                _refuse_damaged(about, config, folder / CONFIG)
                 run = cls(folder, task, about["run"], about["sizes"], about["timeout"], at, lock)
                 run.private_test = any(PRIVATE_TEST in record for record in at.history)
             except (KeyError, TypeError) as error:
@@ -191,7 +197,7 @@ class Coordinator:
         config, number = self.task.config, self.at.round + 1
         began, chosen = time.monotonic(), participation(config)[self.at.round]
         server = Server(get_method(config.method), self.at.state, Rules.of(config))
-        spool = Spool(self.folder / UPDATES / str(number))
+        spool = Spool(self.folder / UPDATES / str(number), chosen)
         traffic = _Traffic()
         asked = [client for client in chosen if client not in spool]
         for client in set(chosen) - set(asked):
@@ -211,19 +217,28 @@ class Coordinator:
         self._remember(server.method, number, self.at.history[-1])
         self._save()
         spool.remove()
-        spent = sum(status == "budget" for status in traffic.status.values())
-        if not outcome.moved and len(chosen) - spent < server.rules.needed(len(chosen)) and number < config.rounds:
-            raise BudgetSpent(
-                f"round {number}: {spent} of {len(chosen)} clients refused, their privacy budget is spent"
-            )
+        if not outcome.moved:
+            self._refuse_spent(server.rules)
         refuse_lost_rounds(self.at.history)
+
+    def _refuse_spent(self, rules: Rules) -> None:
+        """Raises BudgetSpent where rounds are left, and none of them has a quorum without the clients whose last word
+        was that their budget is spent."""
+        said = {client: status for record in self.at.history for client, status in record["statuses"].items()}
+        spent = {int(client) for client, status in said.items() if status == "budget"}
+        left = participation(self.task.config)[self.at.round :]
+        if left and all(len(set(chosen) - spent) < rules.needed(len(chosen)) for chosen in left):
+            raise BudgetSpent(
+                f"round {self.at.round}: {len(spent)} of {self.task.config.clients} clients refused, their privacy "
+                f"budget is spent, and no round that is left has a quorum without them"
+            )
 
     def _exchange(
         self,
         transport: Transport,
         server: Server,
         number: int,
-        spool: "Spool",
+        spool: Spool,
         traffic: "_Traffic",
         known: Mapping[int, int],
     ) -> list[int]:
@@ -320,6 +335,30 @@ class Coordinator:
         write_atomic(self.folder / RESULT, text + "\n")
 
 
+def _are_sizes(sizes: object, clients: int) -> bool:
+    return isinstance(sizes, list) and len(sizes) == clients and all(type(n) is int and n >= 1 for n in sizes)
+
+
+def _refuse_damaged(about: Mapping[str, Any], config: Config, path: Path) -> None:
+    """Raises BadInput for what a server needs of its own in config.json, beside settings and fingerprints."""
+    timeout = about["timeout"]
+    for name, fits, wanted in (
+        ("run", re.fullmatch("[0-9a-f]{16}", str(about["run"])), "16 hexadecimal digits"),
+        ("sizes", _are_sizes(about["sizes"], config.clients), f"{config.clients} whole numbers, one a client"),
+        ("timeout", type(timeout) in (int, float) and 0 < timeout < math.inf, "a number of seconds"),
+    ):
+        if not fits:
+            raise BadInput(f"{path}: {name} should be {wanted}, not {about[name]!r:.70}; restore it from a copy")
+
+
+def read_sizes(text: str) -> list[int] | None:
+    """Record counts with commas, "" for none. Raises BadInput for what is no whole number."""
+    try:
+        return [int(number) for number in text.split(",")] if text else None
+    except ValueError:
+        raise BadInput(f"--sizes are whole numbers with commas between, as 1200,800,950; got {text!r}") from None
+
+
 def serve(folder: str | Path, settings: str, sizes: str, timeout: float, transport: Transport) -> None:
     """Start a run with ``settings`` (JSON), or resume the folder's where they are empty, and bring it to its end.
 
@@ -328,8 +367,8 @@ def serve(folder: str | Path, settings: str, sizes: str, timeout: float, transpo
     """
     try:
         if settings:
-            task = prepare(make_config(json.loads(settings)))
-            run = Coordinator.start(task, folder, [int(n) for n in sizes.split(",")] if sizes else None, timeout)
+            config, counts = make_config(json.loads(settings)), read_sizes(sizes)
+            run = Coordinator.start(prepare(config, dealt=counts is None), folder, counts, timeout)
         else:
             run = Coordinator.resume(folder)
     except Exception as error:
@@ -354,53 +393,3 @@ class _Traffic:
     def as_dict(self) -> dict[str, Any]:
         statuses = {str(client): status for client, status in sorted(self.status.items())}
         return {"down": self.down, "up": self.up, "statuses": statuses}
-
-
-class Spool(Mapping):
-    """Valid updates of a round on disk, by client; a tensor is read when it is asked for, and not kept."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        for stray in folder.glob(".*"):  # of a server that was killed while writing
-            stray.unlink()
-
-    def add(self, client: int, update: Mapping[str, Tensor]) -> None:
-        """Store an update; on disk before this returns."""
-        write_atomic(self.folder / str(client), pack(update, {}))
-
-    def remove(self) -> None:
-        """Delete the round's files."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def __getitem__(self, client: int) -> "_Stored":
-        if client not in self:
-            raise KeyError(client)
-        return _Stored(self.folder / str(client))
-
-    def __contains__(self, client: object) -> bool:
-        return (self.folder / str(client)).is_file()
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(sorted(int(path.name) for path in self.folder.glob("[0-9]*")))
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
-
-
-class _Stored(Mapping):
-    """One update of the spool; only the tensor asked for is in memory."""
-
-    def __init__(self, path: Path):
-        self.file = safe_open(path, framework="pt")
-        self.names = sorted(self.file.keys())
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key not in self.names:
-            raise KeyError(key)
-        return self.file.get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)

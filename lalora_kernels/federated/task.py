@@ -48,7 +48,7 @@ class Task:
     config: Config
     data: Data
     classifier: Classifier
-    parts: list  # record numbers of each client
+    parts: list  # record numbers of each client; none where they were not dealt
     fingerprints: dict[str, str]
     start: str  # digest of what is trained, as it was prepared
 
@@ -66,8 +66,8 @@ class Task:
             )
 
 
-def prepare(config: Config, watch: Watch = QUIET) -> Task:
-    """Load data and model, adapt it, deal the records.
+def prepare(config: Config, watch: Watch = QUIET, dealt: bool = True) -> Task:
+    """Load data and model, adapt it, deal the records, unless ``dealt`` says that clients hold others.
 
     Raises BadInput or ValueError, with the cure, for what does not fit.
     """
@@ -91,12 +91,10 @@ def prepare(config: Config, watch: Watch = QUIET) -> Task:
     )
     adapt_classifier(config, classifier)
     classifier.model.to(device_of(config.device))
-    parts = deal(config, data.train.labels.numpy())
-    fingerprints = {
-        "data": data.fingerprint(),
-        "partition": partition_digest(parts),
-        "base model": _base_digest(classifier.model),
-    }
+    parts = deal(config, data.train.labels.numpy()) if dealt else []
+    fingerprints = {"data": data.fingerprint(), "base model": _base_digest(classifier.model)}
+    if dealt:
+        fingerprints["partition"] = partition_digest(parts)
     return Task(config, data, classifier, parts, fingerprints, tensor_digest(get_state(classifier.model)))
 
 
