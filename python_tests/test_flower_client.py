@@ -23,7 +23,7 @@ from lalora_kernels.data import BadInput, load_data
 from lalora_kernels.federated import node as node_module
 from lalora_kernels.federated.coordinator import BudgetSpent, Coordinator
 from lalora_kernels.federated.guard import QuorumLost
-from lalora_kernels.federated.lifetime import RECORDS, claim, record_hashes, source_hash
+from lalora_kernels.federated.lifetime import LEDGER, RECORDS, claim, find, record_hashes, source_hash
 from lalora_kernels.federated.node import Node
 from lalora_kernels.federated.policy import Policy, Refused
 from lalora_kernels.federated.run import prepare
@@ -173,11 +173,19 @@ def test_a_client_with_a_file_of_its_own_trains_on_all_of_it_at_its_own_rate(wor
         Coordinator.start(prepare(config), tmp_path / "other", sizes=[80])
 
 
+def charged(ledgers, hashes):
+    """The folder of the ledger that a release from these records was charged to."""
+    folder = find(ledgers, hashes)
+    claim(folder, hashes)
+    (folder / LEDGER).touch()
+    return folder
+
+
 def test_a_record_has_one_ledger_whatever_its_data_set_becomes(world, tmp_path):
     train = prepare(settings(world)).data.train
 
     def where(*indices):
-        return claim(tmp_path, record_hashes(train, indices)).name
+        return charged(tmp_path, record_hashes(train, indices)).name
 
     first, other = where(1, 2, 3), where(7, 8)
     assert first == where(3, 1, 2) == where(2, 3, 4) == where(4, 5, 6) == where(6) != other
@@ -198,7 +206,7 @@ def test_another_column_of_the_same_file_is_no_new_budget(tmp_path):
     def where(file, column):
         data = load_data(str(file), text_column=column)
         hashes = record_hashes(data.train, range(len(data.train)))
-        return hashes, claim(tmp_path / "ledgers", hashes | {source_hash(str(file))})
+        return hashes, charged(tmp_path / "ledgers", hashes | {source_hash(str(file))})
 
     (one, first), (two, second), (_, third) = where(table, "one"), where(table, "two"), where(other, "two")
     assert not one & two and first == second != third

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lalora_kernels.federated.config import make_config
-from lalora_kernels.federated.guard import QuorumLost, Rules, combine, refuse_lost_rounds, schema_hash, why_refused
+from lalora_kernels.federated.guard import (
+    QuorumLost,
+    Rules,
+    combine,
+    refuse_lost_rounds,
+    schema,
+    why_other,
+    why_refused,
+)
 from lalora_kernels.federated.methods import get_method, weighted_mean
 from lalora_kernels.federated.server import Server
 from lalora_kernels.federated.wire import group, lacking
@@ -141,13 +149,19 @@ def test_the_mean_is_the_same_in_whatever_order_updates_came_and_holds_one_at_a_
 
 
 def test_the_schema_knows_names_dtypes_and_shapes_in_any_order():
-    other = [
-        {"head.bias": torch.zeros(2)}, REFERENCE | {"head.bias": torch.zeros(3)},
-        REFERENCE | {"head.bias": torch.zeros(2).double()}, REFERENCE | {"x": torch.zeros(1)},
-    ]  # fmt: skip
-    hashes = {schema_hash(REFERENCE), *map(schema_hash, other)}
-    assert len(hashes) == 5
-    assert schema_hash(dict(reversed(REFERENCE.items()))) == schema_hash(REFERENCE) == schema_hash(update(a=(0.0, 9.0)))
+    a, bias, here = "l.lora_A is float32 (1, 2) here", "head.bias is float32 (2,) here", schema(REFERENCE)
+    for there, wanted in (
+        ({"head.bias": torch.zeros(2)}, f"1 tensors are not the server's: {a}, missing there"),
+        (REFERENCE | {"head.bias": torch.zeros(3)}, f"{bias}, float32 (3,) there"),
+        (REFERENCE | {"head.bias": torch.zeros(2).double()}, f"{bias}, float64 (2,) there"),
+        (REFERENCE | {"x": torch.zeros(1)}, "x is missing here, float32 (1,) there"),
+        ({str(i): torch.zeros(1) for i in range(9)}, "11 tensors are not the server's: 0 is .*; 1 is .*; 2 is [^;]*"),
+    ):
+        assert re.fullmatch(f".*{wanted.replace('(', '[(]').replace(')', '[)]')}", why_other(here, schema(there)))
+    for there in (dict(reversed(REFERENCE.items())), update(a=(0.0, 9.0))):
+        assert why_other(here, schema(there)) is None
+    for garbage in (None, "0" * 16, [], {"l.lora_A": None, "head.bias": here}):
+        assert why_other(here, garbage)
 
 
 def test_robust_rules_do_not_take_weights():

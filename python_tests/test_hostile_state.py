@@ -11,7 +11,7 @@ from small import digits_npz, text_tsv
 
 from lalora_kernels.federated import node as node_module
 from lalora_kernels.federated.client import get_state
-from lalora_kernels.federated.guard import schema_hash
+from lalora_kernels.federated.guard import schema
 from lalora_kernels.federated.node import Node
 from lalora_kernels.federated.task import prepare
 from lalora_kernels.federated.wire import pack, state_digest, unpack
@@ -22,7 +22,7 @@ def message(config, round=1, change=lambda value: value):
     task = prepare(config)
     state = {key: change(value) for key, value in get_state(task.classifier.model).items()}
     about = {
-        "run": "0" * 16, "round": round, "settings": json.loads(config.to_json()), "schema": schema_hash(state),
+        "run": "0" * 16, "round": round, "settings": json.loads(config.to_json()), "schema": schema(state),
         "base": task.fingerprints["base model"], "data": task.fingerprints["data"],
         "state": state_digest(state, config.wire),
     }  # fmt: skip
@@ -79,7 +79,7 @@ def test_data_that_are_not_the_servers_public_ones_are_not_dealt(world, tmp_path
     tensors, about = unpack(message(config))
     asked = pack(tensors, about | {"settings": json.loads(other.to_json())})
     status, log = said(node, asked)
-    assert status == "schema" and "name their file as dataset" in log and not list(node.home.glob("ledgers/*"))
+    assert status == "schema" and "name their file as dataset" in log and not list(node.home.glob("ledgers/*/*"))
     assert said(node, message(other))[0] == "ok"
 
 

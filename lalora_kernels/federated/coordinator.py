@@ -29,7 +29,7 @@ from lalora_kernels.federated.checkpoint import Checkpoint, load_checkpoint, sav
 from lalora_kernels.federated.client import get_state, set_state
 from lalora_kernels.federated.config import Config, make_config
 from lalora_kernels.federated.diagnostics import PRIVATE_TEST
-from lalora_kernels.federated.guard import Outcome, QuorumLost, Rules, refuse_lost_rounds, schema_hash, why_refused
+from lalora_kernels.federated.guard import Outcome, QuorumLost, Rules, refuse_lost_rounds, schema, why_refused
 from lalora_kernels.federated.lock import RunLock
 from lalora_kernels.federated.methods import Method, get_method
 from lalora_kernels.federated.plan import participation
@@ -248,7 +248,7 @@ class Coordinator:
             "run": self.id,
             "round": number,
             "settings": json.loads(config.to_json()),
-            "schema": schema_hash(state),
+            "schema": schema(state),
             "base": self.task.fingerprints["base model"],
             "data": self.task.fingerprints["data"],
             "state": state_digest(state, config.wire),

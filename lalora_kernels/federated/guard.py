@@ -4,7 +4,6 @@ Nothing that a client claims about itself has weight: sizes are public and decla
 not fit is left out, counted and named, whoever sent it.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -59,10 +58,18 @@ class Outcome:
     moved: bool = True
 
 
-def schema_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Names, dtypes and shapes as 16 hex digits; equal in any process, whatever the order of the mapping."""
-    rows = (f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}" for name in sorted(tensors))
-    return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+def schema(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name -> dtype and shape of each tensor, as text; equal in any process."""
+    return {name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in tensors.items()}
+
+
+def why_other(here: Mapping[str, str], there: object) -> str | None:
+    """What the other side's ``schema`` has otherwise than ours, the first three names of it; None where it is ours."""
+    if not isinstance(there, dict):
+        return f"the server's message has no schema, but {there!r:.70}"
+    other = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
+    told = [f"{n:.100} is {here.get(n, 'missing')} here, {there.get(n, 'missing')!s:.70} there" for n in other[:3]]
+    return f"{len(other)} tensors are not the server's: {'; '.join(told)}" if other else None
 
 
 def distance(update: Update, reference: Update) -> float:

@@ -5,7 +5,8 @@
 
 A data set that shares a record with an earlier one is charged to the ledger of that one: a file that lost a line and
 won another is no new budget. The file itself counts among them, since another column of it is about the same people.
-What one record has cost is then at most what its ledger says.
+What one record has cost is then at most what its ledger says. Who calls what is here holds HOME/ledgers/lock: of two
+processes that looked at the same time, each would begin a ledger.
 """
 
 import hashlib
@@ -14,7 +15,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lalora_kernels.data import Records
-from lalora_kernels.federated.lock import RunLock
 from lalora_kernels.federated.policy import Refused
 from lalora_kernels.files import write_atomic
 from lalora_kernels.privacy.ledger import LedgerError
@@ -34,43 +34,44 @@ def source_hash(dataset: str) -> bytes:
     return hashlib.sha256(f"source {content}".encode()).digest()
 
 
-def claim(ledgers: Path, hashes: frozenset[bytes]) -> Path:
-    """The folder of the ledger to which a release from these records is charged; from now on they are among its own.
+def find(ledgers: Path, hashes: frozenset[bytes]) -> Path:
+    """The folder of the ledger to which a release from these records is to be charged; a new one where none holds any.
 
-    Raises Refused where several ledgers hold some of them, LedgerError for a ledger without its list of records,
-    BadInput where another process is at it.
+    A folder without a ledger is none: a crash came between ``claim`` and the first charge. Raises Refused where several
+    ledgers hold some of the records, LedgerError for a ledger without its list of records.
     """
-    lock = RunLock(ledgers)
-    try:
-        folders = {path.parent for name in (LEDGER, RECORDS) for path in ledgers.glob(f"*/{name}")}
-        known = {folder: _read(folder) for folder in sorted(folders)}
-        found = [folder for folder, held in known.items() if held & hashes]
-        if len(found) > 1:
-            raise Refused(
-                "budget",
-                f"{' and '.join(folder.name for folder in found)} hold records of this data set, and what each of them "
-                f"spent cannot be told apart any more; train on the records of one of them",
-            )
-        folder = found[0] if found else ledgers / hashlib.sha256(b"".join(sorted(hashes))).hexdigest()[:32]
-        held = known.get(folder, frozenset())
-        if not hashes <= held:
-            write_atomic(folder / RECORDS, b"".join(sorted(hashes | held)))
-    finally:
-        lock.release()
-    return folder
+    folders = sorted(path.parent for path in ledgers.glob(f"*/{LEDGER}"))
+    found = [folder for folder in folders if _read(folder) & hashes]
+    if len(found) > 1:
+        raise Refused(
+            "budget",
+            f"{' and '.join(folder.name for folder in found)} hold records of this data set, and what each of them "
+            f"spent cannot be told apart any more; train on the records of one of them",
+        )
+    return found[0] if found else ledgers / hashlib.sha256(b"".join(sorted(hashes))).hexdigest()[:32]
+
+
+def claim(folder: Path, hashes: frozenset[bytes]) -> None:
+    """These records are among those of the ledger in ``folder`` from now on; before it is charged for them."""
+    held = _read(folder) if (folder / LEDGER).exists() else frozenset()
+    if not hashes <= held:
+        write_atomic(folder / RECORDS, b"".join(sorted(hashes | held)))
 
 
 def refuse_lost(ledgers: Path, runs: Path, file: str) -> None:
     """Raises LedgerError for a run that left ``runs``/RUN/``file``, whose cost stands in no ledger, which was deleted,
-    or in one with fewer releases than it had then: an old copy."""
+    or in one with fewer releases than it had then: an old copy; and for what cannot be read of either."""
     # the runs before the ledgers: another process writes in the other order
     left = {path.parent.name: _kept(path) for path in sorted(runs.glob(f"*/{file}"))}
     known: set[str] = set()
     steps: dict[str, int] = {}
     for path in ledgers.glob(f"*/{LEDGER}"):
-        book = json.loads(path.read_text())
-        known |= book["rounds"].keys()
-        steps[book["ledger"]["id"]] = sum(entry["count"] for entry in book["ledger"]["entries"])
+        try:
+            book = json.loads(path.read_text())
+            known |= book["rounds"].keys()
+            steps[book["ledger"]["id"]] = sum(entry["count"] for entry in book["ledger"]["entries"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LedgerError(f"{path} is damaged ({type(error).__name__}: {error}); restore it from a copy") from error
     for run, kept in left.items():
         had, has = kept.get("ledger_steps", 0), steps.get(kept.get("ledger", ""), 0)
         if run not in known:

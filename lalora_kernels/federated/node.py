@@ -21,6 +21,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import Subset
@@ -28,8 +29,8 @@ from torch.utils.data import Subset
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.client import Client, get_state
 from lalora_kernels.federated.config import Config, make_config, read_toml
-from lalora_kernels.federated.guard import schema_hash
-from lalora_kernels.federated.lifetime import LEDGER, claim, record_hashes, refuse_lost, source_hash
+from lalora_kernels.federated.guard import schema, why_other
+from lalora_kernels.federated.lifetime import LEDGER, claim, find, record_hashes, refuse_lost, source_hash
 from lalora_kernels.federated.lock import RunLock
 from lalora_kernels.federated.methods import get_method
 from lalora_kernels.federated.plan import participation
@@ -42,7 +43,7 @@ from lalora_kernels.privacy.ledger import BudgetExceeded, Ledger
 from lalora_kernels.privacy.noise import NoiseSource
 
 LOCAL = ("dataset", "test_dataset", "text_column", "label_column", "model", "weights", "device", "physical_batch_size")
-KEPT = "run.json"
+KEPT, STATE = "run.json", "state.safetensors"
 PATIENCE = 600.0  # seconds that a message waits while another of this client's is worked on
 TEST_KEY = "test_key"  # 64 hex digits; for tests: a run with a fixed key reports no epsilon
 
@@ -84,49 +85,61 @@ class Node:
     def _train(self, sent: dict, about: dict, on_step: Callable[[], None]) -> tuple[Mapping[str, Tensor], str]:
         config, run, number = self._read(about)
         policy = self._policy(config)
-        mine = participation(config)
-        turns = [i + 1 for i, chosen in enumerate(mine) if self.client in chosen]
-        folder = self.home / "runs" / run
+        # One message at a time: Flower sends it again when a client reconnects, whose first answer is still being made.
+        lock = RunLock(self.home / "ledgers", PATIENCE)
+        try:
+            return self._alone(sent, about, config, run, number, policy, on_step), config.wire
+        finally:
+            lock.release()
+
+    def _alone(
+        self,
+        sent: dict,
+        about: dict,
+        config: Config,
+        run: str,
+        number: int,
+        policy: Policy,
+        on_step: Callable[[], None],
+    ) -> Mapping[str, Tensor]:
+        """The round's update, made now or stored before; to be called with the lock of this client's ledgers."""
+        ledgers, folder = self.home / "ledgers", self.home / "runs" / run
+        refuse_lost(ledgers, self.home / "runs", KEPT)
         kept = _Kept.read(folder / KEPT)
         if kept.settings not in ("", digest := settings_digest(about["settings"])):
             raise Refused("settings", "the settings of this run are not those of its first round")
         task = self._task(config, about)
         task.refuse_once(self.client)
-        reply = folder / f"reply-{number}.safetensors"
-        refuse_lost(self.home / "ledgers", self.home / "runs", KEPT)
+        kept.refuse_others(self, len(task.records))
         hashes = record_hashes(task.task.data.train, task.records.indices) | {source_hash(task.task.config.dataset)}
-        lifetime = claim(self.home / "ledgers", hashes)
-        # Flower sends a message again when a client reconnects, whose first answer is still being made.
-        with RunLock(lifetime, PATIENCE).released_on_error() as lock:
-            kept = _Kept.read(folder / KEPT)  # as that one left it
-            kept.refuse_others(self, len(task.records))
-            book = _Book.open(lifetime / LEDGER, policy)
-            charged = book.rounds.get(run, [])
-            if number in charged and reply.exists():
-                lock.release()
-                return load_file(reply), config.wire
-            if number <= max([0, *charged]):
-                raise Refused("lost" if number == charged[-1] else "stale", f"{charged} are done")
-            if number not in turns:
-                raise Refused("budget", f"round {number} is not one of this client's turns: {turns}")
-            state = self._state(task, folder, upcast(sent, config.wire), about, config)
-            policy.check_state(state)
-            client = self._client(task, book, kept, config, policy, len(turns))
-            client.max_grad_norm = kept.max_grad_norm
-            update = client.train_round(task.task.classifier, get_method(config.method), config, number, state, on_step)
-            book.rounds[run] = [*charged, number]
-            book.save(client)  # what it cost, before what it bought
-            kept.settings, kept.noise_multiplier = digest, client.noise_multiplier
-            kept.max_grad_norm = client.max_grad_norm
-            kept.client, kept.records = self.client, len(task.records)
-            kept.ledger, kept.ledger_steps = book.ledger.id, book.ledger.steps
-            write_atomic(folder / KEPT, json.dumps(dataclasses.asdict(kept)) + "\n")
-            write_atomic(folder / "state.safetensors", save({k: state[k].contiguous() for k in sorted(state)}))
-            write_atomic(reply, save({k: update[k].contiguous() for k in sorted(update)}))
-            for old in charged:
-                (folder / f"reply-{old}.safetensors").unlink(missing_ok=True)
-            lock.release()
-        return update, config.wire
+        lifetime = find(ledgers, hashes)
+        book = _Book.open(lifetime / LEDGER, policy)
+        charged, reply = book.rounds.get(run, []), folder / f"reply-{number}.safetensors"
+        if number in charged and (stored := _read_tensors(reply)) is not None:
+            return stored
+        if number <= max([0, *charged]):
+            raise Refused("lost" if number == charged[-1] else "stale", f"{charged} are done")
+        turns = [i + 1 for i, chosen in enumerate(participation(config)) if self.client in chosen]
+        if number not in turns:
+            raise Refused("budget", f"round {number} is not one of this client's turns: {turns}")
+        state = self._state(task, folder, upcast(sent, config.wire), about, config)
+        policy.check_state(state)
+        client = self._client(task, book, kept, config, policy, len(turns))
+        client.max_grad_norm = kept.max_grad_norm
+        update = client.train_round(task.task.classifier, get_method(config.method), config, number, state, on_step)
+        book.rounds[run] = [*charged, number]
+        claim(lifetime, hashes)
+        book.save(client)  # what it cost, before what it bought
+        kept.settings, kept.noise_multiplier = digest, client.noise_multiplier
+        kept.max_grad_norm = client.max_grad_norm
+        kept.client, kept.records = self.client, len(task.records)
+        kept.ledger, kept.ledger_steps = book.ledger.id, book.ledger.steps
+        write_atomic(folder / KEPT, json.dumps(dataclasses.asdict(kept)) + "\n")
+        write_atomic(folder / STATE, save({k: state[k].contiguous() for k in sorted(state)}))
+        write_atomic(reply, save({k: update[k].contiguous() for k in sorted(update)}))
+        for old in charged:
+            (folder / f"reply-{old}.safetensors").unlink(missing_ok=True)
+        return update
 
     def _policy(self, config: Config) -> Policy:
         try:
@@ -171,18 +184,17 @@ class Node:
 
     def _state(self, task: "_Local", folder: Path, sent: dict, about: dict, config: Config) -> dict[str, Tensor]:
         """The server's whole state: what was sent, over what this client was sent before, over the public start."""
-        here = {"schema": schema_hash(task.start), "base": task.task.fingerprints["base model"]}
-        for what, value in here.items():
-            if about.get(what) != value:
-                raise Refused("schema", f"{what} here is {value}, the server says {about.get(what)!r:.70}")
-        cached = folder / "state.safetensors"
-        state = load_file(cached) if cached.exists() else dict(task.start)
+        if differences := why_other(schema(task.start), about.get("schema")):
+            raise Refused("schema", f"{differences}; this client needs the server's model, and data of its classes")
+        if about.get("base") != (base := task.task.fingerprints["base model"]):
+            raise Refused("schema", f"base here is {base}, the server says {about.get('base')!r:.70}")
         if set(sent) - set(task.start) or any(sent[k].shape != task.start[k].shape for k in sent):
             raise Refused("schema", "tensors came that the schema does not have")
-        state |= sent
+        known = _read_tensors(folder / STATE) or task.start
+        state = {key: sent.get(key, known.get(key, start)) for key, start in task.start.items()}
         if about.get("state") != state_digest(state, config.wire):
             raise Refused("resync", "the state is not complete")
-        return {key: state[key] for key in task.start}
+        return state
 
     def _client(
         self, task: "_Local", book: "_Book", kept: "_Kept", config: Config, policy: Policy, turns: int
@@ -307,6 +319,14 @@ def _prepare(config: Config, part: int) -> _Local:
     task, start, checked = _loaded(config)
     records = Subset(task.data.train, task.parts[part].tolist())
     return _Local(task, records, start, checked)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor] | None:
+    """What a safetensors file holds; None where it is missing, or damaged, which is no worse."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError):
+        return None
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,6 +1,6 @@
 """What travels between server and client: one safetensors blob a message, tensors by sorted name and a little JSON.
 
-Down go the tensors that the client lacks, the round, the settings and the schema's hash. Up go the method's tensors and
+Down go the tensors that the client lacks, the round, the settings and the schema. Up go the method's tensors and
 a status out of ``STATUS``; no loss, no counts, no text of an exception. Nothing is ever unpickled.
 """
 

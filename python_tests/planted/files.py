@@ -50,8 +50,8 @@ FILES = (
     fault(
         "a message that comes again is refused while the first is answered",
         f"{FEDERATED}/node.py",
-        "RunLock(lifetime, PATIENCE)",
-        "RunLock(lifetime)",
+        'RunLock(self.home / "ledgers", PATIENCE)',
+        'RunLock(self.home / "ledgers")',
         "flower_client",
     ),
     fault(
