@@ -310,8 +310,7 @@ def table(args: argparse.Namespace) -> int:
 def reproduce(args: argparse.Namespace) -> int:
     """``lalora reproduce``."""
     with _saved("the same command continues"), _setup():
-        reproduce_piece(args)
-    return OK
+        return OK if reproduce_piece(args) else FAILED
 
 
 def report(args: argparse.Namespace) -> int:

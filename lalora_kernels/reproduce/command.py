@@ -62,7 +62,8 @@ def add_reproduce(commands: Any) -> None:
 
 
 def reproduce(args: argparse.Namespace, say: Callable[[str], None] = print) -> bool:
-    """Run the piece that ``args`` ask for and write the tables of what is complete; whether nothing is missing.
+    """Run the piece that ``args`` ask for and write the tables of what is complete; whether all of it is there that
+    there was time for.
 
     Raises BadInput for a task or an arm that is not the preset's, and for a seed that is kept for tuning.
     """
@@ -97,7 +98,7 @@ def reproduce(args: argparse.Namespace, say: Callable[[str], None] = print) -> b
         )  # fmt: skip
     title = _name(args.question, args.by, args.grid_alone)
     _publish(out, title, name, args.publish, args.into, title + _compared(args.against))
-    return done
+    return done or (deadline is not None and time.time() >= deadline)
 
 
 def _name(question: int, by: str, alone: bool) -> str:
@@ -265,8 +266,7 @@ def _cost(base: dict[str, Any], out: Path, deadline: float | None, say: Callable
     path = out / f"question-{COST}.jsonl"
     for line in cost.measure(config, len(data.classes), data.kind, path, deadline):
         say(f"{line['contender']}, r = {line['rank']}: {line.get('error') or line['factors']}")
-    lines = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
-    if lines:
+    if lines := cost.read_costs(path):
         write_atomic(out / f"question-{COST}.md", text := cost.markdown(lines, config, len(data.classes), data.kind))
         cost.figure(lines, config, out / f"question-{COST}.svg")
         say(text)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 import statistics
 import time
@@ -14,6 +13,7 @@ from lalora_kernels.dry_run import OPACUS, dry_run, shapes
 from lalora_kernels.federated.config import Config
 from lalora_kernels.federated.methods import METHODS, Method, get_method, products
 from lalora_kernels.reproduce.runs import save_lines
+from lalora_kernels.reproduce.stored import read_lines
 
 CONTENDERS = (*METHODS, "la-lora-unfiltered", "fedsvd", "fedex-lora", "flora", "fedsa-lora", OPACUS)
 RANKS = (4, 16, 64)
@@ -54,12 +54,18 @@ def complete(lines: Sequence[dict[str, Any]]) -> bool:
     return len(lines) == PASSES * len(RANKS) * len(TIMED)
 
 
+def read_costs(path: Path) -> list[dict[str, Any]]:
+    """What was measured so far; nothing where ``path`` is not there. Raises BadInput for a damaged line."""
+    cure = "remove that line to measure it again"
+    return read_lines(path, cure, "pass", "rank", "contender") if path.exists() else []
+
+
 def measure(
     config: Config, num_classes: int, kind: str, path: Path, deadline: float | None
 ) -> Iterator[dict[str, Any]]:
     """One line for each pass, rank and contender of TIMED, each measured alone in a fresh process; what ``path`` holds
     is kept. Within a pass all of a rank follow each other, so that ratios are between neighbours in time."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = read_costs(path)
     there = {(line["pass"], line["rank"], line["contender"]) for line in lines}
     for key in itertools.product(range(PASSES), RANKS, TIMED):
         if key in there:

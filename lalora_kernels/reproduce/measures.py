@@ -22,6 +22,7 @@ from lalora_kernels.federated.methods import Update, get_method, products
 from lalora_kernels.nn import LoRALinear, lora_layers
 from lalora_kernels.privacy.postprocess import KEPT, permuted
 from lalora_kernels.reference.privatize import smooth
+from lalora_kernels.reproduce.stored import read_lines
 
 if TYPE_CHECKING:
     from lalora_kernels.federated.run import Run
@@ -220,7 +221,7 @@ def read_measures(path: Path) -> dict[str, float] | None:
     """
     if not path.exists():
         return None
-    lines = {line["round"]: line for line in map(json.loads, path.read_text().splitlines())}
+    lines = {line["round"]: line for line in read_lines(path, f"remove {path.parent} to train it again", "round")}
     if "end" not in lines:
         return None
     end, rounds = lines.pop("end"), list(lines.values())

@@ -18,14 +18,17 @@ from typing import Any
 import torch
 
 from lalora_kernels import __version__
+from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import Config, make_config
 from lalora_kernels.federated.run import METRICS, Run, prepare
 from lalora_kernels.federated.task import Watch
 from lalora_kernels.files import write_atomic
 from lalora_kernels.reproduce.measures import Recorder, read_measures
 from lalora_kernels.reproduce.presets import Question, Settings, arm_settings, then_key, tuning_key
+from lalora_kernels.reproduce.stored import read_lines, read_object
 
 RUNS, TUNED, MEASURES = "runs", "tuned.json", "measures.jsonl"
+RESTORE = "restore it from a copy"
 THEN, WITH = "then", "with"  # of tuned.json: what was tried on top of a grid's best, and what each line of it sets
 Known = Mapping[str, Mapping[str, Any]]  # same(settings) -> a result line of another machine or day
 NOTHING: Known = {}
@@ -98,9 +101,9 @@ def result_of(job: Job, out: Path, known: Known = NOTHING) -> dict[str, Any] | N
 
 def _read_result(job: Job, folder: Path) -> dict[str, Any] | None:
     try:
-        lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        lines = read_lines(folder / METRICS, "", "round", "accuracy", "loss", "epsilon", "seconds", "bytes_sent")
         first, last = lines[0], lines[-1]
-    except (FileNotFoundError, IndexError, ValueError):  # resuming the run writes it anew
+    except (FileNotFoundError, IndexError, BadInput):  # resuming the run writes it anew
         return None
     measures = read_measures(folder / MEASURES)
     if last["round"] < job.config.rounds or (job.measure and measures is None):
@@ -122,7 +125,7 @@ def read_known(folder: Path, preset: str) -> Known:
     """
     known: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob(f"{preset}-question-*.jsonl")):
-        for line in map(json.loads, path.read_text().splitlines()):
+        for line in read_lines(path, RESTORE):
             if "settings" in line:
                 known.setdefault(key := same(line["settings"]), line)
                 if "measures" in line:
@@ -232,10 +235,10 @@ def save_lines(results: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 def merged_lines(new: Path, old: Path) -> str:
     """The lines of ``new``, then those of ``old`` whose settings are in none of them."""
-    lines = new.read_text().splitlines()
-    there = {same(json.loads(line).get("settings")) for line in lines}
-    kept = [line for line in old.read_text().splitlines() if same(json.loads(line).get("settings")) not in there]
-    return "".join(line + "\n" for line in [*lines, *kept])
+    lines = read_lines(new, RESTORE)
+    there = {same(line.get("settings")) for line in lines}
+    kept = [line for line in read_lines(old, RESTORE) if same(line.get("settings")) not in there]
+    return "".join(json.dumps(line) + "\n" for line in [*lines, *kept])
 
 
 def read_tuned(*paths: Path) -> dict[str, dict[str, Any]]:
@@ -244,7 +247,7 @@ def read_tuned(*paths: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
         if path.exists():
-            for key, one in json.loads(path.read_text()).items():
+            for key, one in read_object(path, f"{RESTORE}, or remove it and --tune again").items():
                 there = found.setdefault(key, one)
                 if THEN in one and THEN not in there and one["tried"] == there["tried"]:
                     found[key] = one

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lalora_kernels.data import BadInput, Data, Records, load_data, need
 from lalora_kernels.files import write_atomic
 from lalora_kernels.models import Classifier, load_model, quiet
+from lalora_kernels.reproduce.stored import read_object
 
 PUBLIC, SEED, BATCH = 2000, 0, 100
 DEAD = 1e-6  # of the median deviation: below it a feature gets no weight. MiniLM's last LayerNorm scales three by 1e-9
@@ -57,7 +58,7 @@ def prepare_start(settings: dict, folder: Path) -> dict:
     if not done.exists():
         done.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(done, json.dumps(_prepare(settings, folder), indent=2) + "\n")
-    made = json.loads(done.read_text())["settings"]
+    made = read_object(done, "remove it, and it is made again", "settings")["settings"]
     kept = {key: value for key, value in settings.items() if key not in ("dataset", "test_dataset", "model", "weights")}
     return kept | {key: value if value.startswith("timm:") else str(folder / value) for key, value in made.items()}
 
