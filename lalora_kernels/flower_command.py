@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from typing import Any
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import Config, make_config
 from lalora_kernels.federated.flower import (
+    INTERRUPTED,
     Control,
     FlowerFailed,
     Process,
@@ -167,8 +169,8 @@ def _to_the_end(
     log_private: bool = False,
     **options: Any,
 ) -> int:
-    run = control.submit(folder, config, **options)
-    display.begin(folder, run)
+    """The exit code, 130 for a run that was interrupted, here or elsewhere."""
+    run = ""
     with ExitStack() as stack:
         writers: list[Callable[[dict[str, Any]], None]] = []
 
@@ -182,12 +184,23 @@ def _to_the_end(
                 write(record)
 
         try:
+            run = control.submit(folder, config, **options)
+            display.begin(folder, run)
             result = follow(control, run, folder, on_round, processes)
-        except (KeyboardInterrupt, BadInput) as error:
-            control.stop(run)
-            if isinstance(error, KeyboardInterrupt):
-                display.interrupted(folder)
+        except BadInput:
+            if run:
+                control.stop(run)
             raise
+        except KeyboardInterrupt:
+            try:
+                if run:
+                    control.stop(run)
+            except FlowerFailed as error:
+                print(f"lalora: run {run} may go on: {error}", file=sys.stderr)
+            result = {"outcome": INTERRUPTED}
+    if result["outcome"] == INTERRUPTED:
+        display.interrupted(folder, resumable=(folder / "config.json").exists())
+        return 130
     display.finish(folder, result)
     return 0 if result["outcome"] == "finished" else 1
 

@@ -4,6 +4,7 @@ JSON events are those of display.py: "start", "round" (metrics.jsonl's record), 
 """
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,12 @@ class FlowerDisplay:
         for client, why in record["dropped"].items():
             self.note(f"       left out: client {client}: {why}")
 
-    def interrupted(self, folder: Path) -> None:
+    def interrupted(self, folder: Path, resumable: bool) -> None:
         """Ctrl-C: how to go on."""
-        self.note(f"interrupted; --resume {folder} continues it")
+        print("interrupted" + f"; --resume {shlex.quote(str(folder))} continues it" * resumable)
 
     def finish(self, folder: Path, result: dict[str, Any]) -> None:
-        """How it ended, by result.json; the report, where rounds were completed."""
+        """How it ended, by result.json; the report, where rounds were completed. Not for one that was interrupted."""
         if result["outcome"] in TRAINED:
             self.note(f"report in {write_report(folder)}")
         if result["outcome"] == "finished":
@@ -66,8 +67,8 @@ class JsonFlowerDisplay(FlowerDisplay):
             self._event("start", {"folder": str(folder)} | told)
         self._event("round", record)
 
-    def interrupted(self, folder: Path) -> None:
-        self._event("interrupted", {"folder": str(folder), "resumable": (folder / "config.json").exists()}, last=True)
+    def interrupted(self, folder: Path, resumable: bool) -> None:
+        self._event("interrupted", {"folder": str(folder), "resumable": resumable}, last=True)
 
     def finish(self, folder: Path, result: dict[str, Any]) -> None:
         end = {"folder": str(folder), "outcome": result["outcome"], "why": result["why"], "rounds": result["round"]}

@@ -16,7 +16,9 @@ from test_report import SECTIONS, Page
 
 from lalora_kernels import flower_command
 from lalora_kernels.cli import main
+from lalora_kernels.federated import flower
 from lalora_kernels.federated.coordinator import Coordinator
+from lalora_kernels.federated.flower import FlowerFailed
 from lalora_kernels.federated.node import Node
 from lalora_kernels.federated.run import prepare
 from lalora_kernels.privacy.accountant import show_bound
@@ -118,6 +120,50 @@ def test_wandb_gets_the_rounds_and_one_that_fails_ends_the_run(world, tmp_path, 
     wandb.init = fails
     assert simulated(world, tmp_path / "other", "--wandb", "--quiet") == 2
     assert "--wandb: api_key not configured" in capsys.readouterr().err and commanded.stopped == ["7"]
+
+
+@pytest.mark.parametrize("where", ["before it began", "in a round", "elsewhere"])
+def test_ctrl_c_is_told_with_the_way_on_and_has_its_own_exit_code(
+    world, tmp_path, capsys, monkeypatch, commanded, where
+):
+    run = tmp_path / "a run"
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    def unreachable(control, run):
+        commanded.stopped.append(run)
+        raise FlowerFailed("no answer")
+
+    changes = {
+        "before it began": [(flower_command.Control, "submit", interrupt)],
+        "in a round": [
+            (flower_command, "follow", interrupt), (flower_command.Control, "stop", unreachable),
+        ],
+        "elsewhere": [(flower_command, "follow", lambda *_: {"outcome": "interrupted", "why": "", "round": None})],
+    }
+    for change in changes[where]:
+        monkeypatch.setattr(*change)
+    assert simulated(world, run, "--quiet") == 130
+    began = where != "before it began"
+    out, err = capsys.readouterr()
+    assert out == "interrupted" + f"; --resume '{run}' continues it" * began + "\n"
+    assert ("run 7 may go on: no answer" in err) == (where == "in a round") == (commanded.stopped == ["7"])
+
+
+def test_a_server_that_is_interrupted_says_so(world, tmp_path, monkeypatch):
+    class Stopped(Calls):
+        def exchange(self, messages, timeout):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Coordinator.start(prepare(settings(world)), tmp_path).train(Stopped([]))
+    assert json.loads((tmp_path / "result.json").read_text())["outcome"] == "interrupted"
+    (tmp_path / "result.json").unlink()
+    monkeypatch.setattr(flower, "ASK_AGAIN", 0.0)
+    for status, outcome in (("finished:stopped", "interrupted"), ("finished:failed", "failed")):
+        control = types.SimpleNamespace(ended=lambda run, status=status: status)
+        assert flower.follow(control, "7", tmp_path)["outcome"] == outcome
 
 
 def test_the_page_shows_what_the_settings_imply_and_says_what_the_server_does_not_know(

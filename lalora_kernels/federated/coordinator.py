@@ -187,6 +187,9 @@ class Coordinator:
             self._save_adapter()
             self._result("stopped", str(error))
             raise
+        except KeyboardInterrupt:
+            self._result("interrupted", f"--resume {self.folder} continues it")
+            raise
         except BaseException as error:
             self._result("failed", f"{type(error).__name__}: {error}")
             raise

@@ -32,6 +32,7 @@ OFFLINE = {
 }
 PRIORITY = {"RAY_worker_niceness": "0"}  # Ray's default of 15 starves simulated clients beside anything else
 STARTS_WITHIN = 90.0  # seconds that a SuperLink may take until it answers
+INTERRUPTED = "interrupted"  # an outcome of result.json, beside running, finished, stopped and failed
 ASK_AGAIN = 30.0  # seconds between two looks at a run that wrote nothing
 
 
@@ -307,8 +308,8 @@ def follow(
     """Report rounds, also those that are there already; returns result.json: what the server says, and never Flower's
     exit code alone.
 
-    A round is reported once config.json is there. A server that ended without a word has failed. Raises FlowerFailed
-    where one of ``processes`` ended.
+    A round is reported once config.json is there. A server that ended without a word has failed, or was interrupted
+    where Flower says that it was stopped. Raises FlowerFailed where one of ``processes`` ended.
     """
     asked, shown = time.monotonic(), 0
     while True:
@@ -327,7 +328,8 @@ def follow(
             if (status := control.ended(run)) is not None:
                 result = _read(folder / "result.json")
                 if result.get("outcome", "running") == "running":
-                    return {"outcome": "failed", "why": f"the server's process ended ({status})", "round": None}
+                    outcome = INTERRUPTED if status == "finished:stopped" else "failed"
+                    return {"outcome": outcome, "why": f"the server's process ended ({status})", "round": None}
                 continue
         time.sleep(0.3)
 

@@ -8,7 +8,7 @@ from lalora_kernels.data import BadInput
 
 
 def read_object(path: Path, cure: str, *names: str) -> dict[str, Any]:
-    """The JSON object in ``path``. BadInput, ending with ``cure``, where it is none or lacks any of ``names``."""
+    """The JSON object in ``path``. Raises BadInput, which ends with ``cure``, for another or one without ``names``."""
     return _object(path.read_bytes(), str(path), cure, names)
 
 
