@@ -61,6 +61,8 @@ def plan(args: argparse.Namespace, given: dict[str, Any]) -> int:
         if method not in CHOICES["method"]:
             raise BadInput(f"--methods are of {', '.join(CHOICES['method'])}; got {method!r}")
     configs = [make_config(given | {"rank": rank}, args.config or "the command line") for rank in ranks]
+    for method in args.methods:
+        dataclasses.replace(configs[0], method=method)  # which refuses too few steps for it
     progress = None if args.json or not sys.stderr.isatty() else _say
     result = make(configs, args.methods, args.records, args.classes, measured=not args.no_dry_run, progress=progress)
     if args.json:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+LONGEST = 50  # steps of the longest period among SCHEDULES
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -20,6 +22,15 @@ class Schedule:
         if round < 1 or step < 1:
             raise ValueError(f"rounds and local steps count from 1, got round {round}, step {step}")
         return self.rule(round, step)
+
+    @property
+    def least_steps(self) -> int:
+        """Local steps of a round after which every factor has trained that this schedule ever trains."""
+        first: dict[str, int] = {}
+        for step in range(1, LONGEST + 1):
+            for round in (1, 2):
+                first.setdefault(self.active(round, step), step)
+        return max(first.values())
 
 
 def _both(round: int, step: int) -> str:

@@ -30,7 +30,7 @@ def finished(world, tmp_path_factory):
 
 def flags(world, **changes) -> list[str]:
     values = {
-        "model": world[0], "dataset": world[1], "clients": 4, "rounds": 1, "local_steps": 1, "rank": 2, "batch_size": 8,
+        "model": world[0], "dataset": world[1], "clients": 4, "rounds": 1, "local_steps": 2, "rank": 2, "batch_size": 8,
         "partition": "iid", "device": "cpu",
     } | changes  # fmt: skip
     return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in values.items())]
@@ -62,6 +62,9 @@ def refused(capsys, args: list[str]) -> str:
         ({"max_grad_norm": 1e300}, "--max-grad-norm is a number > 0 and <= 1e+15"),
         ({"lr": 1e300}, "--lr is a number > 0 and <= 1e+15"),
         ({"fraction": 1.5}, "--fraction is a number > 0 and <= 1"),
+        ({"local_steps": 1}, "la-lora-unfiltered trains A and B in turn, anew in every round, and has trained both"),
+        ({"local_steps": 5, "method": "la-lora-5-5"}, "--local-steps is 5: la-lora-5-5"),
+        ({"local_steps": 4, "method": "la-lora-4-1"}, "after 5 steps; --local-steps 5 or more, or another --method"),
         ({"rounds": 0}, "--rounds is a whole number >= 1"),
         ({"rounds": 10**400}, "--rounds is a whole number >= 1 and <= 1e+07"),
         ({"lr": "nan"}, "--lr is a number > 0"),

@@ -17,7 +17,7 @@ def test_figures_of_private_records_are_left_out_and_the_events_say_so(tmp_path)
         np.savez(tmp_path / "own.npz", x_train=whole["x_train"], y_train=whole["y_train"])
     config = make_config({
         "model": vit_folder(tmp_path / "vit"), "dataset": str(tmp_path / "own.npz"), "clients": 2, "rounds": 1,
-        "local_steps": 1, "rank": 2, "batch_size": 6, "partition": "iid", "device": "cpu", "delta": 1e-3,
+        "local_steps": 2, "rank": 2, "batch_size": 6, "partition": "iid", "device": "cpu", "delta": 1e-3,
     })  # fmt: skip
     file = io.StringIO()
     with JsonDisplay(console=Console(file=file, width=200)) as display:

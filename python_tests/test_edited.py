@@ -20,7 +20,7 @@ def change_config(folder: Path, part: str, **changes) -> None:
     (folder / "config.json").write_text(json.dumps(about))
 
 
-EDITED = {"local_steps": 1, "max_grad_norm": 5.0, "clipping": "automatic", "delta": 1e-3, "rounds": 4, "lr": 0.5}
+EDITED = {"local_steps": 7, "max_grad_norm": 5.0, "clipping": "automatic", "delta": 1e-3, "rounds": 4, "lr": 0.5}
 
 
 @pytest.mark.parametrize("name", EDITED)

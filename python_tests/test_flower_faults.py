@@ -210,9 +210,9 @@ def test_a_second_server_on_a_run_leaves_the_first_one_s_word(world, tmp_path, m
 def test_a_server_s_settings_that_were_edited_are_refused_by_name(world, tmp_path):
     Coordinator.start(prepare(settings(world)), tmp_path / "run").lock.release()
     about = json.loads((tmp_path / "run/config.json").read_text())
-    about["settings"]["local_steps"] = 1
+    about["settings"]["local_steps"] = 3
     (tmp_path / "run/config.json").write_text(json.dumps(about))
-    with pytest.raises(BadInput, match=f"local_steps is 1, not {K}: these are not the settings"):
+    with pytest.raises(BadInput, match=f"local_steps is 3, not {K}: these are not the settings"):
         Coordinator.resume(tmp_path / "run")
 
 

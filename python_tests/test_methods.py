@@ -186,6 +186,8 @@ def test_periods_of_la_lora(method, order):
     schedule = get_method(method).schedule
     for number in (1, 2):
         assert "".join(schedule.active(number, step + 1) for step in range(len(order))) == order
+    assert schedule.least_steps == 1 + max(order.index("A"), order.index("B"))
+    assert [m.schedule.least_steps for m in METHODS.values()] == [1, 1, 1, 2]  # rolora turns by rounds
 
 
 @given(

@@ -98,7 +98,7 @@ def a_task(folder, tests=lambda x: x, mixing=None):
     np.savez(folder / "d.npz", **images, y_train=labels["y_train"], y_test=labels["y_test"][: len(images["x_test"])])
     task = prepare(make_config({
         "model": vit_folder(folder / "vit"), "dataset": str(folder / "d.npz"), "clients": 2, "batch_size": 8,
-        "partition": "iid", "rounds": 1, "local_steps": 1, "epsilon": 8.0, "device": "cpu",
+        "partition": "iid", "rounds": 1, "local_steps": 2, "epsilon": 8.0, "device": "cpu",
     }))  # fmt: skip
     if mixing is not None:
         task.classifier.model.vit.layernorm = nn.Sequential(task.classifier.model.vit.layernorm, mixing)

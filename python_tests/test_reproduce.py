@@ -297,7 +297,7 @@ def test_the_grid_alone_is_nothing_new_for_what_uses_nothing_else(flags, capsys)
 
 
 def test_two_processes_train_what_one_does(base, tmp_path):
-    jobs = runs.jobs_of(QUESTION, base | {"rounds": 1, "local_steps": 1, "epsilon": math.inf}, {}, [math.inf], [0])
+    jobs = runs.jobs_of(QUESTION, base | {"rounds": 1, "local_steps": 2, "epsilon": math.inf}, {}, [math.inf], [0])
     assert {job.name for job in runs.train(jobs, tmp_path, 2)} == {job.name for job in jobs}
     assert [r["epsilon"] for r in runs.results_of(jobs, tmp_path)] == ["inf", "inf"]
     assert list(runs.train(jobs, tmp_path, 2)) == []

@@ -23,7 +23,7 @@ def test_a_complete_run_is_not_loaded_again(tmp_path, monkeypatch, method):
     """One that leaves an adapter, one that leaves merged weights, one that leaves an adapter for each client."""
     shared = {
         "model": vit_folder(tmp_path / "vit"), "dataset": digits_npz(tmp_path / "d.npz", 60, 20), "clients": 2,
-        "rounds": 1, "local_steps": 1, "rank": 2, "batch_size": 6, "partition": "iid", "device": "cpu",
+        "rounds": 1, "local_steps": 2, "rank": 2, "batch_size": 6, "partition": "iid", "device": "cpu",
     }  # fmt: skip
     whole = make_table(shared, GRID | {"method": [method]}, tmp_path / "out")
     monkeypatch.setattr("lalora_kernels.federated.run.prepare", None)
@@ -55,7 +55,7 @@ def test_metrics_that_a_crash_left_behind_are_not_a_result(tmp_path):
 def test_a_seed_that_is_named_twice_counts_once(tmp_path):
     shared = {
         "model": vit_folder(tmp_path / "vit"), "dataset": digits_npz(tmp_path / "d.npz", 80, 40), "clients": 2,
-        "rounds": 1, "local_steps": 1, "rank": 2, "batch_size": 6, "partition": "iid", "device": "cpu",
+        "rounds": 1, "local_steps": 2, "rank": 2, "batch_size": 6, "partition": "iid", "device": "cpu",
     }  # fmt: skip
     once = make_table(shared, GRID | {"seed": [0, 1]}, tmp_path / "out")
     twice = GRID | {"seed": [0, 0, 1, 0], "method": ["ffa-lora", "ffa-lora"]}
@@ -65,7 +65,7 @@ def test_a_seed_that_is_named_twice_counts_once(tmp_path):
 def test_the_accuracy_of_private_records_set_aside_is_marked_and_kept_off_pages(tmp_path):
     shared = {
         "model": vit_folder(tmp_path / "vit"), "dataset": digits_npz(tmp_path / "d.npz", 80, 40), "clients": 2,
-        "rounds": 1, "local_steps": 1, "rank": 2, "batch_size": 6, "partition": "iid", "device": "cpu",
+        "rounds": 1, "local_steps": 2, "rank": 2, "batch_size": 6, "partition": "iid", "device": "cpu",
     }  # fmt: skip
     public = make_table(shared, GRID, tmp_path / "public")
     with np.load(shared["dataset"]) as whole:

@@ -122,6 +122,11 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             self._check(field.name, getattr(self, field.name), *type_of(field))
+        if self.local_steps < (least := get_method(self.method).schedule.least_steps):
+            raise BadInput(
+                f"--local-steps is {self.local_steps}: {self.method} trains A and B in turn, anew in every round, and "
+                f"has trained both after {least} steps; --local-steps {least} or more, or another --method"
+            )
         if self.average == "size" and self.aggregator != "mean":
             raise BadInput(f"--aggregator {self.aggregator} weighs all alike; it does not go with --average size")
 
