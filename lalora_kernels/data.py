@@ -180,6 +180,8 @@ def _npz(path: Path) -> Data:
         if isinstance(loaded, np.ndarray):
             raise ValueError("it is a single array")
         with loaded as archive:
+            if twice := [key for key in archive.files if archive.files.count(key) > 1]:
+                raise ValueError(f"it holds {twice[0]} twice")
             arrays = {key: archive[key] for key in archive.files}
         if strange := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
             raise ValueError(f"{strange[0]} is no array")
@@ -376,6 +378,9 @@ def _task(name: str, kind: str, train: Records, test: Records, classes: list[str
     classes = classes or [str(c) for c in range(top + 1)]
     if top >= len(classes):
         raise BadInput(f"{name}: a label is {top}, but there are only {len(classes)} classes (labels count from 0)")
+    if len(set(classes)) < len(classes):
+        twice = max(classes, key=classes.count)
+        raise BadInput(f"{name}: two classes are named {twice!r}; give each of them a name of its own")
     if len(classes) < 2:
         raise BadInput(f"{name}: one class only; there is nothing to learn")
     if not len(test) or not len(train):

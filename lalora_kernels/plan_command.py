@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lalora_kernels.data import BadInput, load_data
+from lalora_kernels.data import MOST_CLASSES, BadInput, load_data
 from lalora_kernels.federated.config import CHOICES, Config, make_config
 from lalora_kernels.federated.methods import METHODS, Method, get_method
 from lalora_kernels.federated.plan import Plan, deal, make_plan
@@ -24,6 +24,7 @@ from lalora_kernels.federated.server import update_bytes
 from lalora_kernels.nn import factor_of
 from lalora_kernels.privacy.accountant import compute_epsilon
 
+MOST_RECORDS = 100_000_000  # each is dealt, and takes some bytes
 POINTS = 12  # of the ε curve, where there are more rounds
 OWN = ("rank", "method")  # settings that this command asks for in the plural
 
@@ -122,8 +123,11 @@ def _data(config: Config, records: int | None, classes: int | None) -> tuple[np.
         )
         return data.train.labels.numpy(), len(data.classes), data.kind
     classes = 10 if classes is None else classes
-    if records < 1 or classes < 2:
-        raise BadInput(f"a plan needs --records of at least 1 and --classes of at least 2, got {records} and {classes}")
+    if not (1 <= records <= MOST_RECORDS and 2 <= classes <= MOST_CLASSES):
+        raise BadInput(
+            f"a plan needs --records of at least 1 and --classes of at least 2, and at most {MOST_RECORDS:,} and "
+            f"{MOST_CLASSES:,}; got {records} and {classes}"
+        )
     return np.arange(records) % classes, classes, None
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -66,6 +67,9 @@ def refused(capsys, args: list[str]) -> str:
         ({"local_steps": 5, "method": "la-lora-5-5"}, "--local-steps is 5: la-lora-5-5"),
         ({"local_steps": 4, "method": "la-lora-4-1"}, "after 5 steps; --local-steps 5 or more, or another --method"),
         ({"rounds": 0}, "--rounds is a whole number >= 1"),
+        ({"rounds": 10**7, "local_steps": 4}, "of --local-steps 4 are 20,000,000 private steps"),
+        ({"rank": 10**20}, "--rank is a whole number >= 1 and <= 100000"),
+        ({"clients": 10**400}, "clients but only 160 records"),
         ({"rounds": 10**400}, "--rounds is a whole number >= 1 and <= 1e+07"),
         ({"lr": "nan"}, "--lr is a number > 0"),
         ({"momentum": 1.0}, "--momentum is a number >= 0 and < 1"),
@@ -78,6 +82,7 @@ def refused(capsys, args: list[str]) -> str:
         ({"rank": 0}, "--rank is a whole number >= 1"),
         ({"targets": "nonesuch"}, "no module is named 'nonesuch'"),
         ({"device": "moon"}, "--device moon"),
+        ({"device": "meta"}, "--device meta: its tensors have no values"),
         ({"model": "nonesuch"}, "unknown model 'nonesuch'"),
         ({"model": "timm:nonesuch"}, "timm knows no model 'nonesuch'"),
         ({"weights": "w.pth"}, "a weights file goes with a timm model"),
@@ -168,6 +173,7 @@ def npz(path, **arrays) -> str:
         ({"x_train": np.zeros((0, 8, 8), np.uint8), "y_train": np.zeros(0, int)}, "no images"),
         ({"x_test": np.zeros((4, 8, 8), np.uint8)}, "go together"),
         ({"x_test": np.zeros((4, 9, 9), np.uint8), "y_test": np.arange(4) % 2}, r"differ in shape, \(1, 8, 8\) and"),
+        ({"classes": np.array(["b", "a", "a"])}, "two classes are named 'a'"),
         ({"classes": np.array(["only one"])}, "a label is 1, but there are only 1 classes"),
         ({"x_train": np.array([[None]], dtype=object)}, "not a readable .npz"),
     ],
@@ -175,6 +181,14 @@ def npz(path, **arrays) -> str:
 def test_npz_that_does_not_fit(tmp_path, arrays, message):
     with pytest.raises(BadInput, match=message):
         load_data(npz(tmp_path / "a.npz", **arrays))
+
+
+def test_npz_with_an_array_twice(tmp_path):
+    path = npz(tmp_path / "a.npz")
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("x_train.npy", archive.read("x_train.npy"))
+    with pytest.raises(BadInput, match="a.npz: not a readable .npz.*it holds x_train twice"):
+        load_data(path)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 200, -40])

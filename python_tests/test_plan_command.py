@@ -74,6 +74,13 @@ def test_the_plan_is_what_the_run_then_does(world, tmp_path, capsys, method, hea
     assert row["private_steps"] == sum(client.ledger.steps for client in run.clients)
 
 
+@pytest.mark.parametrize("more", [{"records": 0}, {"records": 10**14}, {"classes": 1}, {"classes": 10**12}])
+def test_records_and_classes_that_nobody_has_are_refused(capsys, more):
+    asked = {"records": 300, "classes": 10} | more
+    told = refused(capsys, "--records", str(asked["records"]), "--classes", str(asked["classes"]))
+    assert f"got {asked['records']} and {asked['classes']}" in told
+
+
 def test_a_method_for_which_there_are_too_few_steps_is_refused(world, capsys):
     args = [*flags(SMALL | {"model": world[0], "local_steps": 9}), "--records", "300", "--no-dry-run", "--methods"]
     assert main(["plan", *args, "la-lora-2-1"]) == 0

@@ -322,6 +322,8 @@ class Unsized(Dataset):
 DATA = tensors(40)
 REFUSED = {
     "iterable": (Stream(), {"sample_rate": 0.5}, "IterableDataset.*map-style"),
+    "columns": ({"x": torch.ones(9), "y": torch.ones(9)}, {"sample_rate": 0.5}, "a dict with the keys 'x', 'y', and"),
+    "a dict from 1": (dict.fromkeys(range(1, 10)), {"sample_rate": 0.5}, "looked up by number from 0; give a list"),
     "unsized": (Unsized(), {"sample_rate": 0.5}, "known size.*__len__"),
     "empty": (tensors(0), {"sample_rate": 0.5}, "no records"),
     "no rate": (DATA, {}, "give sample_rate or expected_batch_size"),

@@ -54,7 +54,7 @@ RANGES = {
     "lr_b_ratio": (0, LARGEST, False),
     "momentum": (0, 1, True),
     "weight_decay": (0, LARGEST, True),
-    "rank": (1, math.inf, True),
+    "rank": (1, 100_000, True),  # no layer is wider
     "lora_alpha": (0, LARGEST, False),
     "dirichlet_alpha": (0, math.inf, False),
     "min_records": (1, math.inf, True),
@@ -126,6 +126,13 @@ class Config:
             raise BadInput(
                 f"--local-steps is {self.local_steps}: {self.method} trains A and B in turn, anew in every round, and "
                 f"has trained both after {least} steps; --local-steps {least} or more, or another --method"
+            )
+        few = min(self.clients, 2**53)  # which a float holds
+        turns = self.rounds * max(1, round(self.fraction * few)) // self.clients
+        if self.private and self.local_steps * turns > MAX_STEPS:
+            raise BadInput(
+                f"--rounds {self.rounds} of --local-steps {self.local_steps} are {self.local_steps * turns:,} private "
+                f"steps of each client, and an ε is computed for {MAX_STEPS:,} at most; make one of them smaller"
             )
         if self.average == "size" and self.aggregator != "mean":
             raise BadInput(f"--aggregator {self.aggregator} weighs all alike; it does not go with --average size")

@@ -122,9 +122,12 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise BadInput("--device meta: its tensors have no values, so nothing trains there; take cpu or cuda")
+    return device
 
 
 def _base_digest(model: nn.Module) -> str:

@@ -289,6 +289,11 @@ def _count(dataset: Dataset) -> int:
             "an IterableDataset cannot be Poisson-sampled, since its records cannot be addressed; wrap it in a "
             "map-style Dataset with __len__ and __getitem__"
         )
+    if isinstance(dataset, Mapping) and dataset.keys() != set(range(len(dataset))):
+        raise ValueError(
+            f"the data set is a {type(dataset).__name__} with the keys {', '.join(map(repr, dataset))[:70]}, and "
+            f"records are looked up by number from 0; give a list of them, or a map-style Dataset such as TensorDataset"
+        )
     try:
         return len(dataset)  # type: ignore[arg-type]
     except TypeError:
