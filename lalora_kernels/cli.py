@@ -14,11 +14,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from lalora_kernels import __version__
 from lalora_kernels.data import BadInput
-from lalora_kernels.federated.config import CHOICES, Config, make_config, read_toml, type_of
+from lalora_kernels.federated.config import Config, make_config
 from lalora_kernels.federated.guard import QuorumLost
 from lalora_kernels.federated.methods import METHODS
 from lalora_kernels.flower_command import FlowerFailed, add_flower, simulate
@@ -30,6 +29,7 @@ from lalora_kernels.privacy.accountant import ACCOUNTANTS
 from lalora_kernels.privacy.ledger import BudgetExceeded, LedgerError
 from lalora_kernels.reproduce.command import add_reproduce
 from lalora_kernels.reproduce.command import reproduce as reproduce_piece
+from lalora_kernels.settings_flags import add_settings, settings
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")  # torch's, on a card and on the CPU
@@ -38,64 +38,6 @@ EXTRAS = {  # module -> the extra of pyproject.toml that brings it
     "flwr": "flower", "ray": "flower", "cryptography": "flower", "matplotlib": "reproduce", "scipy": "reproduce",
     "tensorboard": "tensorboard", "wandb": "wandb", "accelerate": "trainer", "triton": "triton",
 }  # fmt: skip
-
-# (group, (setting, help)): every setting is a flag and a name in the TOML file.
-FLAGS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
-    ("model and data", (
-        ("model", "embedded (a small vision transformer), timm:NAME, hf:NAME, or a folder that transformers wrote"),
-        ("weights", "weights file for a timm model, instead of timm's download"),
-        ("dataset", "mnist, digits, FILE.npz of images, FILE.tsv or .csv of text (also .gz), or hf:NAME"),
-        ("test_dataset", "file of test records beside a .tsv or .csv; without it a fifth is set aside"),
-        ("text_column", "column of the text, where it cannot be guessed; two with a comma are a pair"),
-        ("label_column", "column of the label, where it cannot be guessed"),
-        ("image_size", "input size in pixels, where it should not be the model's own"),
-        ("max_length", "longest text, in tokens"),
-    )),
-    ("method", (
-        ("method", "which LoRA factor trains when, and what travels"),
-        ("smoothing", "filter of the noisy gradient; at no privacy; auto: the method's own; others are experimental"),
-        ("rank", "r of the adapters"),
-        ("lora_alpha", "the adapter's output is scaled by lora_alpha / r (default: r)"),
-        ("targets", "layers to adapt: all-linear, qv (a fused qkv whole), names with commas, or a regular expression"),
-        ("train_head", "train the classifier in full too; auto: only if it has no trained weights"),
-    )),
-    ("federation", (
-        ("clients", "how many hold the training records"),
-        ("fraction", "share of the clients that take part in a round"),
-        ("rounds", "rounds of averaging"),
-        ("local_steps", "private steps of a client in a round (K)"),
-        ("partition", "how records are dealt: by class with Dirichlet draws, or evenly"),
-        ("dirichlet_alpha", "small: each client sees few classes; large: all look alike"),
-        ("min_records", "least records of a client; the draw is repeated until it holds (default: twice the batch)"),
-        ("average", "weights of the mean: the same for all, or by number of records"),
-        ("aggregator", "how updates are combined; median and trimmed_mean weigh all clients alike"),
-        ("trim", "share of the highest and of the lowest values that trimmed_mean leaves out"),
-        ("max_update_norm", "an update this many times farther away than the state's norm is left out"),
-        ("clip_update_norm", "largest L2 norm of what an update changes; more is scaled down (default: no limit)"),
-        ("quorum", "share of the chosen clients whose valid updates a round needs"),
-        ("wire", "number format of what travels (Flower only; in one process nothing does)"),
-    )),
-    ("privacy", (
-        ("epsilon", "budget of each client over the whole run; inf: no noise and no guarantee"),
-        ("delta", "the δ that goes with it"),
-        ("clipping", "how one record's gradient is bounded"),
-        ("max_grad_norm", "that bound, C; adaptive clipping starts from it"),
-        ("target_unclipped_quantile", "adaptive clipping: share of the records that C shall leave as they are"),
-    )),
-    ("optimization", (
-        ("batch_size", "expected size of a private batch (b); each record joins with probability b / records"),
-        ("physical_batch_size", "most records in memory at once (default: the whole batch)"),
-        ("optimizer", "local optimizer, new in each round"),
-        ("lr", "learning rate (default: 0.5, behind the filter 1.0; 0.01 for adamw)"),
-        ("lr_b_ratio", "learning rate of the B factors, as a multiple of lr"),
-        ("lr_schedule", "over the rounds"),
-        ("momentum", "of sgd, within a round"),
-        ("weight_decay", "of the optimizer"),
-        ("seed", "public seed of partition, participation and initialization; noise never comes from it"),
-        ("device", "auto, cpu, cuda, cuda:1, ..."),
-    )),
-)  # fmt: skip
-
 
 ENGINE = "in-process: one loop; flower-sim: the same clients simulated over Flower (default: in-process)"
 
@@ -106,8 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lalora", description=about)
     parser.add_argument("--version", action="version", version=f"lalora_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_plan(commands, _add_settings)
-    add_flower(commands, _add_settings)
+    add_plan(commands, add_settings)
+    add_flower(commands, add_settings)
     train = commands.add_parser(
         "train",
         usage="lalora train [options]",
@@ -129,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--wandb", action="store_true", help="also log to Weights & Biases (WANDB_MODE=offline: to disk)")
     run.add_argument("--log-private", action="store_true", help="log private figures too: ε does not cover them")
     run.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    _add_settings(train)
+    add_settings(train)
 
     table = commands.add_parser(
         "table",
@@ -149,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--out", metavar="FOLDER", default="runs/table", help="(default: runs/table)")
     sweep.add_argument("--into", metavar="PAGE.md", help="put the table between this page's accuracy marks")
     sweep.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    _add_settings(table, leave_out=("method", "smoothing", "epsilon", "seed"))
+    add_settings(table, leave_out=("method", "smoothing", "epsilon", "seed"))
 
     add_reproduce(commands)
     report = commands.add_parser(
@@ -187,30 +129,6 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--out", metavar="FOLDER", help="also write the results there, as JSON and Markdown")
     audit.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
-
-
-def _add_settings(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> None:
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    for title, flags in FLAGS:
-        group = parser.add_argument_group(title)
-        for name, text in flags:
-            if name in leave_out:
-                continue
-            field = fields[name]
-            kind, _ = type_of(field)
-            shown = "" if field.default is None else f" (default: {field.default})"
-            choices = CHOICES.get(name)
-            group.add_argument(
-                "--" + name.replace("_", "-"), type=kind, choices=choices, default=None, help=text + shown,
-                metavar=None if choices else {str: "NAME", int: "N", float: "X"}[kind],
-            )  # fmt: skip
-
-
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the user set: the TOML file's values, overridden by flags."""
-    values = read_toml(args.config) if getattr(args, "config", None) is not None else {}
-    names = [field.name for field in dataclasses.fields(Config)]
-    return values | {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
 def train(args: argparse.Namespace) -> int:
