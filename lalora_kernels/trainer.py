@@ -25,7 +25,7 @@ from lalora_kernels.privacy.distributed import quiet_ddp
 from lalora_kernels.privacy.ledger import Ledger, LedgerError
 from lalora_kernels.privacy.make_private import make_private
 from lalora_kernels.privacy.optimizer import PrivateOptimizer
-from lalora_kernels.privacy.sampling import PrivateLoader, _count
+from lalora_kernels.privacy.sampling import PrivateLoader, count_records
 from lalora_kernels.privacy.trained import refuse_frozen
 from lalora_kernels.trainer_batches import LogicalBatch, PrivateBatches
 from lalora_kernels.trainer_loss import logits_of, record_losses
@@ -96,7 +96,7 @@ class PrivateTrainerMixin(_Mixed):
             raise ValueError("Trainer: training requires a train_dataset.")
         if self._batches is None:
             dataset, collate = self.train_dataset, self.data_collator
-            refuse_batch_size(self.expected_batch_size, _count(dataset))
+            refuse_batch_size(self.expected_batch_size, count_records(dataset))
             if hasattr(dataset, "remove_columns"):
                 dataset = self._remove_unused_columns(dataset, description="Training")
             else:
@@ -217,7 +217,7 @@ class PrivateTrainerMixin(_Mixed):
         if given is not None:
             return given
         assert self._batches is not None
-        q = self.expected_batch_size / _count(self._batches.dataset)
+        q = self.expected_batch_size / count_records(self._batches.dataset)
         question = {"target_epsilon": target, "target_delta": self.privacy["target_delta"], "sample_rate": q}
         steps, done = self.state.max_steps, self.state.global_step
         sigma = get_noise_multiplier(steps=steps, **question)

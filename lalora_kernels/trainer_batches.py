@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lalora_kernels.privacy.sampling import BatchInfo, PrivateLoader, _count
+from lalora_kernels.privacy.sampling import BatchInfo, PrivateLoader, count_records
 
 
 class LogicalBatch:
@@ -29,7 +29,7 @@ class PrivateBatches:
     def __init__(self, data: DataLoader, expected_batch_size: float):
         self.data, self.dataset = data, data.dataset
         self.info: BatchInfo | None = None
-        self.passes = max(1, round(_count(data.dataset) / expected_batch_size))
+        self.passes = max(1, round(count_records(data.dataset) / expected_batch_size))
         self.loader: PrivateLoader | None = None
 
     def bind(self, loader: PrivateLoader) -> None:

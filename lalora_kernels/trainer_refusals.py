@@ -7,7 +7,7 @@ import torch.distributed as dist
 from transformers import Trainer
 
 from lalora_kernels.privacy.optimizer import PrivateOptimizer
-from lalora_kernels.privacy.sampling import _rates
+from lalora_kernels.privacy.sampling import rates
 from lalora_kernels.trainer_batches import PrivateBatches
 
 # What ``privacy`` may say to make_private; the rest follows from TrainingArguments.
@@ -74,7 +74,7 @@ def refuse_other_batches(trainer: Trainer, batches: object) -> None:
 def refuse_batch_size(expected_batch_size: float, records: int) -> None:
     """Raise ValueError, as make_private does, where no q in (0, 1] draws so many of the records on average."""
     try:
-        _rates(records, None, expected_batch_size, None)
+        rates(records, None, expected_batch_size, None)
     except ValueError as error:
         raise ValueError(
             f"{error}. It is per_device_train_batch_size * gradient_accumulation_steps * processes where "

@@ -7,7 +7,8 @@ from tolerances import PER_SAMPLE_F32, PER_SAMPLE_F64
 from torch import nn
 
 from lalora_kernels.nn import LoRALinear, lora_layers, set_active
-from lalora_kernels.privacy.checks import per_sample_gradients, single_sample_gradients, tree_map
+from lalora_kernels.privacy.checks import per_sample_gradients, single_sample_gradients
+from lalora_kernels.privacy.trees import to_double
 
 PHASES = ["A", "B", "AB"]
 
@@ -38,7 +39,7 @@ def test_float32_close_to_single_backwards(family, phase):
     model, batch, loss = adapted(family, dtype=torch.float32)
     set_active(model, phase)
     found = per_sample_gradients(model, batch, loss)
-    batch64 = tree_map(lambda t: t.double() if t.is_floating_point() else t, batch)
+    batch64 = to_double(batch)
     expected = single_sample_gradients(model.double(), batch64, loss)
     assert largest_relative_error(found, expected) < PER_SAMPLE_F32
 

@@ -1,7 +1,7 @@
 """Does every tensor's per-sample gradient come from its own record alone? Asked of the model itself, in float64."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.sampling import BatchInfo
+from lalora_kernels.privacy.trees import fresh, have_rows, leaves, of_rows, record, to_double, tree_map
 from lalora_kernels.privacy.twin import Apart, double, take_modes
 from lalora_kernels.privacy.written import Buffers
 
@@ -30,59 +31,10 @@ class Unreached(ValueError):
     """No trainable tensor took part in the forward, so nothing was compared."""
 
 
-def tree_map(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """``f`` of every tensor in nested mappings, sequences and named tuples; other leaves are kept."""
-    if isinstance(tree, Tensor):
-        return f(tree)
-    if isinstance(tree, Mapping):
-        mapped = {k: tree_map(f, v) for k, v in tree.items()}
-        kind: Any = type(tree)
-        return mapped if kind is dict else kind(mapped)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(tree_map(f, v) for v in tree))
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(tree_map(f, v) for v in tree)
-    return tree
-
-
 ONE_FOR_ALL = (
     "{} is given one input for all records, and what the model does with the output does not keep a row for each of "
     "them, so no record's gradient shows; leave it out of target_modules, or name it in exclude_modules"
 )
-
-
-def _apart(t: Tensor) -> Tensor:
-    """A copy, which a model may change in place, without what t was computed from and without its ``grad``, to which
-    the backwards here have nothing to add."""
-    return t.detach().requires_grad_(t.requires_grad).clone()
-
-
-def have_rows(tree: Any, rows: int) -> list[bool]:
-    """Which leaves have a row for each record. Asked once, of the batch: a scale of two classes has as many rows as two
-    of its records."""
-    return [t.dim() > 0 and t.shape[0] == rows for t in _leaves(tree)]
-
-
-def of_rows(f: Callable[[Tensor], Tensor], tree: Any, batched: Sequence[bool]) -> Any:
-    """A copy with ``f`` of the leaves that have rows; one mask for all stays whole."""
-    at = iter(batched)
-    return tree_map(lambda t: _apart(f(t) if next(at) else t), tree)
-
-
-def _record(batch: Any, i: int, batched: Sequence[bool]) -> Any:
-    """Record i alone."""
-    return of_rows(lambda t: t[i : i + 1], batch, batched)
-
-
-def _leaves(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def keep(t: Tensor) -> Tensor:
-        found.append(t)
-        return t
-
-    tree_map(keep, tree)
-    return found
 
 
 def per_sample_gradients(
@@ -93,11 +45,11 @@ def per_sample_gradients(
     ``loss(model, batch)`` is a scalar; ``batch`` nested tensors with N records along the first axis. The model is left
     as it was found, its ``grad`` untouched. Raises as ``make_private`` does for what no rule covers.
     """
-    rows = _leaves(batch)[0].shape[0]
-    return _per_sample_gradients(model, batch, loss, loss_reduction, None, rows)[0]
+    rows = leaves(batch)[0].shape[0]
+    return recorded_gradients(model, batch, loss, loss_reduction, None, rows)[0]
 
 
-def _per_sample_gradients(
+def recorded_gradients(
     model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], loss_reduction: str, backend: str | None,
     rows: int, sequence_first: frozenset[str] = NONE,
 ) -> tuple[dict[str, Tensor], set[str]]:  # fmt: skip
@@ -148,15 +100,15 @@ def single_sample_gradients(
     model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], batched: Sequence[bool] = ()
 ) -> dict[str, Tensor]:
     """The same by N ordinary backwards of one record each: the definition, {name: (N, *shape)}."""
-    leaves = _leaves(batch)
-    batched = batched or have_rows(batch, leaves[0].shape[0])
-    rows = leaves[batched.index(True)].shape[0]
+    given = leaves(batch)
+    batched = batched or have_rows(batch, given[0].shape[0])
+    rows = given[batched.index(True)].shape[0]
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     before = [p.grad for p in named.values()]
     per_record, reached = [], False
     try:
         for i in range(rows):
-            value = loss(model, _record(batch, i, batched))
+            value = loss(model, record(batch, i, batched))
             for p in named.values():
                 p.grad = None
             if value.requires_grad:
@@ -200,14 +152,14 @@ def compare(
 ) -> None:  # fmt: skip
     """``check_per_sample`` where these modules are known to have the batch along their second axis, and these leaves
     a row for each record; ``own_mode``: in the model's, not in eval mode."""
-    batch = tree_map(lambda t: _apart(t.double() if t.is_floating_point() else t), batch)
-    leaves = _leaves(batch)
-    if not leaves or not leaves[0].dim():
+    batch = tree_map(fresh, to_double(batch))
+    given = leaves(batch)
+    if not given or not given[0].dim():
         raise ValueError(f"a {type(batch).__name__} is no batch; give two records' tensors, such as (x[:2], y[:2])")
     if isinstance(loss, nn.Module):
         raise ValueError("loss is called as loss(model, batch); wrap it: lambda m, b: criterion(m(b[0]), b[1])")
-    batched = batched or have_rows(batch, leaves[0].shape[0])
-    rows = leaves[batched.index(True)].shape[0]
+    batched = batched or have_rows(batch, given[0].shape[0])
+    rows = given[batched.index(True)].shape[0]
     if rows < 2:
         raise ValueError("check_per_sample needs two records or more; one cannot show mixing")
     # The first record once more: what sorts rows by anything (by length, for an RNN) may leave all others in place.
@@ -222,8 +174,8 @@ def compare(
         try:
             with Doubled():
                 expected = single_sample_gradients(twin, batch, loss, batched)
-                found, expanded = _per_sample_gradients(
-                    twin, tree_map(_apart, batch), loss, loss_reduction, "reference", rows, sequence_first
+                found, expanded = recorded_gradients(
+                    twin, tree_map(fresh, batch), loss, loss_reduction, "reference", rows, sequence_first
                 )  # whatever backend is forced
         except (ValueError, RuntimeError):
             if not sequence_first:  # where the first axis may be another, the first that differs is no culprit
@@ -291,16 +243,16 @@ def _first_mixing_module(
     module that keeps the records apart, and no tensor of its own is ``wrong``.
     """
     calls: list[tuple[str, list[Tensor]]] = []
-    handles = _watch(twin, calls)
+    handles = watch_modules(twin, calls)
     try:
         with torch.no_grad(), Doubled():
-            loss(twin, tree_map(_apart, batch))
+            loss(twin, tree_map(fresh, batch))
             together, singles = _by_module(calls), []
             count = len(calls)
             for i in range(rows):
                 calls.clear()
                 try:
-                    loss(twin, _record(batch, i, batched))
+                    loss(twin, record(batch, i, batched))
                 except Exception:
                     # What fails on one record alone (BatchNorm in train mode) is the first that did not return.
                     if len(calls) >= count:
@@ -346,18 +298,14 @@ def _kept_apart(together: list[list[Tensor]], singles: list[list[list[Tensor]]],
     return found
 
 
-def _watch(twin: nn.Module, calls: list[tuple[str, list[Tensor]]]) -> list[Any]:
+def watch_modules(twin: nn.Module, calls: list[tuple[str, list[Tensor]]]) -> list[Any]:
     """Hooks that append (module, its floating-point outputs) to ``calls`` in order of execution."""
     return [
         m.register_forward_hook(
-            lambda _m, _a, out, n=n: calls.append((n, [t.detach() for t in _leaves(out) if t.is_floating_point()]))
+            lambda _m, _a, out, n=n: calls.append((n, [t.detach() for t in leaves(out) if t.is_floating_point()]))
         )
         for n, m in twin.named_modules()
     ]
-
-
-def _cards(model: nn.Module) -> list[torch.device]:
-    return list({p.device for p in model.parameters() if p.is_cuda})
 
 
 def _is_share(whole: Tensor, alone: Tensor, i: int, rows: int) -> bool:

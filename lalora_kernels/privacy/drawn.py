@@ -5,14 +5,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 
 class Drawn:
-    """A block whose random draws (torch's, NumPy's, Python's) start from ``seed`` and are given back; None: from where
-    they are. ``any``: whether there were some."""
+    """A block whose random draws (torch's, on the CPU and on the ``model``'s cards, NumPy's, Python's) start from
+    ``seed`` and are given back; None: from where they are. ``any``: whether there were some."""
 
-    def __init__(self, cards: list[torch.device], seed: int | None):
-        self.fork, self.cards, self.seed, self.any = torch.random.fork_rng(devices=cards), cards, seed, False
+    def __init__(self, model: nn.Module, seed: int | None):
+        self.cards, self.seed, self.any = list({p.device for p in model.parameters() if p.is_cuda}), seed, False
+        self.fork = torch.random.fork_rng(devices=self.cards)
 
     def _state(self) -> str:
         states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(card) for card in self.cards)]

@@ -10,18 +10,14 @@ from lalora_kernels.adapted import Adapted
 from lalora_kernels.privacy.checks import (
     RTOL,
     Unreached,
-    _cards,
-    _leaves,
-    _watch,
     compare,
-    have_rows,
-    of_rows,
-    tree_map,
+    watch_modules,
 )
 from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.drawn import Drawn
 from lalora_kernels.privacy.own_loss import tied, without_rows
 from lalora_kernels.privacy.own_mode import Weigh, compare_alike, compare_in_own_mode
+from lalora_kernels.privacy.trees import have_rows, leaves, of_rows, to_double
 from lalora_kernels.privacy.twin import Apart, double, take_modes
 from lalora_kernels.privacy.written import Buffers, Parameters
 
@@ -61,7 +57,7 @@ def check_inputs(
     warns of adapters that the two records never reached, which would train on noise alone.
     """
     batched = have_rows((args, kwargs), rows) if batched is None else batched
-    rowed = [t for t, found in zip(_leaves((args, kwargs)), batched) if found]
+    rowed = [t for t, found in zip(leaves((args, kwargs)), batched) if found]
     if not rowed:
         raise ValueError(
             f"none of the tensors that the model was given has a row for each of the batch's {rows} records, so "
@@ -99,7 +95,7 @@ def check_inputs(
 
 
 def _with_axes(output: Any) -> list[Tensor]:
-    return [t for t in _leaves(output) if t.is_floating_point() and t.dim()]
+    return [t for t in leaves(output) if t.is_floating_point() and t.dim()]
 
 
 def _two(rowed: list[Tensor]) -> Tensor | None:
@@ -129,14 +125,14 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
     """
     twin = double(model)
     take_modes(twin, model)
-    two = tree_map(lambda t: t.double() if t.is_floating_point() else t, two)
+    two = to_double(two)
     buffers, parameters, apart = Buffers(twin), Parameters(twin), Apart(model, twin)
     after: list[dict[str, Tensor]] = []
     calls: list[tuple[str, list[Tensor]]] = []
     rowless: set[str] = set()
 
     def forward(seed: int | None, *order: int) -> tuple[Any, bool]:
-        with torch.no_grad(), apart, Doubled(), Drawn(_cards(twin), seed) as drawn:
+        with torch.no_grad(), apart, Doubled(), Drawn(twin, seed) as drawn:
             inputs = of_rows(lambda t: t[list(order)], two, batched)
             try:
                 output = twin(*inputs[0], **inputs[1])
@@ -175,7 +171,7 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
         for n, m in twin.named_modules()
         if isinstance(m, Adapted) or any(p.requires_grad for p in m.parameters(recurse=False))
     }
-    handles = _watch(twin, calls)
+    handles = watch_modules(twin, calls)
     try:
         shapes = _shapes(run(None, *ORDER))  # what is set up at the first forward (BigBird's attention) may draw, too
         draws = DRAWS if _compare(run, settled, axes, None, ORDER) else 0

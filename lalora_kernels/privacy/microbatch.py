@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lalora_kernels.nn import set_active
-from lalora_kernels.privacy.checks import _leaves, tree_map
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.sampling import BatchInfo, PoissonBatchSampler
+from lalora_kernels.privacy.trees import leaves, tree_map
 from lalora_kernels.privacy.twin import rebind
 from lalora_kernels.schedule import Schedule
 
@@ -113,7 +113,7 @@ def _two_physical_batches(engine: Engine, model: nn.Module, args: tuple, kwargs:
 
 def _stand_in(outputs: Any) -> Tensor:
     """A scalar that keeps what a cross-entropy along the last axis of each output keeps."""
-    terms = [F.log_softmax(t, -1).sum() if t.dim() else t for t in _leaves(outputs) if t.requires_grad]
+    terms = [F.log_softmax(t, -1).sum() if t.dim() else t for t in leaves(outputs) if t.requires_grad]
     return torch.stack(terms).sum()
 
 

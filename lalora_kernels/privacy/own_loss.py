@@ -7,12 +7,14 @@ backward that reaches one is refused, since a loop may have a loss of its own.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+from lalora_kernels.privacy.trees import have_rows, leaves, of_rows, tensors, to_double
 
 RTOL = 1e-5  # in float64, but for the many models that compute their loss in float32
 ROWS = 3
@@ -44,10 +46,8 @@ def unequal(inputs: Any, rows: int) -> dict[tuple[int, int], set[tuple[int, int]
     The record with the fewest, beside the one with the most and the one with the most that is not marked throughout: a
     mean over nothing may be no number.
     """
-    from lalora_kernels.privacy.checks import _leaves  # which imports the engine
-
     found = {}
-    for at, t in enumerate(_leaves(inputs)):
+    for at, t in enumerate(leaves(inputs)):
         if not t.dim() or t.shape[0] != rows or not t.numel():
             continue
         t = t.detach().reshape(rows, -1)
@@ -64,7 +64,6 @@ def unequal(inputs: Any, rows: int) -> dict[tuple[int, int], set[tuple[int, int]
 def tied_in(model: nn.Module, args: tuple, kwargs: dict, rows: int, pairs: list[tuple[int, int]]) -> set[str]:
     """``tied`` of each pair of records on a float64 copy of the model, in its mode; one that fails there is not judged,
     as where a mask of all positions has as many rows as this batch has records."""
-    from lalora_kernels.privacy.checks import _cards, have_rows, of_rows, tree_map
     from lalora_kernels.privacy.doubled import Doubled
     from lalora_kernels.privacy.drawn import Drawn
     from lalora_kernels.privacy.twin import double, take_modes
@@ -77,9 +76,8 @@ def tied_in(model: nn.Module, args: tuple, kwargs: dict, rows: int, pairs: list[
     names = set()
 
     def run(pair: tuple[int, int], *order: int) -> Any:
-        inputs = of_rows(lambda t: t[[pair[i] for i in order]], (args, kwargs), batched)
-        inputs = tree_map(lambda t: t.double() if t.is_floating_point() else t, inputs)
-        with torch.no_grad(), Doubled(), Drawn(_cards(twin), 0):
+        inputs = to_double(of_rows(lambda t: t[[pair[i] for i in order]], (args, kwargs), batched))
+        with torch.no_grad(), Doubled(), Drawn(twin, 0):
             try:
                 return twin(*inputs[0], **inputs[1])
             finally:
@@ -93,18 +91,11 @@ def tied_in(model: nn.Module, args: tuple, kwargs: dict, rows: int, pairs: list[
     return names
 
 
-def without_rows(output: Any, rows: int, name: str = "") -> Iterator[tuple[str, Tensor]]:
+def without_rows(output: Any, rows: int) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of all in a model's output that is no row for each of ``rows`` records: "loss", "aux[0]", ..."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point() and (output.numel() == 1 or output.dim() and output.shape[0] % rows):
-            yield name or "the output", output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from without_rows(value, rows, f"{name}.{key}" if name else str(key))
-    elif isinstance(output, (tuple, list)):
-        for key, value in zip(getattr(output, "_fields", range(len(output))), output):
-            at = f"[{key}]" if isinstance(key, int) else f".{key}" if name else key
-            yield from without_rows(value, rows, name + at)
+    for name, t in tensors(output):
+        if t.is_floating_point() and (t.numel() == 1 or t.dim() and t.shape[0] % rows):
+            yield name or "the output", t
 
 
 def tied(run: Callable[..., Any]) -> set[str]:

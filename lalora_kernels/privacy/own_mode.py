@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from lalora_kernels.nn import set_active
 from lalora_kernels.privacy.checks import (
     Coupled,
-    _cards,
-    _per_sample_gradients,
     compare,
     differing,
     from_one_state,
-    of_rows,
-    tree_map,
+    recorded_gradients,
 )
 from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.drawn import Drawn
+from lalora_kernels.privacy.trees import of_rows, to_double
 from lalora_kernels.privacy.twin import Apart, double, take_modes
 
 Project = Callable[..., Tensor]  # (model, batch, and how the model's output k is weighed first)
@@ -39,7 +37,7 @@ class OwnMode:
         self._apart = Apart(model, self.twin)
         take_modes(self.twin, model)
         set_active(self.twin, "AB")
-        self.two = tree_map(lambda t: t.double() if t.is_floating_point() else t, two)
+        self.two = to_double(two)
         self.project = from_one_state(self.twin, project)
         self._rowed: set[int] = set()  # outputs that grow with the records
 
@@ -50,8 +48,8 @@ class OwnMode:
             each = t.new_tensor(weights).repeat_interleave(t.shape[0] // len(weights))
             return t * each.view(-1, *(1 for _ in t.shape[1:]))
 
-        with self._apart, Doubled(), Drawn(_cards(self.twin), 0):
-            return _per_sample_gradients(
+        with self._apart, Doubled(), Drawn(self.twin, 0):
+            return recorded_gradients(
                 self.twin, self._batch(order), lambda m, b: self.project(m, b, weigh), "sum", "reference", len(order),
                 self.sequence_first,
             )[0]  # fmt: skip
@@ -67,7 +65,7 @@ class OwnMode:
                 seen[k] = t.shape[0]
                 return t
 
-            with torch.no_grad(), self._apart, Doubled(), Drawn(_cards(self.twin), 0):
+            with torch.no_grad(), self._apart, Doubled(), Drawn(self.twin, 0):
                 self.project(self.twin, self._batch(order), see)
             return seen
 

@@ -8,7 +8,7 @@ records of the first batch's check are padded alike, so nothing of it shows ther
 import torch
 from torch import Tensor, nn
 
-from lalora_kernels.privacy.checks import _apart, _leaves, tree_map
+from lalora_kernels.privacy.trees import fresh, leaves, tree_map
 from lalora_kernels.privacy.twin import double
 
 # Float64, but for models that turn positions in float32 (rotary embeddings); what padding moves, it moves by more.
@@ -74,11 +74,11 @@ def refuse_padding(model: nn.Module, args: tuple, kwargs: dict) -> bool:
     padded = tree_map(alone, (args, kwargs))
     twin = double(model)
     with torch.no_grad():
-        given = tree_map(_apart, padded)  # which a model may change in place
-        whole = _leaves(twin(*given[0], **given[1]))
-        short = tree_map(lambda t: _apart(cut(t)), padded)
+        given = tree_map(fresh, padded)  # which a model may change in place
+        whole = leaves(twin(*given[0], **given[1]))
+        short = tree_map(lambda t: fresh(cut(t)), padded)
         try:
-            bare = _leaves(twin(*short[0], **short[1]))
+            bare = leaves(twin(*short[0], **short[1]))
         except Exception:  # of a length that is no multiple of its windows, say
             return True
     for a, b in zip(whole, bare):

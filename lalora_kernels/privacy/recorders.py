@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lalora_kernels import dispatch, functional, opaque
 from lalora_kernels.privacy.accounts import AGAIN
-from lalora_kernels.privacy.sampling import _tensors
 from lalora_kernels.privacy.ties import TABLE, Deferring, TiedWeight, defer
+from lalora_kernels.privacy.trees import leaves
 
 if TYPE_CHECKING:
     from lalora_kernels.adapted import Adapted, Tensors
@@ -55,9 +55,7 @@ class Site:
         """Raises RuntimeError where the tensor is no longer the one that was attached."""
         for name, module, key in self.places:
             if module._parameters.get(key) is not self.param:
-                raise RuntimeError(
-                    f"{name} was replaced or tied to another tensor after make_private; {AGAIN}"
-                )
+                raise RuntimeError(f"{name} was replaced or tied to another tensor after make_private; {AGAIN}")
         self.verify_kind()
 
     def verify_kind(self) -> None:
@@ -371,8 +369,8 @@ def batch_tensor(args: tuple, kwargs: dict, rows: int) -> Tensor | None:
     first = first_tensor(args, kwargs)
     if first is not None:
         return first
-    leaves = [t for _, t in _tensors((args, kwargs)) if t.dim()]
-    return next((t for t in leaves if t.shape[0] == rows), leaves[0] if leaves else None)
+    found = [t for t in leaves((args, kwargs)) if t.dim()]
+    return next((t for t in found if t.shape[0] == rows), found[0] if found else None)
 
 
 class InputCheck:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lalora_kernels.privacy.own_loss import watch, without_rows
+from lalora_kernels.privacy.trees import leaves
 
 if TYPE_CHECKING:
     from lalora_kernels.privacy.engine import Engine
@@ -71,10 +72,8 @@ class ReductionCheck:
             return
         if not self.looks:
             return
-        from lalora_kernels.privacy.checks import _leaves  # which imports the engine
-
         self._call += 1
-        for t in _leaves(output):
+        for t in leaves(output):
             if t.is_floating_point() and t.requires_grad and t.dim() and t.shape[0] == batch.rows:
                 t.register_hook(partial(self._look, self._call, t.detach()))
 

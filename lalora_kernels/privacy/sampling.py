@@ -3,11 +3,10 @@
 That independence is what the accountant's amplification by sampling assumes; a shuffled loader does not have it.
 """
 
-import copy
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -27,6 +26,7 @@ from torch.utils.data import (
 )
 
 from lalora_kernels.privacy.noise import NoiseSource, UniformSource, seed_from_system
+from lalora_kernels.privacy.trees import tensors, tree_map
 
 # What a new loader takes over from the user's. The sampler is replaced; drop_last has no meaning where batches have no
 # fixed size; in_order stays at its default, because each batch is announced in the order it was drawn.
@@ -186,10 +186,10 @@ class PrivateLoader:
             raise ValueError("this loader is private already; PrivateLoader takes the plain DataLoader")
         given = data if isinstance(data, DataLoader) else None
         self.dataset: Dataset = data.dataset if isinstance(data, DataLoader) else data
-        records = _count(self.dataset)
+        records = count_records(self.dataset)
         refuse_copies(self.dataset)
         batch_size = None if given is None else _plain_batch_size(given, records)
-        q, self.expected_batch_size = _rates(records, sample_rate, expected_batch_size, batch_size)
+        q, self.expected_batch_size = rates(records, sample_rate, expected_batch_size, batch_size)
         self.on_batch = on_batch
         noise = NoiseSource() if noise is None else noise
         self.batch_sampler = PoissonBatchSampler(
@@ -249,14 +249,14 @@ class PrivateLoader:
             info = replace(infos.popleft(), seeded=self._secret, iteration=mine)
             if self._secret:
                 seed_from_system()  # a data set may set one for each record
-            for path, leaf in _tensors(batch):
+            for name, leaf in tensors(batch):
                 if leaf.dim() == 0 or leaf.shape[0] != info.rows:
                     raise ValueError(
-                        f"{path} of the batch has shape {tuple(leaf.shape)} for {info.rows} records; every tensor that "
-                        f"collate_fn returns needs one row for each record, first"
+                        f"{name or 'the tensor'} of the batch has shape {tuple(leaf.shape)} for {info.rows} records; "
+                        f"every tensor that collate_fn returns needs one row for each record, first"
                     )
             if not info.valid:
-                batch = _zeroed(batch)
+                batch = tree_map(_zeros, batch)
             if self.on_batch is not None:
                 self.on_batch(info)
             yield batch
@@ -283,7 +283,8 @@ def check_sample_rate(sample_rate: float) -> float:
     return float(sample_rate)
 
 
-def _count(dataset: Dataset) -> int:
+def count_records(dataset: Dataset) -> int:
+    """How many the data set has. Raises ValueError where it does not know, or has no numbers for them."""
     if isinstance(dataset, IterableDataset):
         raise ValueError(
             "an IterableDataset cannot be Poisson-sampled, since its records cannot be addressed; wrap it in a "
@@ -318,7 +319,7 @@ def _places(dataset: Any) -> list[tuple[int, int]]:
         return [within[i] for i in dataset.indices]
     if isinstance(dataset, ConcatDataset):
         return [place for part in dataset.datasets for place in _places(part)]
-    return [(id(dataset), i) for i in range(_count(dataset))]
+    return [(id(dataset), i) for i in range(count_records(dataset))]
 
 
 def _plain_batch_size(loader: DataLoader, records: int) -> int | None:
@@ -342,7 +343,7 @@ def _plain_batch_size(loader: DataLoader, records: int) -> int | None:
     return batches.batch_size
 
 
-def _rates(
+def rates(
     records: int, sample_rate: float | None, expected: float | None, batch_size: int | None
 ) -> tuple[float, float]:
     """q and b = q |D| from whichever was given."""
@@ -371,21 +372,9 @@ def _rates(
     return b / records, float(b)
 
 
-def _tensors(batch: Any, path: str = "batch") -> Iterator[tuple[str, Tensor]]:
-    """(path, tensor) of every tensor in nested mappings, tuples and lists."""
-    if isinstance(batch, Tensor):
-        yield path, batch
-    elif isinstance(batch, Mapping):
-        for key, value in batch.items():
-            yield from _tensors(value, f"{path}[{key!r}]")
-    elif isinstance(batch, (tuple, list)):
-        for i, value in enumerate(batch):
-            yield from _tensors(value, f"{path}[{i}]")
-
-
 def batch_rows(batch: Any) -> int:
     """Records in a collated batch: the first dimension that all its tensors share. Raises ValueError where none is."""
-    sizes = {path: leaf.shape[0] if leaf.dim() else 0 for path, leaf in _tensors(batch)}
+    sizes = {name: leaf.shape[0] if leaf.dim() else 0 for name, leaf in tensors(batch)}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         raise ValueError(
             f"the batch's tensors have no common first dimension ({sizes}); every tensor that collate_fn returns needs "
@@ -394,21 +383,6 @@ def batch_rows(batch: Any) -> int:
     return next(iter(sizes.values()))
 
 
-def _zeroed(batch: Any) -> Any:
-    """The same structure with every tensor zero, in new memory: collate_fn may have returned the data set's own."""
-    if isinstance(batch, Tensor):
-        zero = torch.zeros_like(batch)
-        return zero.pin_memory() if batch.is_pinned() else zero
-    if isinstance(batch, Mapping):
-        zeroed = {key: _zeroed(value) for key, value in batch.items()}
-        if not isinstance(batch, MutableMapping):
-            return zeroed
-        twin = copy.copy(batch)  # keeps a BatchEncoding or ModelOutput what it is
-        twin.update(zeroed)
-        return twin
-    if isinstance(batch, tuple):
-        parts = [_zeroed(value) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    if isinstance(batch, list):
-        return [_zeroed(value) for value in batch]
-    return batch
+def _zeros(t: Tensor) -> Tensor:
+    zero = torch.zeros_like(t)  # new memory: collate_fn may have returned the data set's own
+    return zero.pin_memory() if t.is_pinned() else zero

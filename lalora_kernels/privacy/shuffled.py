@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lalora_kernels.privacy.sampling import BatchInfo, _count, batch_rows
+from lalora_kernels.privacy.sampling import BatchInfo, batch_rows, count_records
 
 
 class ShuffledLoader:
@@ -20,7 +20,7 @@ class ShuffledLoader:
         if not data.batch_size:
             raise ValueError("this DataLoader has no batch_size; give it one, or use Poisson sampling")
         self.expected_batch_size = float(data.batch_size)
-        self.sample_rate = min(1.0, data.batch_size / max(_count(data.dataset), 1))
+        self.sample_rate = min(1.0, data.batch_size / max(count_records(data.dataset), 1))
 
     def __len__(self) -> int:
         """Batches in a pass."""

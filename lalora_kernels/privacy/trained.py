@@ -12,8 +12,8 @@ from torch.nn.parameter import is_lazy
 from lalora_kernels.adapted import Adapted
 from lalora_kernels.privacy.recorders import Site
 from lalora_kernels.privacy.rules import rule_of
-from lalora_kernels.privacy.sampling import _tensors as _tensors_in
 from lalora_kernels.privacy.ties import kind_of
+from lalora_kernels.privacy.trees import leaves
 
 FACTOR_ROLES = ("lora_A", "lora_B")
 
@@ -95,20 +95,20 @@ def refuse_hooks(use: Use) -> None:
 
 def refuse_upstream(inputs: Any, sites: Sequence[Site]) -> None:
     """Raise ValueError where a forward's inputs were computed by a parameter that is none of the sites'."""
-    given = [t for _, t in _tensors_in(inputs) if t.requires_grad]
+    given = [t for t in leaves(inputs) if t.requires_grad]
     if not given:
         return
     known = {id(s.param) for s in sites}
     nodes = [t.grad_fn for t in given if t.grad_fn is not None]
-    leaves, seen = [t for t in given if t.grad_fn is None], set(nodes)
+    ends, seen = [t for t in given if t.grad_fn is None], set(nodes)
     for node in nodes:  # which grows meanwhile
         if (leaf := getattr(node, "variable", None)) is not None:
-            leaves.append(leaf)
+            ends.append(leaf)
         for before, _ in node.next_functions:
             if before is not None and before not in seen:
                 seen.add(before)
                 nodes.append(before)
-    for leaf in leaves:
+    for leaf in ends:
         if isinstance(leaf, nn.Parameter) and id(leaf) not in known:
             raise ValueError(
                 f"the model's input is computed by a trainable parameter of shape {tuple(leaf.shape)} that is not "
