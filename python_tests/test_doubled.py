@@ -70,7 +70,7 @@ def test_a_model_passes_that_trains_in_its_own_precision(middle):
     torch.manual_seed(0)
     model = chain(middle())
     optimizer = first_step(model)
-    assert not optimizer.engine.check_pending  # it was checked
+    assert optimizer.per_sample_checked  # it was checked
     assert middle is not Generating or model.middle.config.use_cache
 
 
@@ -98,7 +98,7 @@ class Lazy(nn.Module):
 @pytest.mark.parametrize("start", [None, torch.zeros(1)])
 def test_a_buffer_that_the_first_forward_makes(start):
     optimizer = first_step(chain(Lazy(start, follows=False)))
-    assert not optimizer.engine.check_pending
+    assert optimizer.per_sample_checked
     with pytest.raises(ValueError, match=r"the buffer middle\.made follows the records of a batch"):
         first_step(chain(Lazy(start, follows=True)))
 

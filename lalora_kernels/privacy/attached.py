@@ -1,6 +1,6 @@
 """What ties an engine to its model: the sites and recorders of what trains, the hooks, and the way back."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from lalora_kernels.privacy.ties import tie
 from lalora_kernels.privacy.trained import Use, refuse_hooks, trained_tensors
 from lalora_kernels.privacy.workspace import Workspace
 
+if TYPE_CHECKING:
+    from lalora_kernels.privacy.model_check import ModelCheck
+
 
 class Attached:
     """The engine's part of that; ``Engine`` makes what is declared here."""
@@ -27,8 +30,7 @@ class Attached:
     structure: Structure
     batch: BatchInfo | None
     strict: bool
-    check_pending: bool
-    _checks: bool
+    model_check: "ModelCheck | None"
     _ddp: Any
     _handles: list[Any]
     _buffers: Workspace
@@ -69,8 +71,8 @@ class Attached:
         found = self.structure.factors(self.sites, self.recorders)
         if self.structure.looks > looks:
             self._refuse_layers()
-            if looks:
-                self.check_pending = self._checks
+            if looks and self.model_check is not None:
+                self.model_check.ask_again()
         return found
 
     def _add_site(self, use: Use) -> Site:

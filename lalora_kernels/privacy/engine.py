@@ -5,9 +5,10 @@
 the noisy, smoothed gradient into ``p.grad``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from lalora_kernels.privacy.structure import Structure
 from lalora_kernels.privacy.trained import refuse_upstream
 from lalora_kernels.privacy.workspace import Workspace
 
+if TYPE_CHECKING:
+    from lalora_kernels.privacy.model_check import ModelCheck  # whose checks make an Engine of their own
 
 class Engine(Attached):
     """See the module's docstring; users meet it through ``make_private``."""
@@ -44,7 +47,8 @@ class Engine(Attached):
         loss_reduction: str,
         charge: Callable[[], None],
         backend: str | None = None,
-        check: bool | str = False,
+        strict: bool = False,
+        model_check: "ModelCheck | None" = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         group: Group | None = None,
     ):
@@ -53,13 +57,7 @@ class Engine(Attached):
         self.smoothing, self.loss_reduction, self.charge, self.backend = smoothing, loss_reduction, charge, backend
         self.grad_scaler, self.group = grad_scaler, group
         self._ddp = quiet_ddp(model)
-        self.strict, self._checks = bool(check), check is True
-        self.check_pending = self._checks  # no batch had two records to compare yet
-        self.padding: Any = None  # a PaddingCheck
-        self.own_loss: Any = None  # an OwnLossCheck
-        self._singles: Any = None  # a Singles, while batches of one record wait for the check
-        self._checked: set[tuple[bool, ...]] = set()  # which modules were in train mode
-        self._unchecked = False  # records were told apart in a batch before the check
+        self.strict, self.model_check = strict, model_check
         self.forwarded = False  # the model itself has seen this physical batch
         self.sites: list[Site] = []
         self.recorders: list[Recorder] = []
@@ -104,30 +102,17 @@ class Engine(Attached):
         refuse_upstream((args, kwargs), self.sites)
         if self.auto_batch is not None:
             self.auto_batch.measure(self, model, args, kwargs)
-        modes = self.structure.modes() if self._checks else ()
-        if (self.check_pending or self._checked and modes not in self._checked) and self.batch.valid:
-            from lalora_kernels.privacy.first_batch import check_inputs  # it builds an Engine of its own
-            from lalora_kernels.privacy.singles import Singles
+        if self.model_check is not None:
+            self.model_check(self, model, args, kwargs)
 
-            batch, self.batch = self.batch, None  # the check runs a copy: what is the model's own refuses meanwhile
-            try:
-                if batch.valid >= 2:
-                    found = check_inputs(model, args, kwargs, batch.rows)
-                else:
-                    self._singles = self._singles or Singles()
-                    found = self._singles.check(model, args, kwargs) if batch.rows == 1 else None
-            finally:
-                self.batch = batch
-            if found is not None:
-                self.reduction.tied |= found.tied
-                self.reduction.owns |= found.owns
-                self.turn(found.sequence_first, found.idle)
-                self.check_pending, self._singles = False, None
-                self._checked.add(modes)
-        if self.padding is not None and not self.graphing:
-            self.padding(model, args, kwargs)
-        if self.own_loss is not None and self.reduction.owns and not self.graphing and self.batch.valid >= 2:
-            self.reduction.tied |= self.own_loss(model, args, kwargs, self.batch.rows)
+    @contextmanager
+    def between_batches(self) -> Iterator[None]:
+        """A block in which there is no batch, so that a private backward refuses."""
+        batch, self.batch = self.batch, None
+        try:
+            yield
+        finally:
+            self.batch = batch
 
     def check_rows(self, rows: int) -> None:
         """The model was called with gradients on; all that a compiled model tells."""
@@ -144,25 +129,8 @@ class Engine(Attached):
             )
         self.forwarded = True
 
-    def turn(self, sequence_first: frozenset[str], idle: frozenset[str] = frozenset()) -> None:
-        """These modules are given positions first and records second; of ``idle`` ones beside them nothing is known."""
-        if sequence_first and (unknown := sorted(r.name for r in self.recorders if r.name in idle)):
-            raise ValueError(
-                f"{', '.join(unknown)}: did not run in the first batch, and other layers of this model are given "
-                f"positions first, so nothing shows along which axis its records would be; name it in exclude_modules, "
-                f"or have it run in every batch"
-            )
-        turned = {r.name for r in self.recorders if r.batch_axis == 1}
-        if self._checked and (both := sorted((turned ^ sequence_first) - idle)):
-            raise ValueError(
-                f"{', '.join(both)}: positions come before records there in one mode of the model, and behind them in "
-                f"another, so their gradients cannot be taken apart; train in one mode, or name it in exclude_modules"
-            )
-        if sequence_first and self._unchecked:
-            raise RuntimeError(
-                f"{', '.join(sorted(sequence_first))}: positions come before records there, which the batches before "
-                f"this one, of records that are all alike, could not show; their gradients were taken apart wrongly"
-            )
+    def turn(self, sequence_first: frozenset[str]) -> None:
+        """These modules are given positions first and records second, (T, N, ...)."""
         for recorder in self.recorders:
             if recorder.name in sequence_first:
                 recorder.batch_axis = 1
@@ -297,7 +265,8 @@ class Engine(Attached):
         if self._passed:
             raise RuntimeError(PASSED)
         batch, sites = self.batch, self.active
-        self._unchecked |= self.check_pending and batch.valid >= 2
+        if self.model_check is not None:
+            self.model_check.stepped(batch.valid)
         if self.strict and not self.forwarded and any(s.marked for s in sites):
             raise RuntimeError(
                 "a backward was recorded, but the model that make_private was given was not called on this batch (its "

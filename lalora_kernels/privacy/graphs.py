@@ -74,7 +74,6 @@ class GraphedBackward:
         if type(rows) is not int or rows < 1:
             raise ValueError(f"rows is a whole number >= 1, got {rows!r}")
         self.engine, self.backward, self.rows = engine, backward, rows
-        self._checks = engine.check_pending
         self._graphs: dict[tuple, Graph] = {}
         self._looks = engine.structure.looks
         self._pool: Any = None
@@ -92,7 +91,7 @@ class GraphedBackward:
             )
         if wrong := [tuple(t.shape) for t in batch if not t.dim() or t.shape[0] != e.batch.rows]:
             raise ValueError(f"tensors of shapes {wrong} in a batch of {e.batch.rows} records")
-        if self._checks and (e.check_pending or e.reduction.looks):  # the first batches' checks read values
+        if e.model_check is not None and (e.model_check.pending or e.reduction.looks):  # these checks read values
             self.backward(*batch)
             return
         if self._looks != e.structure.looks:  # other modules than were captured

@@ -17,10 +17,9 @@ from lalora_kernels.privacy.distributed import find_group, refuse_sharded
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.privacy.microbatch import AutoBatch
+from lalora_kernels.privacy.model_check import ModelCheck
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.optimizer import MARK, PrivateOptimizer
-from lalora_kernels.privacy.own_loss import OwnLossCheck
-from lalora_kernels.privacy.padding import PaddingCheck
 from lalora_kernels.privacy.postprocess import EXPERIMENTAL
 from lalora_kernels.privacy.sampling import PrivateLoader
 from lalora_kernels.privacy.scaling import refuse_scaler
@@ -264,7 +263,8 @@ def make_private(
         loss_reduction=loss_reduction,
         charge=charge,
         backend=backend,
-        check=check,
+        strict=bool(check),
+        model_check=ModelCheck() if check is True else None,
         grad_scaler=grad_scaler,
         group=group,
     )
@@ -274,17 +274,13 @@ def make_private(
         engine.adaptive = adaptive
         adaptive.set_bound(engine, max_grad_norm)
     try:
-        private = PrivateOptimizer(
-            optimizer, engine, schedule, ledger, float(noise_multiplier), b, target_delta, check is True
-        )
+        private = PrivateOptimizer(optimizer, engine, schedule, ledger, float(noise_multiplier), b, target_delta)
     except BaseException:
         engine.detach()
         raise
     accounts.note((site.param for site in engine.sites), ledger)
     if postprocess is not None:
         private.postprocess = postprocess(engine)
-    if check is True:
-        engine.padding, engine.own_loss = PaddingCheck(), OwnLossCheck()
     if auto:
         engine.auto_batch = AutoBatch(loader.batch_sampler, memory_budget, schedule)
     loader.on_batch = engine.begin

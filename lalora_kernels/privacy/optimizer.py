@@ -39,12 +39,11 @@ class PrivateOptimizer(Optimizer):
         noise_multiplier: float,
         expected_batch_size: float,
         target_delta: float | None,
-        check: bool = True,
     ):
         # The base class is not initialized: its state is the wrapped optimizer's, by the properties below.
         self.original_optimizer, self.engine, self.schedule, self.ledger = optimizer, engine, schedule, ledger
         self._noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
-        self.target_delta, self._check_asked = target_delta, check
+        self.target_delta = target_delta
         self.round = self.local_step = 1
         self._versions_count = False
         self._private = {id(site.param) for site in engine.sites}  # which the sites hold, so these ids are theirs
@@ -127,7 +126,8 @@ class PrivateOptimizer(Optimizer):
     @property
     def per_sample_checked(self) -> bool:
         """Whether per-sample gradients of two records were compared with single backwards (make_private's check)."""
-        return self._check_asked and not self.engine.check_pending
+        check = self.engine.model_check
+        return check is not None and not check.pending
 
     @property
     def loss_reduction_checked(self) -> bool:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lalora_kernels.privacy.first_batch import Found, check_inputs
-from lalora_kernels.privacy.trees import have_rows, leaves, of_rows, tree_map
+from lalora_kernels.privacy.trees import form, have_rows, leaves, of_rows, tree_map
 
 KEPT = 8  # shapes: a sentence that is a batch of its own is as long as it is
 
@@ -18,7 +18,7 @@ class Singles:
     def check(self, model: nn.Module, args: tuple, kwargs: dict) -> Found | None:
         """``check_inputs`` of this record and an earlier one of its shape; None where there is none that differs."""
         given = (args, kwargs)
-        shape = (len(args), *kwargs, *((t.shape, t.dtype, t.device) for t in leaves(given)))
+        shape = (form(given), *((t.shape, t.dtype, t.device) for t in leaves(given)))
         earlier = self._kept.pop(shape, None)  # the later one is kept, as the first may not be finite
         self._kept[shape] = tree_map(lambda t: t.detach().clone(), given)
         if len(self._kept) > KEPT:

@@ -47,6 +47,16 @@ def tree_map(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
     return tree
 
 
+def form(tree: Any) -> Any:
+    """What a call's arguments are but for their numbers, to be compared: which there are by name, and what the switches
+    among them say (True, None, "mlm"); of lists, which may hold a text for each record, that there is one."""
+    if isinstance(tree, Mapping):
+        return frozenset((key, form(value)) for key, value in tree.items())
+    if isinstance(tree, tuple):
+        return tuple(form(value) for value in tree)
+    return tree if tree is None or isinstance(tree, (bool, str)) else type(tree)
+
+
 def to_double(tree: Any) -> Any:
     """The same with its floating-point tensors in float64."""
     return tree_map(lambda t: t.double() if t.is_floating_point() else t, tree)

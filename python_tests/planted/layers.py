@@ -3,6 +3,7 @@
 from planted.fault import ENGINE, FEDERATED, MAKE, OPTIMIZER, RECORDERS, REDUCTION, RULES, SAMPLING, TIES, fault
 
 AUTOGRAD, FIRST_BATCH = "lalora_kernels/autograd.py", "lalora_kernels/privacy/first_batch.py"
+MODEL_CHECK = "lalora_kernels/privacy/model_check.py"
 OWN_LOSS, STRUCTURE = "lalora_kernels/privacy/own_loss.py", "lalora_kernels/privacy/structure.py"
 
 LAYERS = (
@@ -164,8 +165,8 @@ LAYERS = (
     ),
     fault(
         "batches before the check could find positions first are forgotten",
-        ENGINE,
-        "        self._unchecked |= self.check_pending and batch.valid >= 2\n",
+        MODEL_CHECK,
+        "        self._late |= self.pending and valid >= 2\n",
         "",
         "sequence_first",
     ),
@@ -185,10 +186,17 @@ LAYERS = (
     ),
     fault(
         "the check of one mode taken for the other's",
-        ENGINE,
-        "or self._checked and modes not in self._checked",
-        "",
+        MODEL_CHECK,
+        "call = engine.batch, (engine.structure.modes(), form((args, kwargs)))",
+        "call = engine.batch, (form((args, kwargs)),)",
         "first_batch",
+    ),
+    fault(
+        "the check of one call taken for another's",
+        MODEL_CHECK,
+        "call = engine.batch, (engine.structure.modes(), form((args, kwargs)))",
+        "call = engine.batch, (engine.structure.modes(),)",
+        "calls",
     ),
     fault(
         "a trained tensor before the model left to autograd",
@@ -255,9 +263,9 @@ LAYERS = (
     ),
     fault(
         "padding that is content let through",
-        ENGINE,
-        "            self.padding(model, args, kwargs)\n",
-        "            pass\n",
+        MODEL_CHECK,
+        "        self._padding(model, args, kwargs)\n",
+        "",
         "padding",
     ),
     fault(
@@ -291,7 +299,7 @@ LAYERS = (
     fault(
         "a layer put in between two steps is not checked",
         "lalora_kernels/privacy/attached.py",
-        "                self.check_pending = self._checks\n",
+        "                self.model_check.ask_again()\n",
         "                pass\n",
         "refusals",
     ),
