@@ -1,6 +1,7 @@
 """What make_private asks of the model itself at the first batch: whether records mix, or are written down."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,13 +10,15 @@ from torch import Tensor, nn
 from lalora_kernels.adapted import Adapted
 from lalora_kernels.privacy.checks import (
     RTOL,
+    Coupled,
     Unreached,
     compare,
     watch_modules,
 )
 from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.drawn import Drawn
-from lalora_kernels.privacy.own_loss import tied, without_rows
+from lalora_kernels.privacy.kept import Attributes, Place, tied_attributes
+from lalora_kernels.privacy.own_loss import ORDERS, tied, without_rows
 from lalora_kernels.privacy.own_mode import Weigh, compare_alike, compare_in_own_mode
 from lalora_kernels.privacy.trees import have_rows, leaves, of_rows, to_double
 from lalora_kernels.privacy.twin import Apart, double, take_modes
@@ -33,17 +36,18 @@ SHARED = (
     "taken for one; give it an axis more (mask[None])."
 )
 DRAWS = 4  # of a model that draws at random: a permutation of four rows that mixes none comes once in six
+Seen = tuple[Any, dict[Place, list[Tensor]], bool]  # a forward's output, what it left on the model, whether it drew
 Run = tuple[list[tuple[str, list[Tensor]]], bool]  # (module, its outputs) in order of execution; whether it drew
 
 
 class Found(NamedTuple):
     """What the check of a first batch tells of a model that passes."""
 
-    tied: set[str]  # its own losses that tie records together (own_loss)
+    tied: set[Any]  # its own losses that tie records together (own_loss), and such attributes (kept)
     sequence_first: frozenset[str]  # trained modules that have positions along the first axis, records along the second
     idle: frozenset[str]  # trained modules that did not run
     drawn: bool = False  # the model draws at random
-    owns: bool = False  # it returns what has no row for each record, as a loss
+    owns: bool = False  # it returns what has no row for each record, as a loss, or leaves something on its modules
 
 
 def check_inputs(
@@ -121,17 +125,19 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
     trained layer, where rows in another order would be taken for the others' even if they are put back behind it. A
     model that draws at random is asked again with other draws and (a, b, a, b): a permutation may change no row. A
     buffer that follows activations (running statistics, a centre) would leave the training without noise, and so would
-    a frozen tensor. A trained layer may have the records along its second axis instead, if it always has.
+    a frozen tensor. A trained layer may have the records along its second axis instead, if it always has. Where a
+    forward leaves anything on a module, all is asked once more of a model on which none has: what the first batch's
+    records set (``if self.mean is None``) would be the same for all that follow.
     """
     twin = double(model)
     take_modes(twin, model)
     two = to_double(two)
-    buffers, parameters, apart = Buffers(twin), Parameters(twin), Apart(model, twin)
+    buffers, parameters, attributes, apart = Buffers(twin), Parameters(twin), Attributes(twin), Apart(model, twin)
     after: list[dict[str, Tensor]] = []
     calls: list[tuple[str, list[Tensor]]] = []
     rowless: set[str] = set()
 
-    def forward(seed: int | None, *order: int) -> tuple[Any, bool]:
+    def forward(seed: int | None, *order: int) -> Seen:
         with torch.no_grad(), apart, Doubled(), Drawn(twin, seed) as drawn:
             inputs = of_rows(lambda t: t[list(order)], two, batched)
             try:
@@ -150,11 +156,15 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
             rowless.update(name for name, _ in without_rows(output, len(order)))
             after.append({n: b.clone() for n, b in twin.named_buffers()})
             buffers.put_back()
-        return output, drawn.any
+        return output, attributes.left(), drawn.any
 
-    def run(seed: int | None, *order: int) -> Run:
+    def anew(seed: int | None, *order: int) -> Seen:
+        attributes.put_back()
+        return forward(seed, *order)
+
+    def run(seed: int | None, *order: int, how: Callable[..., Seen] = forward) -> Run:
         calls.clear()
-        drawn = forward(seed, *order)[1]
+        drawn = how(seed, *order)[2]
         return list(calls), drawn
 
     def settled() -> None:
@@ -182,6 +192,13 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
             for (name, s), other in zip(shapes, _shapes(run(None, *DRAWN_ORDER))):
                 if name in equal:
                     axes[name].add(int(other == (name, (s[0], len(DRAWN_ORDER), *s[2:]))))
+        if left := attributes.moved():
+            try:
+                _compare(partial(run, how=anew), settled, axes, 0, ORDER)
+            except Coupled:
+                raise
+            except Exception:  # what cannot be set up twice is not judged
+                after.clear()
     finally:
         for h in handles:
             h.remove()
@@ -190,11 +207,13 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
         for seed, rows in ((0, 3), (0, 2), (1, 3)):
             forward(seed, *(0,) * rows)
         buffers.refuse_counts(*after)
-    seeds = range(2 if draws else 1) if rowless else ()
-    losses = {name for seed in seeds for name in tied(lambda *order, s=seed: forward(s, *order)[0])}
+    losses: set[Any] = set()
+    for seed in range(2 if draws else 1) if rowless or left else ():
+        outputs, kept, _ = zip(*(anew(seed, *order) for order in ORDERS))
+        losses |= tied(outputs) | tied_attributes(kept)
     idle = frozenset(name for name, found in axes.items() if not found) - {name for name, _ in shapes}
     second = frozenset(name for name, found in axes.items() if found == {1})
-    return Found(losses, second, idle, bool(draws), bool(rowless))
+    return Found(losses, second, idle, bool(draws), bool(rowless or left))
 
 
 def _compare(
@@ -223,7 +242,7 @@ def _compare(
             axes[name].add(int(turned))
             apart = (apart or turned) and len(axes[name]) == 1
         if not apart and (last or ours):
-            raise ValueError(
+            raise Coupled(
                 f"{name or 'the model'}: the output for one record depends on the other records of the batch, or its "
                 f"first axis is not the batch; per-sample clipping cannot bound such a layer. Replace it, keep it in "
                 f"eval mode where it mixes in train mode alone, or make it batch-major"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lalora_kernels.privacy.kept import watch_attributes
 from lalora_kernels.privacy.own_loss import watch, without_rows
 from lalora_kernels.privacy.trees import leaves
 
@@ -45,8 +46,8 @@ class ReductionCheck:
     def __init__(self, engine: "Engine | None" = None):
         self.engine, self.left, self.watch = engine, TRIES, WATCH
         self.seen: str | None = None
-        self.tied: set[str] = set()  # the model's own losses that tie records together
-        self.owns = False  # the model returns something that may be one
+        self.tied: set[Any] = set()  # the model's own losses that tie records together, by name or attribute
+        self.owns = False  # the model returns, or keeps, something that may be one
         self._call, self._counted, self._full = 0, 0, False
         self._picked: list[tuple[int, int]] = []  # (records, those with a gradient) of batches where some have none
         self._scaled: dict[str, tuple[float, int, int]] = {}  # uniform_weights that are neither 1 / N nor 1
@@ -65,7 +66,9 @@ class ReductionCheck:
             return
         batch = self.engine.batch
         if batch is not None and torch.is_grad_enabled():
-            watch(output, batch.rows, self.tied)
+            if self.tied:
+                watch(output, batch.rows, self.tied)
+                watch_attributes(model, self.tied)
             if batch.rows > 1 and not self.owns:  # one logit of one record looks like a loss
                 self.owns = any(t.requires_grad for _, t in without_rows(output, batch.rows))
         if self.engine.graphing or batch is None or batch.valid < 2 or batch.valid != batch.rows:

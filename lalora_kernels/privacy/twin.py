@@ -15,14 +15,18 @@ from torch.overrides import TorchFunctionMode
 
 from lalora_kernels.nn import factor_parameters
 from lalora_kernels.privacy.doubled import LOWER
+from lalora_kernels.privacy.kept import attributes
 from lalora_kernels.privacy.rules import RecordingForward
+from lalora_kernels.privacy.trees import leaves
 from lalora_kernels.quantized import dequantize_
 
 
 def double(model: nn.Module) -> nn.Module:
     """A float64 copy in eval mode whose factors are not zero, so that no factor's gradient is."""
     try:
-        memo: dict[int, Any] = {}
+        # Activations that the last forward left on a module: their graph has no copy.
+        left = [t for *_, value in attributes(model) for t in leaves(value) if t.grad_fn is not None]
+        memo: dict[int, Any] = {id(t): t.detach().clone() for t in left}
         twin = copy.deepcopy(model, memo)
         rebind(model, twin, memo)
         dequantize_(twin)
@@ -36,8 +40,8 @@ def double(model: nn.Module) -> nn.Module:
                 "a CPU), then pass make_private check='loss' for this one"
             ) from error
         raise RuntimeError(
-            f"the check of the first batch works on a copy of the model, which cannot be copied ({error}). A module "
-            f"that keeps an activation (self.last = h) should keep h.detach(); or pass make_private check=False"
+            f"the check of the first batch works on a copy of the model, which cannot be copied ({error}). An object "
+            f"of a module's that keeps an activation should keep h.detach(); or pass make_private check=False"
         ) from error
     except (TypeError, AttributeError, NotImplementedError, copy.Error, pickle.PicklingError) as error:
         if (name := _uncopied(model)) is None:
