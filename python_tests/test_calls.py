@@ -1,4 +1,4 @@
-"""Each kind of call is checked: a model may do in its second one what it did not in the first."""
+"""What a model does in a later call, by its arguments, a hook or a replaced part, is checked as its first one was."""
 
 import pytest
 import torch
@@ -53,3 +53,65 @@ def test_each_form_of_a_call_is_asked_once(monkeypatch):
 
     assert run(loss, steps=3).ledger.steps == 3
     assert asked == [set(), {"task"}, {"mask", "pair"}, {"scale"}]
+
+
+def centred(t):
+    return t - t.mean(0)
+
+
+class Centred(nn.Module):
+    def forward(self, h):
+        return centred(h)
+
+
+def replace_forward(module):
+    forward = module.forward
+    module.forward = lambda h: centred(forward(h))
+
+
+def replace_function(module):
+    module[1].forward = centred
+
+
+LATER = {
+    "hook": lambda m: m.middle.register_forward_hook(lambda module, args, out: centred(out)),
+    "hook on a trained layer": lambda m: m.first.register_forward_hook(lambda module, args, out: centred(out)),
+    "hook before": lambda m: m.middle.register_forward_pre_hook(lambda module, args: (centred(args[0]),)),
+    "hook of gradients": lambda m: m.middle.register_full_backward_hook(lambda module, g, out: (centred(g[0]),)),
+    "forward": lambda m: replace_forward(m.middle),
+    "forward that was replaced before": lambda m: replace_function(m.middle),
+    "a module in another's place": lambda m: setattr(m.middle, "0", Centred()),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_mixes_from_the_second_step_on_is_refused(name):
+    """Nothing that trains is another than before. Unseen, one record moved the sum by 1.8 C."""
+    torch.manual_seed(0)
+    model = chain(nn.Sequential(nn.Tanh(), nn.Identity()))
+    model.middle[1].forward = lambda h: h
+    optimizer, loader = private(model)
+    with pytest.raises(ValueError, match="depends? on the other records|couples"):
+        for x, y in loader.steps(2):
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            LATER[name](model)
+    assert optimizer.ledger.steps == 1
+
+
+def test_hooks_that_are_gone_again_cost_nothing(monkeypatch):
+    """Of an evaluation between two steps, say, or of tensors."""
+    asked = []
+    check = model_check.check_inputs
+    monkeypatch.setattr(model_check, "check_inputs", lambda *a: asked.append(1) or check(*a))
+    model = chain(nn.Tanh())
+    optimizer, loader = private(model)
+    for x, y in loader.steps(3):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        handle = model.middle.register_forward_hook(lambda module, args, out: out)
+        with torch.no_grad():
+            model(x)
+        handle.remove()
+    assert asked == [1]

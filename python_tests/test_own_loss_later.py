@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import lalora_kernels as lk
-from lalora_kernels.privacy import own_loss
-from lalora_kernels.privacy.own_loss import LOOKS, TRIES, OwnLossCheck, tied_in, unequal
+from lalora_kernels.privacy import own_loss_later
+from lalora_kernels.privacy.own_loss_later import LOOKS, TRIES, OwnLossCheck, tied_in, unequal
 
 F = nn.functional
 N, T = 5, 6
@@ -56,7 +56,7 @@ def test_counts_that_differ_later(shared, dropout):
 
 def test_a_few_batches_are_asked(monkeypatch):
     asks = []
-    monkeypatch.setattr(own_loss, "tied_in", lambda *a: asks.append(a) or set())
+    monkeypatch.setattr(own_loss_later, "tied_in", lambda *a: asks.append(a) or set())
     model, check = Net(), OwnLossCheck()
     for i in range(LOOKS - TRIES - 1):
         asked(model, check, RAGGED if i < 2 * TRIES else EQUAL)

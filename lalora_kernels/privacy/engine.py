@@ -31,6 +31,7 @@ from lalora_kernels.privacy.workspace import Workspace
 if TYPE_CHECKING:
     from lalora_kernels.privacy.model_check import ModelCheck  # whose checks make an Engine of their own
 
+
 class Engine(Attached):
     """See the module's docstring; users meet it through ``make_private``."""
 

@@ -208,7 +208,8 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
             forward(seed, *(0,) * rows)
         buffers.refuse_counts(*after)
     losses: set[Any] = set()
-    for seed in range(2 if draws else 1) if rowless or left else ():
+    seeds = range(2 if draws else 1) if rowless or left else ()
+    for seed in seeds:
         outputs, kept, _ = zip(*(anew(seed, *order) for order in ORDERS))
         losses |= tied(outputs) | tied_attributes(kept)
     idle = frozenset(name for name, found in axes.items() if not found) - {name for name, _ in shapes}

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lalora_kernels.privacy.first_batch import Found, check_inputs
-from lalora_kernels.privacy.own_loss import OwnLossCheck
+from lalora_kernels.privacy.own_loss_later import OwnLossCheck
 from lalora_kernels.privacy.padding import PaddingCheck
 from lalora_kernels.privacy.singles import Singles
 from lalora_kernels.privacy.trees import form

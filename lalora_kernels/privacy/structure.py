@@ -6,17 +6,20 @@ from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lalora_kernels.adapted import Factors, Tensors, factors_of, submodules
 from lalora_kernels.privacy.accounts import AGAIN
 from lalora_kernels.privacy.recorders import Recorder, Site
 
 HOLDING = ("_modules", "_parameters")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _trains, _training, _values = attrgetter("requires_grad"), attrgetter("training"), methodcaller("values")
 
 
 class Structure:
-    """What a model consists of: its modules, what each holds, and the factors of the adapted ones.
+    """What a model consists of: its modules, what each holds and is replaced or hooked by, and the factors of the
+    adapted ones.
 
     A step compares the modules with what they held last time, in a few calls of built-in functions: a model of 12
     layers has 250 modules and as many tensors. Only where that differs (a frozen module was added, say) is all looked
@@ -31,6 +34,9 @@ class Structure:
         self._holding: dict[str, list[Any]] = {}  # its dictionaries of children and of tensors
         self._sizes: list[int] = []
         self._held: list[Any] = []  # what stands in them, side by side
+        self._forwards: list[Any] = []  # what stands in the place of each module's own, or None
+        self._hooks: list[Any] = []
+        self._handles = -1  # torch's number for the next hook of all, which moves wherever one is put
         self._frozen: list[nn.Parameter] = []
         self._factors: Factors = []
 
@@ -53,6 +59,8 @@ class Structure:
         self._parts, self._attributes = modules, [vars(module) for module in modules]
         self._holding = {name: [getattr(module, name) for module in modules] for name in HOLDING}
         self._sizes, self._held = list(map(len, self._dicts())), list(self._contents())
+        self._forwards = list(map(dict.get, self._attributes, repeat("forward")))
+        self._handles, self._hooks = RemovableHandle.next_id, self._hooks_now()
         tensors = (p for held in self._holding["_parameters"] for p in held.values() if p is not None)
         self._frozen = [p for p in tensors if p not in known]
         self._factors = factors_of(modules, told)
@@ -61,6 +69,15 @@ class Structure:
     def modes(self) -> tuple[bool, ...]:
         """Which modules were in train mode, of those that there were at the last look."""
         return tuple(map(_training, self._parts))
+
+    def _hooks_now(self) -> list[Any]:
+        return [hook for held in self._attributes for kind in HOOKS for hook in held[kind].values()]
+
+    def _same_hooks(self) -> bool:
+        if self._handles != RemovableHandle.next_id:  # a tensor's, say, or those of an evaluation, which are gone again
+            now, self._handles = self._hooks_now(), RemovableHandle.next_id
+            return len(now) == len(self._hooks) and all(map(is_, now, self._hooks))
+        return True
 
     def _dicts(self) -> Iterator[Any]:
         return chain.from_iterable(self._holding.values())
@@ -73,6 +90,8 @@ class Structure:
             all(all(map(is_, map(dict.get, self._attributes, repeat(n)), held)) for n, held in self._holding.items())
             and list(map(len, self._dicts())) == self._sizes  # or what moved from one to the next would not show
             and all(map(is_, self._contents(), self._held))
+            and all(map(is_, map(dict.get, self._attributes, repeat("forward")), self._forwards))
+            and self._same_hooks()
             and not any(map(_trains, self._frozen))
         )
 

@@ -3,7 +3,7 @@
 from planted.fault import ENGINE, FEDERATED, MAKE, OPTIMIZER, RECORDERS, REDUCTION, RULES, SAMPLING, TIES, fault
 
 AUTOGRAD, FIRST_BATCH = "lalora_kernels/autograd.py", "lalora_kernels/privacy/first_batch.py"
-MODEL_CHECK = "lalora_kernels/privacy/model_check.py"
+MODEL_CHECK, KEPT = "lalora_kernels/privacy/model_check.py", "lalora_kernels/privacy/kept.py"
 OWN_LOSS, STRUCTURE = "lalora_kernels/privacy/own_loss.py", "lalora_kernels/privacy/structure.py"
 
 LAYERS = (
@@ -236,14 +236,14 @@ LAYERS = (
     fault(
         "a model's own loss may tie records together",
         OWN_LOSS,
-        "far > RTOL * scale",
-        "far > scale",
+        ".abs() > RTOL * size",
+        ".abs() > size",
         "own_loss",
     ),
     fault(
         "terms that a model adds in train mode alone are not asked",
         FIRST_BATCH,
-        "seeds = range(2 if draws else 1) if rowless else ()",
+        "seeds = range(2 if draws else 1) if rowless or left else ()",
         "twin.eval(); seeds = (0,)",
         "own_loss",
     ),
@@ -297,11 +297,39 @@ LAYERS = (
         "refusals",
     ),
     fault(
-        "a layer put in between two steps is not checked",
+        "a layer put in the place of another between two steps is not checked",
         "lalora_kernels/privacy/attached.py",
         "                self.model_check.ask_again()\n",
         "                pass\n",
-        "refusals",
+        "calls",
+    ),
+    fault(
+        "a hook put in between two steps is not seen",
+        STRUCTURE,
+        "            and self._same_hooks()\n",
+        "",
+        "calls",
+    ),
+    fault(
+        "a forward replaced between two steps is not seen",
+        STRUCTURE,
+        '            and all(map(is_, map(dict.get, self._attributes, repeat("forward")), self._forwards))\n',
+        "",
+        "calls",
+    ),
+    fault(
+        "a loss that the forward keeps on a module is let through",
+        KEPT,
+        "    t.register_hook(refuse)\n",
+        "",
+        "kept",
+    ),
+    fault(
+        "a state that the first batch sets is taken for the model's own",
+        FIRST_BATCH,
+        "    def anew(seed: int | None, *order: int) -> Seen:\n        attributes.put_back()\n",
+        "    def anew(seed: int | None, *order: int) -> Seen:\n",
+        "kept",
     ),
     fault(
         "a graph of the model as it was is replayed",
