@@ -330,6 +330,21 @@ class TestRareClasses:
             for i in range(1 if classes > 2 else 2 if dtype == torch.float32 else 4):
                 look(check, lambda z: F.cross_entropy(z, rare, weight), N, classes, seed=i, dtype=dtype)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("classes, loss_reduction", [(2, "mean"), (3, "sum")])
+    @pytest.mark.parametrize("factor", [0.3, 4.0])
+    def test_a_weighted_mean_times_a_number(self, factor, classes, loss_reduction, dtype):
+        """Its shares add up to that number in every batch; in the first one alone they may do so by chance."""
+        check = checking.ReductionCheck(Told(loss_reduction))
+        weight = torch.tensor([1.0, 5.0, 2.0])[:classes]
+        with pytest.raises(ValueError, match="class weights"):
+            for i in range(12):
+                n, generator = 4 + i % 3, torch.Generator().manual_seed(i)
+                y = torch.randint(0, classes, (n,), generator=generator)
+                look(check, lambda z: factor * F.cross_entropy(z.float(), y, weight), n, classes, seed=i,  # noqa: B023
+                     dtype=dtype)  # fmt: skip
+        assert i >= 2
+
     def test_labels_that_are_missing_late(self):
         check = checking.ReductionCheck(Told("mean"))
         for i in range(50):
@@ -338,7 +353,8 @@ class TestRareClasses:
             look(check, lambda z: F.cross_entropy(z, torch.where(torch.arange(N) == 2, -100, labels(N))), N, V)
 
     @pytest.mark.parametrize("classes", [2, 3, V])
-    @pytest.mark.parametrize("loss", ["plain", "sum", "smoothed", "soft", "focal", "weighted by N", "logistic"])
+    @pytest.mark.parametrize("loss", ["plain", "sum", "smoothed", "soft", "focal", "weighted by N", "logistic",
+                                      "weighted, times a number", "weighted sum"])  # fmt: skip
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_losses_of_each_record_alone_pass(self, loss, classes, dtype):
         check = checking.ReductionCheck(Told("sum" if loss == "sum" else "mean"))
@@ -357,6 +373,8 @@ class TestRareClasses:
                     "soft": lambda: F.cross_entropy(z, q / q.sum(1, keepdim=True)),
                     "focal": lambda: ((1 - (-each).exp()) ** 2 * each).mean(),
                     "weighted by N": lambda: (torch.linspace(1.0, 3.0, classes)[y] * each).mean(),
+                    "weighted, times a number": lambda: 0.37 * (torch.linspace(1.0, 3.0, classes)[y] * each).mean(),
+                    "weighted sum": lambda: 0.37 * (torch.linspace(1.0, 3.0, classes)[y] * each).sum(),
                     "logistic": lambda: F.binary_cross_entropy_with_logits(z, F.one_hot(y, classes).float()),
                 }[loss]()
 

@@ -4,7 +4,8 @@ The gradient of a cross-entropy with respect to the logits is k (softmax - targe
 a logistic loss k (sigmoid - target), where k is what the loss gives to that position. So logits and gradient show k:
 1 / N is a mean over records and 1 a sum, while shares of 1 that differ come from a count over the whole batch (its
 tokens, its class weights), by which each record's gradient depends on the others: no clipping bounds what one record
-changes then. Any other k is a sum divided by a number where it stays the same while N changes, a mean where k N does.
+changes then. Of shares of another number (that loss, times 1/2) several batches tell. Any other k is a sum divided by a
+number where it stays the same while N changes, a mean where k N does.
 Where records have as many positions as the batch has records, or equally many, one k fits two of them: that tells
 nothing, and the next batch is looked at. A batch's largest loss, or its few largest, leave most records without a
 gradient; so do labels that are left out. The first takes as many records of every batch, or as large a share, which the
@@ -13,7 +14,7 @@ Of other losses nothing is known here; ``check_per_sample`` takes any.
 """
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,8 @@ class ReductionCheck:
         self._watching = False  # for what the first backwards did not show
         self._axis: int | None = None  # of the classes, where lengths are still to be seen that differ
         self._before = self.left, self.watch
-        self._hits: dict[tuple[int, int], set[int] | None] = {}  # calls whose shares add up to 1; None: some did not
+        # By what output: the calls whose shares add up to one number; None: some did not.
+        self._totals: dict[tuple[int, int], dict[int, Shares] | None] = {}
 
     @property
     def looks(self) -> bool:
@@ -154,18 +156,25 @@ class ReductionCheck:
             self.left, self.watch = 1, self.watch - 1
 
     def _by_total(self, call: int, z: Tensor, dz: Tensor, rtol: float) -> str | None:
-        """ "shares" where those of every batch so far add up to 1, and "own" where they did not: weights that do not
-        depend on the batch add up to it by chance, in some, as any loss of two logits' difference may."""
-        total, certain = shares_total(z, dz, rtol)
-        if total is None:
+        """ "shares" where those of every batch so far add up to 1, or to another number that the loss is multiplied by,
+        and "own" where they did not: weights that do not depend on the batch add up to 1 by chance, in some, as any
+        loss of two logits' difference may."""
+        now = shares_of(z, dz, rtol)
+        if now is None:
             return None
         key = z.dim(), z.shape[1] if z.dim() == 2 else 0  # one for each head of a model of several
-        hits = self._hits.setdefault(key, set())
-        if hits is None or abs(total - 1.0) > rtol:
-            self._hits[key] = None
+        seen = self._totals.setdefault(key, {})
+        if seen is None or any(abs(now.total - other.total) > rtol * other.total for other in seen.values()):
+            self._totals[key] = None
             return "own"
-        hits.add(call)
-        if len(hits) >= (1 if certain else 2 if rtol < RTOL_HALF else 4):
+        seen[call] = now
+        needed = 1 if now.certain else 2 if rtol < RTOL_HALF else 4
+        if abs(now.total - 1.0) <= rtol:
+            if len(seen) >= needed:
+                return "shares"
+        elif now.even:  # a mean times that number, or one class
+            return None
+        elif len(uneven := [s for s in seen.values() if not s.even]) >= needed + 2 and renormalized(uneven, rtol):
             return "shares"
         self._look_again()
         return None
@@ -273,19 +282,36 @@ def coarse(dz: Tensor, rtol: float) -> bool:
     return bool(((size > 0) & (size < info.tiny * info.eps / rtol)).any())
 
 
-def shares_total(z: Tensor, dz: Tensor, rtol: float) -> tuple[float | None, bool]:
-    """The sum of all k, and whether it could hardly be another loss's; None for a mean, and where nothing shows."""
+class Shares(NamedTuple):
+    """What shows of k, by which one batch's loss weighs its positions, where they may be divided by a count."""
+
+    total: float
+    largest: float
+    records: int
+    even: bool  # all positions, or all records, have as much
+    certain: bool  # it could hardly be another loss's
+
+
+def renormalized(seen: list[Shares], rtol: float) -> bool:
+    """Whether the largest k follows the batch, as a weight does that is divided by the sum of all: what a record or
+    class has for itself it has in every batch, or an N-th of it."""
+    tops = ([s.largest for s in seen], [s.largest * s.records for s in seen])
+    return all(max(top) - min(top) > 2 * rtol * max(top) for top in tops)
+
+
+def shares_of(z: Tensor, dz: Tensor, rtol: float) -> Shares | None:
+    """Of logits z (N, ...) and their gradient; None for a mean, and where nothing shows."""
     k, certain = _weights(z, dz, rtol)
     if k is None or not k.any():
-        return None, False
+        return None
     axis = class_axis(z, dz) if z.dim() > 1 else None
     p = torch.sigmoid(z.abs()) if axis is None else z.float().softmax(axis).amax(axis)
     zero = dz == 0 if axis is None else (dz == 0).all(axis)
-    records = k.sum(1)
-    mean = [t[t != 0] * len(z) - 1 for t in (records, k)]
-    if (zero & (p > CERTAIN)).any() or any((t.abs() <= 2 * rtol).all() for t in mean):  # what is lost, or is no share
-        return None, False
-    return float(records.sum()), certain
+    units = [t[t != 0] for t in (k.sum(1), k)]
+    if (zero & (p > CERTAIN)).any() or any(((t * len(z) - 1).abs() <= 2 * rtol).all() for t in units):
+        return None  # what is lost, or is no share
+    even = any(bool(t.max() - t.min() <= 2 * rtol * t.max()) for t in units)
+    return Shares(float(k.sum()), float(k.max()), len(z), even, certain)
 
 
 def uniform_weights(z: Tensor, dz: Tensor, rtol: float) -> dict[str, tuple[float, int, int]]:

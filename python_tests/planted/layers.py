@@ -304,6 +304,13 @@ LAYERS = (
         "calls",
     ),
     fault(
+        "a mean over class weights times a number is let through",
+        REDUCTION,
+        "and renormalized(uneven, rtol):",
+        "and False:",
+        "reduction",
+    ),
+    fault(
         "a hook put in between two steps is not seen",
         STRUCTURE,
         "            and self._same_hooks()\n",
