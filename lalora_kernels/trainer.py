@@ -28,7 +28,7 @@ from lalora_kernels.privacy.optimizer import PrivateOptimizer
 from lalora_kernels.privacy.sampling import PrivateLoader, count_records
 from lalora_kernels.privacy.trained import refuse_frozen
 from lalora_kernels.trainer_batches import LogicalBatch, PrivateBatches
-from lalora_kernels.trainer_loss import logits_of, record_losses
+from lalora_kernels.trainer_loss import find_shift, is_own, logits_of, record_losses
 from lalora_kernels.trainer_refusals import (
     refuse_arguments,
     refuse_batch_size,
@@ -44,7 +44,6 @@ if not hasattr(Trainer, "_prepare_for_training"):
     raise ImportError("lalora_kernels.trainer needs transformers 5 or later")
 logger = logging.get_logger(__name__)
 LEDGER, ADAPTER = "ledger.json", "adapter"
-LOSS_RTOL, HALF_RTOL, TRIES = 1e-3, 1e-2, 8  # two ways to one number, in half precision; records to tell them apart by
 
 
 class PrivateTrainerMixin(_Mixed):
@@ -266,7 +265,7 @@ class PrivateTrainerMixin(_Mixed):
             )
         given = inputs if self._keeps_labels(labels) else {k: v for k, v in inputs.items() if k != "labels"}
         outputs = model(**given)
-        if self._own_loss(labels, logits_of(outputs)):
+        if is_own(labels, logits_of(outputs)):
             loss = outputs["loss"]
         else:
             loss = record_losses(
@@ -282,17 +281,8 @@ class PrivateTrainerMixin(_Mixed):
         encoder_decoder = getattr(config, "is_encoder_decoder", False)  # makes the decoder's inputs of them
         return encoder_decoder or labels.is_floating_point() or getattr(config, "num_labels", None) == 1
 
-    @staticmethod
-    def _own_loss(labels: Tensor, logits: Tensor) -> bool:
-        """Regression and multi-label targets: the model's own is a mean over records already."""
-        return labels.is_floating_point() or (labels.dim() == 1 and logits.shape[-1] == 1)
-
-    @torch.no_grad()
     def _check_loss(self, model: nn.Module, batch: Any) -> None:
-        """See by single records whether the model's own loss is the cross-entropy taken here, and whether it shifts.
-
-        Raises ValueError where it is not.
-        """
+        """See by single records which loss the model's own is; asked again of the next batch where they do not tell."""
         if getattr(getattr(self.model, "config", None), "output_router_logits", False):
             raise ValueError("output_router_logits adds a loss that ties a batch's tokens together; set it to False")
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
@@ -300,29 +290,11 @@ class PrivateTrainerMixin(_Mixed):
             self._loss_checked = True
             return
         model.eval()
-        for i in range(min(len(labels), TRIES)):
-            record = {k: v[i : i + 1] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
-            with self.compute_loss_context_manager():
-                outputs = model(**record)
-            own = outputs.get("loss") if isinstance(outputs, Mapping) else None
-            if own is not None and self._own_loss(labels, logits_of(outputs)):
-                self._loss_checked = True
-                break
-            if own is not None and not own.isfinite():
-                continue  # a record without a label that counts
-            ours = [float(record_losses(logits_of(outputs), record["labels"], shift=shift)) for shift in (False, True)]
-            rtol = HALF_RTOL if own is not None and own.dtype.itemsize < 4 else LOSS_RTOL
-            fits = [own is not None and abs(x - float(own)) <= rtol * abs(float(own)) + 1e-6 for x in ours]
-            if not any(fits):
-                raise ValueError(
-                    f"the model's own loss of one record is {own} and the cross-entropy of its logits {ours[0]:.6g} "
-                    f"({ours[1]:.6g} with labels shifted), so it computes something else; pass compute_loss_func=..., "
-                    f"the mean over records of each record's own loss"
-                )
-            if labels.dim() == 1 or fits[0] != fits[1]:
-                self._shift, self._loss_checked = fits[1], True
-                break
+        with torch.no_grad(), self.compute_loss_context_manager():
+            shift = find_shift(model, batch)
         model.train()
+        if shift is not None:
+            self._shift, self._loss_checked = shift, True
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         return None  # the engine clips, each record's; a norm of the batch's gradient would not be private

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORED = -100  # transformers' label of positions that do not count
+RTOL, RTOL_HALF = 1e-3, 1e-2  # two ways to one number, and in half precision
+TRIES = 8  # records of a batch by which two losses are told apart
 
 
 def record_losses(logits: Tensor, labels: Tensor, *, shift: bool, label_smoothing: float = 0.0) -> Tensor:
@@ -50,3 +52,35 @@ def logits_of(outputs: Any) -> Tensor:
             "compute_loss_func=..., the mean over records of each record's own loss"
         )
     return logits
+
+
+def is_own(labels: Tensor, logits: Tensor) -> bool:
+    """Whether the model's own loss is a mean over records already: of regression and multi-label targets it is."""
+    return labels.is_floating_point() or (labels.dim() == 1 and logits.shape[-1] == 1)
+
+
+def find_shift(model: nn.Module, batch: Mapping[str, Any]) -> bool | None:
+    """Whether the model's own loss of single records is ``record_losses`` with labels shifted (causal models) or
+    without; False where ``is_own``, None where these records do not tell. ``batch`` has "labels"; the model is called
+    as it is. Raises ValueError where it is neither."""
+    labels = batch["labels"]
+    for i in range(min(len(labels), TRIES)):
+        record = {k: v[i : i + 1] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
+        outputs = model(**record)
+        logits, own = logits_of(outputs), outputs.get("loss")
+        if own is not None and is_own(labels, logits):
+            return False
+        if own is not None and not own.isfinite():
+            continue  # a record without a label that counts
+        ours = [float(record_losses(logits, record["labels"], shift=shift)) for shift in (False, True)]
+        rtol = RTOL_HALF if own is not None and own.dtype.itemsize < 4 else RTOL
+        fits = [own is not None and abs(x - float(own)) <= rtol * abs(float(own)) + 1e-6 for x in ours]
+        if not any(fits):
+            raise ValueError(
+                f"the model's own loss of one record is {own} and the cross-entropy of its logits {ours[0]:.6g} "
+                f"({ours[1]:.6g} with labels shifted), so it computes something else; pass compute_loss_func=..., the "
+                f"mean over records of each record's own loss"
+            )
+        if labels.dim() == 1 or fits[0] != fits[1]:
+            return fits[1]
+    return None

@@ -7,11 +7,12 @@ from torch import nn
 
 from lalora_kernels.adapted import Adapted, Factors
 from lalora_kernels.privacy.distributed import loud_ddp
-from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder, Site, Undo
+from lalora_kernels.privacy.recorders import InputCheck, LoRARecorder, Recorder, Undo
 from lalora_kernels.privacy.reduction import ReductionCheck
 from lalora_kernels.privacy.rules import ExtraRecorder, may_mix, refuse_mixing, refuse_tables, refuse_torchscript
 from lalora_kernels.privacy.sampling import BatchInfo
 from lalora_kernels.privacy.sentinel import refuse_foreign, take_away
+from lalora_kernels.privacy.sites import Site
 from lalora_kernels.privacy.structure import Structure
 from lalora_kernels.privacy.ties import tie
 from lalora_kernels.privacy.trained import Use, refuse_hooks, trained_tensors

@@ -20,10 +20,11 @@ from lalora_kernels.privacy.clipping import clip_weights, tensor_bound
 from lalora_kernels.privacy.distributed import Group, quiet_ddp
 from lalora_kernels.privacy.noise import NoiseSource, refuse_known_seed
 from lalora_kernels.privacy.nonfinite import NonfiniteCount
-from lalora_kernels.privacy.recorders import Recorder, Site, batch_tensor, squared_norms
+from lalora_kernels.privacy.recorders import Recorder, batch_tensor
 from lalora_kernels.privacy.rules import refuse_mixing
 from lalora_kernels.privacy.sampling import BatchInfo
 from lalora_kernels.privacy.sentinel import PASSED, SKIPPED, UNSTEPPED, refuse_gradients, stand_in, take_away
+from lalora_kernels.privacy.sites import Site, squared_norms
 from lalora_kernels.privacy.structure import Structure
 from lalora_kernels.privacy.trained import refuse_upstream
 from lalora_kernels.privacy.workspace import Workspace

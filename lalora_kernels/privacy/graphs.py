@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.noise import refuse_known_seed
-from lalora_kernels.privacy.recorders import Recorder, Site
+from lalora_kernels.privacy.recorders import Recorder
+from lalora_kernels.privacy.sites import Site
 
 WARM_UP = 3
 

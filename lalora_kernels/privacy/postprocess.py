@@ -16,7 +16,7 @@ from lalora_kernels.reference.privatize import smooth
 
 if TYPE_CHECKING:
     from lalora_kernels.privacy.engine import Engine
-    from lalora_kernels.privacy.recorders import Site
+    from lalora_kernels.privacy.sites import Site
 
 KEPT = 70 / 256  # share of white noise's variance behind [1,4,6,4,1]/16
 LAPLACE = 0.9652300527505162  # (1 + 2λ) / (1 + 4λ)^1.5 = KEPT

@@ -21,7 +21,7 @@ from lalora_kernels.quantized import bits, mixing_refusal
 
 if TYPE_CHECKING:
     from lalora_kernels.privacy.engine import Engine
-    from lalora_kernels.privacy.recorders import Site
+    from lalora_kernels.privacy.sites import Site
 
 # A head over several positions has its sum, as its norm, from float64: of terms that cancel (an outlier, its opposite
 # 500 tokens later) a float32 accumulator keeps roundings of the largest partial sum, its own and the other records',

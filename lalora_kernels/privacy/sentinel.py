@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lalora_kernels.privacy.recorders import Site
+    from lalora_kernels.privacy.sites import Site
 
 # GradScaler.step looks through p.grad for infinities; the engine does so itself, for each record.
 HARMLESS = {torch._amp_foreach_non_finite_check_and_unscale_}

@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lalora_kernels.adapted import Factors, Tensors, factors_of, submodules
 from lalora_kernels.privacy.accounts import AGAIN
-from lalora_kernels.privacy.recorders import Recorder, Site
+from lalora_kernels.privacy.recorders import Recorder
+from lalora_kernels.privacy.sites import Site
 
 HOLDING = ("_modules", "_parameters")
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from lalora_kernels.privacy.engine import Engine
-    from lalora_kernels.privacy.recorders import Site
+    from lalora_kernels.privacy.sites import Site
     from lalora_kernels.privacy.trained import Use
 
 

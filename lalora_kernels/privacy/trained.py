@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lalora_kernels.adapted import Adapted
-from lalora_kernels.privacy.recorders import Site
 from lalora_kernels.privacy.rules import rule_of
+from lalora_kernels.privacy.sites import Site
 from lalora_kernels.privacy.ties import kind_of
 from lalora_kernels.privacy.trees import leaves
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lalora_kernels.privacy.recorders import Site
+from lalora_kernels.privacy.sites import Site
 
 
 class Workspace(dict[str, Tensor]):

@@ -67,7 +67,7 @@ LAYERS = (
     ),
     fault(
         "a second use untied after make_private goes unnoticed",
-        RECORDERS,
+        "lalora_kernels/privacy/sites.py",
         "for name, module, key in self.places:",
         "for name, module, key in self.places[:1]:",
         "tied",
