@@ -22,7 +22,7 @@ class Group:
             raise RuntimeError("distributed=True needs torch.distributed.init_process_group() first")
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
-    def share_parameters(self, tensors: list[Tensor], device: torch.device) -> None:
+    def share_parameters(self, tensors: list[Tensor]) -> None:
         """Rank 0's values everywhere: ranks that start apart would stay apart."""
         with torch.no_grad():
             for t in tensors:

@@ -30,6 +30,8 @@ from lalora_kernels.privacy.trained import refuse_upstream
 from lalora_kernels.privacy.workspace import Workspace
 
 if TYPE_CHECKING:
+    from lalora_kernels.privacy.adaptive import AdaptiveClipping
+    from lalora_kernels.privacy.microbatch import AutoBatch
     from lalora_kernels.privacy.model_check import ModelCheck  # whose checks make an Engine of their own
 
 
@@ -53,6 +55,9 @@ class Engine(Attached):
         model_check: "ModelCheck | None" = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         group: Group | None = None,
+        adaptive: "AdaptiveClipping | None" = None,
+        auto_batch: "AutoBatch | None" = None,
+        usual_rows: float | None = None,
     ):
         self.model, self.clipping, self.max_grad_norm = model, clipping, max_grad_norm
         self.noise_std, self.noise, self.divisor = noise_std, noise, divisor
@@ -66,11 +71,13 @@ class Engine(Attached):
         self.expanded: set[str] = set()  # layers that were given one input for all records
         self.active: list[Site] = []
         self.batch: BatchInfo | None = None
-        self.usual_rows = divisor  # records in a physical batch, by what is public
+        self.usual_rows = divisor if usual_rows is None else usual_rows  # of a physical batch, by what is public
         self.serial = 0  # of the batch, by which a graph knows its own
         self.nonfinite, self.graphing = NonfiniteCount(), False
-        self.auto_batch: Any = None  # an AutoBatch, which measures at the first forward
-        self.adaptive: Any = None  # an AdaptiveClipping, which then moves max_grad_norm between logical batches
+        self.auto_batch = auto_batch  # until it has measured the first forward
+        self.adaptive = adaptive
+        if adaptive is not None:  # which moves max_grad_norm between logical batches
+            adaptive.set_bound(self, max_grad_norm)
         # The optimizer's schedule: returns what is called with the model's factors.
         self.next_factors: Callable[[], Callable[[Factors], None]] = lambda: lambda factors: None
         self.structure = Structure(model)
@@ -104,6 +111,7 @@ class Engine(Attached):
         refuse_upstream((args, kwargs), self.sites)
         if self.auto_batch is not None:
             self.auto_batch.measure(self, model, args, kwargs)
+            self.auto_batch = None
         if self.model_check is not None:
             self.model_check(self, model, args, kwargs)
 

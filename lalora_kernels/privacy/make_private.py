@@ -13,7 +13,7 @@ from lalora_kernels.privacy import accounts
 from lalora_kernels.privacy.accountant import LARGEST, check_delta, get_noise_multiplier, refuse_delta
 from lalora_kernels.privacy.adaptive import AdaptiveClipping
 from lalora_kernels.privacy.clipping import CLIPPING
-from lalora_kernels.privacy.distributed import find_group, refuse_sharded
+from lalora_kernels.privacy.distributed import Group, find_group, refuse_sharded
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.privacy.microbatch import AutoBatch
@@ -133,79 +133,46 @@ def make_private(
     _one_of("check", check, (True, False, "loss"))
     _one_of("loss_reduction", loss_reduction, REDUCTIONS)
     _positive("max_grad_norm", max_grad_norm)
-    if not isinstance(model, nn.Module) or not hasattr(optimizer, "param_groups"):
-        raise TypeError(
-            f"make_private takes a model, its torch optimizer and a data loader, in this order; not "
-            f"{type(model).__name__} and {type(optimizer).__name__}"
-        )
-    if lengths is not None and physical_batch_size is None:
-        raise ValueError("lengths sort the records of a batch that is split; give physical_batch_size too")
-    if isinstance(optimizer, PrivateOptimizer):
-        raise ValueError("this optimizer is private already; make_private takes the plain one")
-    for kind, why in UNFIT.items():
-        if isinstance(optimizer, kind):
-            raise ValueError(f"{type(optimizer).__name__} cannot take a private step: {why}")
-    if any(MARK in group for group in optimizer.param_groups):
-        raise ValueError(
-            "the state of a private training was loaded into the plain optimizer, so what that training spent is "
-            "forgotten; call make_private first and load the state into the optimizer that it returns"
-        )
+    _refuse_unfit(model, optimizer)
     if grad_scaler is not None:
         refuse_scaler(grad_scaler, loss_reduction)
-    refuse_sharded(model)
-    refuse_frozen(model)
     if ledger is None:
         accounts.refuse_second_account(model.parameters())
-    noise = NoiseSource() if noise is None else noise
-    group = find_group(distributed)
-    ranks: dict[str, Any] = {}
+    if lengths is not None and physical_batch_size is None:
+        raise ValueError("lengths sort the records of a batch that is split; give physical_batch_size too")
     auto = physical_batch_size == "auto"
-    largest: Any = 1 if auto else physical_batch_size
-    if auto and group is not None:
-        raise ValueError('physical_batch_size="auto" measures one process; give every rank the same number')
     if memory_budget is not None:
         _positive("memory_budget", memory_budget)
         if not auto:
             raise ValueError('memory_budget is what physical_batch_size="auto" goes by; give both')
-    if group is not None:
-        if not poisson_sampling:
-            raise ValueError("distributed steps need Poisson sampling: the ranks share one draw")
-        device = next(model.parameters()).device
-        group.share_parameters([p for p in model.parameters() if p.requires_grad], device)
-        ranks = {"source": group.sampling_source(noise, device), "rank": group.rank, "world": group.world}
+    noise = NoiseSource() if noise is None else noise
+    group = find_group(distributed)
+    if auto and group is not None:
+        raise ValueError('physical_batch_size="auto" measures one process; give every rank the same number')
     loader: Any
     if poisson_sampling:
         loader = PrivateLoader(
             data_loader,
             sample_rate=sample_rate,
             expected_batch_size=expected_batch_size,
-            physical_batch_size=largest,
+            physical_batch_size=1 if auto else physical_batch_size,  # type: ignore[arg-type]  # no other string passes
             lengths=lengths,
             noise=noise,
-            **ranks,
+            **({} if group is None else _shared(group, model, noise)),
         )
     else:
+        if group is not None:
+            raise ValueError("distributed steps need Poisson sampling: the ranks share one draw")
         if target_epsilon is not None:
             raise ValueError("target_epsilon needs Poisson sampling; give noise_multiplier, and no epsilon is claimed")
         if not sample_rate is expected_batch_size is physical_batch_size is lengths is None:
             raise ValueError("without Poisson sampling the loader's batches stay as they are; set them in the loader")
         loader = ShuffledLoader(data_loader)
-    q, b = loader.sample_rate, loader.expected_batch_size
-    if target_delta is not None and poisson_sampling:
-        refuse_delta(check_delta(target_delta, "target_delta"), len(loader.dataset))
-    if ledger is not None and ledger.target_delta is not None and poisson_sampling:
-        refuse_delta(ledger.target_delta, len(loader.dataset))
-    if (noise_multiplier is None) == (target_epsilon is None):
-        raise ValueError("give either noise_multiplier, or target_epsilon with target_delta and steps")
-    if noise_multiplier is not None and not steps is epochs is None:
-        raise ValueError(
-            "steps and epochs calibrate the noise to target_epsilon; beside noise_multiplier they would limit nothing. "
-            "Leave them out, and iterate loader.steps(n)"
-        )
-    if epochs is not None:
-        if steps is not None or type(epochs) is not int or epochs < 1:
-            raise ValueError(f"epochs is a whole number >= 1, and given instead of steps; got {epochs!r}")
-        steps = epochs * len(loader)
+    q, b = loader.sample_rate, float(loader.expected_batch_size)
+    for delta in (target_delta, None if ledger is None else ledger.target_delta):
+        if delta is not None and poisson_sampling:
+            refuse_delta(check_delta(delta, "target_delta"), len(loader.dataset))
+    steps = _steps(noise_multiplier, target_epsilon, steps, epochs, len(loader))
     if target_epsilon is not None:
         if target_delta is None or steps is None:
             raise ValueError("target_epsilon needs target_delta and steps (private steps of the training), or epochs")
@@ -258,7 +225,7 @@ def make_private(
         max_grad_norm=float(max_grad_norm),
         noise_std=float(noise_multiplier) * float(max_grad_norm),
         noise=noise,
-        divisor=float(b),
+        divisor=b,
         smoothing=smoothing,
         loss_reduction=loss_reduction,
         charge=charge,
@@ -267,12 +234,10 @@ def make_private(
         model_check=ModelCheck() if check is True else None,
         grad_scaler=grad_scaler,
         group=group,
+        adaptive=adaptive,
+        auto_batch=AutoBatch(loader.batch_sampler, memory_budget, schedule) if auto else None,
+        usual_rows=min(b, physical_batch_size) if isinstance(physical_batch_size, int) else b,
     )
-    if type(physical_batch_size) is int:
-        engine.usual_rows = min(float(b), physical_batch_size)
-    if adaptive is not None:
-        engine.adaptive = adaptive
-        adaptive.set_bound(engine, max_grad_norm)
     try:
         private = PrivateOptimizer(optimizer, engine, schedule, ledger, float(noise_multiplier), b, target_delta)
     except BaseException:
@@ -281,10 +246,54 @@ def make_private(
     accounts.note((site.param for site in engine.sites), ledger)
     if postprocess is not None:
         private.postprocess = postprocess(engine)
-    if auto:
-        engine.auto_batch = AutoBatch(loader.batch_sampler, memory_budget, schedule)
     loader.on_batch = engine.begin
     return private, loader
+
+
+def _refuse_unfit(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise TypeError or ValueError for what no private step can be made of."""
+    if not isinstance(model, nn.Module) or not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"make_private takes a model, its torch optimizer and a data loader, in this order; not "
+            f"{type(model).__name__} and {type(optimizer).__name__}"
+        )
+    if isinstance(optimizer, PrivateOptimizer):
+        raise ValueError("this optimizer is private already; make_private takes the plain one")
+    for kind, why in UNFIT.items():
+        if isinstance(optimizer, kind):
+            raise ValueError(f"{type(optimizer).__name__} cannot take a private step: {why}")
+    if any(MARK in group for group in optimizer.param_groups):
+        raise ValueError(
+            "the state of a private training was loaded into the plain optimizer, so what that training spent is "
+            "forgotten; call make_private first and load the state into the optimizer that it returns"
+        )
+    refuse_sharded(model)
+    refuse_frozen(model)
+
+
+def _shared(group: Group, model: nn.Module, noise: NoiseSource) -> dict[str, Any]:
+    """What the loader of one of several ranks is given, whose models have rank 0's parameters from now on."""
+    device = next(model.parameters()).device
+    group.share_parameters([p for p in model.parameters() if p.requires_grad])
+    return {"source": group.sampling_source(noise, device), "rank": group.rank, "world": group.world}
+
+
+def _steps(
+    noise_multiplier: float | None, target_epsilon: float | None, steps: int | None, epochs: int | None, epoch: int
+) -> int | None:
+    """Releases to calibrate the noise to, of which a pass takes ``epoch``; None beside a noise_multiplier."""
+    if (noise_multiplier is None) == (target_epsilon is None):
+        raise ValueError("give either noise_multiplier, or target_epsilon with target_delta and steps")
+    if noise_multiplier is not None and not steps is epochs is None:
+        raise ValueError(
+            "steps and epochs calibrate the noise to target_epsilon; beside noise_multiplier they would limit nothing. "
+            "Leave them out, and iterate loader.steps(n)"
+        )
+    if epochs is None:
+        return steps
+    if steps is not None or type(epochs) is not int or epochs < 1:
+        raise ValueError(f"epochs is a whole number >= 1, and given instead of steps; got {epochs!r}")
+    return epochs * epoch
 
 
 def _refuse_other_budget(ledger: Ledger, target_epsilon: float, target_delta: float) -> None:

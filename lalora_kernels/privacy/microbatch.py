@@ -63,7 +63,7 @@ class AutoBatch:
                     )
                 if three > two:
                     size = min(size, 2 + math.floor((budget - two) / (three - two)) if two <= budget else 1)
-        self.sampler.physical_batch_size, engine.auto_batch = size, None
+        self.sampler.physical_batch_size = size
 
     def _peaks(
         self, engine: Engine, model: nn.Module, args: tuple, kwargs: dict, factors: str, device: torch.device

@@ -32,7 +32,8 @@ class Site:
     released: Tensor | None = None  # the gradient last put into param.grad
     not_yet: Tensor | None = None  # what param.grad is between backward and step
     kind: str = ""  # how its gradient comes about; see ties.kind_of
-    places: list[tuple[str, nn.Module, str]] = field(default_factory=list)  # (name, module, key) of each use
+    places: list[tuple[str, nn.Module, str]] = field(init=False)  # (name, module, key) of each use
+    made_for: tuple[torch.device, torch.dtype, torch.Size] = field(init=False)  # what the tensor was when attached
     marked: bool = False  # something was recorded in this physical batch
     fused: bool = False  # ... and clipped into S on the way; G holds nothing
 
