@@ -4,6 +4,8 @@ import pytest
 import torch
 from test_first_batch import chain, private
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.hooks import RemovableHandle
 
 from lalora_kernels.privacy import model_check
 
@@ -78,6 +80,9 @@ LATER = {
     "hook on a trained layer": lambda m: m.first.register_forward_hook(lambda module, args, out: centred(out)),
     "hook before": lambda m: m.middle.register_forward_pre_hook(lambda module, args: (centred(args[0]),)),
     "hook of gradients": lambda m: m.middle.register_full_backward_hook(lambda module, g, out: (centred(g[0]),)),
+    "hook on all modules": lambda m: register_module_forward_hook(
+        lambda module, args, out: centred(out) if isinstance(module, nn.Tanh) else out
+    ),
     "forward": lambda m: replace_forward(m.middle),
     "forward that was replaced before": lambda m: replace_function(m.middle),
     "a module in another's place": lambda m: setattr(m.middle, "0", Centred()),
@@ -91,12 +96,18 @@ def test_what_mixes_from_the_second_step_on_is_refused(name):
     model = chain(nn.Sequential(nn.Tanh(), nn.Identity()))
     model.middle[1].forward = lambda h: h
     optimizer, loader = private(model)
-    with pytest.raises(ValueError, match="depends? on the other records|couples"):
-        for x, y in loader.steps(2):
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            LATER[name](model)
+    put = []
+    try:
+        with pytest.raises(ValueError, match="depends? on the other records|couples"):
+            for x, y in loader.steps(2):
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                put.append(LATER[name](model))
+    finally:
+        for handle in put:
+            if isinstance(handle, RemovableHandle):
+                handle.remove()
     assert optimizer.ledger.steps == 1
 
 

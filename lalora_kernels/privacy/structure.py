@@ -6,6 +6,7 @@ from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from lalora_kernels.adapted import Factors, Tensors, factors_of, submodules
@@ -15,6 +16,7 @@ from lalora_kernels.privacy.sites import Site
 
 HOLDING = ("_modules", "_parameters")
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+EVERYWHERE = [f"_global{kind}" for kind in HOOKS]  # of torch.nn.modules.module
 _trains, _training, _values = attrgetter("requires_grad"), attrgetter("training"), methodcaller("values")
 
 
@@ -72,7 +74,9 @@ class Structure:
         return tuple(map(_training, self._parts))
 
     def _hooks_now(self) -> list[Any]:
-        return [hook for held in self._attributes for kind in HOOKS for hook in held[kind].values()]
+        found = [held[kind] for held in self._attributes for kind in HOOKS]
+        found += [getattr(torch_module, kind) for kind in EVERYWHERE]
+        return [hook for hooks in found for hook in hooks.values()]
 
     def _same_hooks(self) -> bool:
         if self._handles != RemovableHandle.next_id:  # a tensor's, say, or those of an evaluation, which are gone again
