@@ -71,19 +71,23 @@ def traced(recorder: Any) -> tuple:
 
 
 def keep(ctx: Any, recorder: Any, token: Tensor | None) -> None:
-    """What ``traced`` gave, and of which batch this forward is."""
+    """What ``traced`` gave, of which batch this forward is, and whether it is one beside the model's own."""
     ctx.recorder, ctx.token = recorder, token
-    ctx.batch = None if recorder is None or token is not None else recorder.engine.serial
+    if recorder is not None and token is None:
+        ctx.batch, ctx.beside = recorder.engine.serial, recorder.engine.beside
 
 
 def recorder_of(ctx: Any) -> Any:
-    """The recorder that ``keep`` was given. Raises RuntimeError where its forward was one of an earlier batch."""
+    """The recorder that ``keep`` was given. Raises RuntimeError where its forward was one of an earlier batch, or one
+    beside the model and not for its input."""
     if ctx.batch != ctx.recorder.engine.serial:
         raise RuntimeError(
             f"a backward reached {ctx.recorder.name} in the graph of an earlier batch, whose rows are other records (a "
             f"loss added up over batches, with retain_graph=True?); call backward on the loss of this batch alone, and "
             f"add up loss.item()"
         )
+    if ctx.beside:
+        ctx.recorder.engine.refuse_part(ctx.recorder.name)
     return ctx.recorder
 
 

@@ -159,6 +159,7 @@ def audit_run(
         DataLoader(attacker.data, batch_size=1, collate_fn=attacker.collate),
         method=method, smoothing=smoothing, max_grad_norm=max_grad_norm, noise_multiplier=noise_multiplier,
         sample_rate=sample_rate, noise=noise, loss_reduction="sum",
+        check=kind != "dirac",  # whose canaries call layers beside their model
     )  # fmt: skip
     try:
         for step, batch in enumerate(loader.steps(steps), 1):

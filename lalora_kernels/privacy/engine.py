@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from lalora_kernels.privacy.microbatch import AutoBatch
     from lalora_kernels.privacy.model_check import ModelCheck  # whose checks make an Engine of their own
 
+PARTS = (
+    "{} was called, but not the model that make_private was given (its parts were, or a copy), so nothing has checked "
+    "which rows are whose and that records do not mix; call that model itself, or see to it with check_per_sample and "
+    "pass make_private check=False"
+)
+
 
 class Engine(Attached):
     """See the module's docstring; users meet it through ``make_private``."""
@@ -66,6 +72,7 @@ class Engine(Attached):
         self._ddp = quiet_ddp(model)
         self.strict, self.model_check = strict, model_check
         self.forwarded = False  # the model itself has seen this physical batch
+        self.within = 0  # forwards of the model itself that have begun and not ended
         self.sites: list[Site] = []
         self.recorders: list[Recorder] = []
         self.expanded: set[str] = set()  # layers that were given one input for all records
@@ -137,7 +144,17 @@ class Engine(Attached):
                 f"the model was given {rows} rows, but the loader's batch has {self.batch.rows} records; pass the "
                 f"batch as the loader yields it, batch axis first, and evaluate under torch.no_grad()"
             )
-        self.forwarded = True
+        self.forwarded, self.within = True, self.within + 1
+
+    @property
+    def beside(self) -> bool:
+        """Whether a layer that is called now is not called by the model; nor by a checkpoint, within backward."""
+        return self.strict and not self.within and torch._C._current_graph_task_id() == -1
+
+    def refuse_part(self, name: str) -> None:
+        """Raise RuntimeError for a layer that was called by itself: of what the loop does between the model's parts (a
+        mean over the batch, another order of the rows) nothing is checked."""
+        raise RuntimeError(PARTS.format(name))
 
     def turn(self, sequence_first: frozenset[str]) -> None:
         """These modules are given positions first and records second, (T, N, ...)."""
@@ -258,7 +275,7 @@ class Engine(Attached):
         self.active = trainable
 
     def clear_batch(self) -> None:
-        self._waiting = self.forwarded = False
+        self._waiting, self.forwarded, self.within = False, False, 0
         self._operations: dict[tuple, Callable] = {}
         for s in self.sites:
             s.G, s.sq, s.marked, s.fused = None, None, False, False
@@ -278,11 +295,7 @@ class Engine(Attached):
         if self.model_check is not None:
             self.model_check.stepped(batch.valid)
         if self.strict and not self.forwarded and any(s.marked for s in sites):
-            raise RuntimeError(
-                "a backward was recorded, but the model that make_private was given was not called on this batch (its "
-                "parts were, or a copy), so nothing has checked which rows are whose and that records do not mix; call "
-                "that model itself, or see to it with check_per_sample and pass make_private check=False"
-            )
+            self.refuse_part("a part of it")
         if self.auto_batch is not None:
             raise RuntimeError(
                 'physical_batch_size="auto" measures the first forward of the model that make_private was given, which '

@@ -66,7 +66,7 @@ class ReductionCheck:
     def __call__(self, model: nn.Module, args: tuple, output: Any) -> None:
         if torch.compiler.is_compiling() or self.engine is None:
             return
-        batch = self.engine.batch
+        batch, self.engine.within = self.engine.batch, max(self.engine.within - 1, 0)
         if batch is not None and torch.is_grad_enabled():
             if self.tied:
                 watch(output, batch.rows, self.tied)

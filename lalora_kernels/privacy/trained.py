@@ -94,7 +94,8 @@ def refuse_hooks(use: Use) -> None:
 
 
 def refuse_upstream(inputs: Any, sites: Sequence[Site]) -> None:
-    """Raise ValueError where a forward's inputs were computed by a parameter that is none of the sites'."""
+    """Raise ValueError where a forward's inputs were computed by a parameter that is none of the sites'. Layers that
+    computed them by the sites' (``inputs_embeds = model.embed(ids)``) were called for the model, and not beside it."""
     given = [t for t in leaves(inputs) if t.requires_grad]
     if not given:
         return
@@ -102,6 +103,8 @@ def refuse_upstream(inputs: Any, sites: Sequence[Site]) -> None:
     nodes = [t.grad_fn for t in given if t.grad_fn is not None]
     ends, seen = [t for t in given if t.grad_fn is None], set(nodes)
     for node in nodes:  # which grows meanwhile
+        if getattr(node, "beside", False):
+            node.beside = False  # type: ignore[attr-defined]  # of ours, see autograd_tools.keep
         if (leaf := getattr(node, "variable", None)) is not None:
             ends.append(leaf)
         for before, _ in node.next_functions:

@@ -304,6 +304,13 @@ LAYERS = (
         "calls",
     ),
     fault(
+        "layers that are called beside their model are let through",
+        "lalora_kernels/autograd_tools.py",
+        "    if ctx.beside:\n",
+        "    if False:\n",
+        "unseen",
+    ),
+    fault(
         "a mean over class weights times a number is let through",
         REDUCTION,
         "and renormalized(uneven, rtol):",
