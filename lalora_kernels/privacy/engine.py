@@ -149,7 +149,8 @@ class Engine(Attached):
     @property
     def beside(self) -> bool:
         """Whether a layer that is called now is not called by the model; nor by a checkpoint, within backward."""
-        return self.strict and not self.within and torch._C._current_graph_task_id() == -1
+        outside = self.strict and self.batch is not None and not self.within
+        return outside and torch._C._current_graph_task_id() == -1
 
     def refuse_part(self, name: str) -> None:
         """Raise RuntimeError for a layer that was called by itself: of what the loop does between the model's parts (a
