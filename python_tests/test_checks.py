@@ -1,5 +1,7 @@
 """check_per_sample names what mixes records."""
 
+from types import SimpleNamespace
+
 import models
 import pytest
 import torch
@@ -168,9 +170,11 @@ def test_an_uncovered_parameter_is_refused_by_name():
 
 
 class TestModelsThatCannotBeCopied:
-    def test_a_kept_activation(self):
+    def test_an_activation_that_an_object_keeps(self):
         model = chain(nn.GELU())
-        model.kept = model.first(records()[0])
+        model.kept = [model.first(records()[0])]
+        check_per_sample(model, records(), classify)  # an attribute's, or in a list or a dict of one, is
+        model.kept = SimpleNamespace(h=model.kept[0])
         with pytest.raises(RuntimeError, match=r"cannot be copied \(Only Tensors created .*should keep h\.detach\(\)"):
             check_per_sample(model, records(), classify)
 

@@ -187,17 +187,22 @@ def compare(
                 _refuse_mixing(twin, batch, loss, rows, batched, wrong)
             if once := sorted(e for e in expanded if any(n.startswith(f"{e}.") for n in wrong)):
                 raise ValueError(ONE_FOR_ALL.format(", ".join(once)))
-            names = ", ".join(wrong[:5]) + (" ..." if len(wrong) > 5 else "")
             raise Coupled(
-                f"per-sample gradients of {names} differ from those of single records: the loss couples records, or "
-                f"loss_reduction={loss_reduction!r} is not what the loss does; or a hook or a custom backward couples "
-                f"them, or a layer is given positions and no records (arange(T)[None], with a batch axis of 1, is "
-                f"taken)"
+                f"per-sample gradients of {listed(wrong)} differ from those of single records: the loss couples "
+                f"records, or loss_reduction={loss_reduction!r} is not what the loss does; or a hook or a custom "
+                f"backward couples them, or a layer is given positions and no records (arange(T)[None], with a batch "
+                f"axis of 1, is taken)"
             )
     idle = [n for n in expected if not found[n].any() and not expected[n].any()]
     if idle:
-        names = ", ".join(idle[:5]) + (" ..." if len(idle) > 5 else "")
-        warnings.warn(f"no gradient reaches {names}; what nothing reaches is trained by noise alone", stacklevel=2)
+        warnings.warn(
+            f"no gradient reaches {listed(idle)}; what nothing reaches is trained by noise alone", stacklevel=2
+        )
+
+
+def listed(names: list[str]) -> str:
+    """The first of them, for a message."""
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
 def from_one_state(twin: nn.Module, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:

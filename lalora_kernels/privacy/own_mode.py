@@ -16,6 +16,7 @@ from lalora_kernels.privacy.checks import (
     compare,
     differing,
     from_one_state,
+    listed,
     recorded_gradients,
 )
 from lalora_kernels.privacy.doubled import Doubled
@@ -109,8 +110,7 @@ def compare_alike(
     expected = {name: torch.stack((first[name][0], second[name][1])) for name in found}
     wrong = differing(found, expected)
     if wrong and gradients.same_again():
-        names = ", ".join(wrong[:5]) + (" ..." if len(wrong) > 5 else "")
         raise Coupled(
-            f"per-sample gradients of {names} depend on the other records of the batch in train mode, though no output "
-            f"does: a hook or a custom backward couples them. Replace it, or keep its module in eval mode"
+            f"per-sample gradients of {listed(wrong)} depend on the other records of the batch in train mode, though "
+            f"no output does: a hook or a custom backward couples them. Replace it, or keep its module in eval mode"
         )

@@ -5,7 +5,7 @@ kernels; ``binomial5`` stays inside them. All but "projected" leave white noise 
 does, so that they differ in what they do to the signal alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,6 +65,13 @@ def projected(grad: Tensor, other: Tensor, role: str, scaling: float, ridge: flo
     return (solved.T if role == "lora_B" else solved) / scaling**2
 
 
+def factors(sites: Sequence["Site"]) -> Iterator[tuple["Site", Tensor, int]]:
+    """(site, its released gradient, its feature axis) of every active factor."""
+    for site in sites:
+        if site.smooth_dim is not None and (grad := site.param.grad) is not None:
+            yield site, grad, site.smooth_dim
+
+
 class Along:
     """A filter along the feature axis of every active factor."""
 
@@ -73,9 +80,8 @@ class Along:
 
     @torch.no_grad()
     def __call__(self, sites: Sequence["Site"]) -> None:
-        for site in sites:
-            if site.smooth_dim is not None and (grad := site.param.grad) is not None:
-                grad.copy_(self.what(grad.float(), site.smooth_dim))
+        for _, grad, dim in factors(sites):
+            grad.copy_(self.what(grad.float(), dim))
 
 
 class OverTime:
@@ -86,9 +92,8 @@ class OverTime:
 
     @torch.no_grad()
     def __call__(self, sites: Sequence["Site"]) -> None:
-        for site in sites:
-            if site.smooth_dim is not None and (grad := site.param.grad) is not None:
-                grad.copy_(self.filter(site.name, grad.float()))
+        for site, grad, _ in factors(sites):
+            grad.copy_(self.filter(site.name, grad.float()))
 
 
 class Project:
@@ -107,10 +112,9 @@ class Project:
     def __call__(self, sites: Sequence["Site"]) -> None:
         if len({site.role for site in sites if site.smooth_dim is not None}) > 1:
             raise ValueError("the projected gradient needs a method that trains one factor at a step, such as la-lora")
-        for site in sites:
-            if site.smooth_dim is not None and (grad := site.param.grad) is not None:
-                other, scaling = self.partner[site.name].float(), self.scaling[site.name.rpartition(".")[0]]
-                grad.copy_(projected(grad.float(), other, site.role, scaling))
+        for site, grad, _ in factors(sites):
+            other, scaling = self.partner[site.name].float(), self.scaling[site.name.rpartition(".")[0]]
+            grad.copy_(projected(grad.float(), other, site.role, scaling))
 
 
 # name -> (smoothing inside the kernels, what is made of the released gradient)
