@@ -176,7 +176,7 @@ def test_the_output_may_be_changed_in_place(shape, bias):
 
 def test_a_recorded_linear_layers_output_may_be_changed_in_place():
     seen = []
-    recorder = SimpleNamespace(record=lambda dy, x: seen.append((dy, x)), engine=SimpleNamespace(serial=0))
+    recorder = SimpleNamespace(record=lambda *given: seen.append(given), engine=SimpleNamespace(serial=0, beside=False))
     linear = nn.Linear(IN, OUT).double()
     x = torch.randn(N, T, IN, dtype=torch.float64)
     y = LinearFunction.apply(x, linear.weight, linear.bias, recorder)
@@ -188,7 +188,7 @@ def test_a_recorded_linear_layers_output_may_be_changed_in_place():
 
 
 def test_a_recorded_linear_layer_under_autocast():
-    recorder = SimpleNamespace(record=lambda dy, x: None, engine=SimpleNamespace(serial=0))
+    recorder = SimpleNamespace(record=lambda dy, x: None, engine=SimpleNamespace(serial=0, beside=False))
     linear = nn.Linear(IN, OUT)
     with torch.autocast("cpu", torch.bfloat16):
         y = LinearFunction.apply(torch.randn(N, T, IN), linear.weight, linear.bias, recorder)
