@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import lalora_kernels as lk
 from lalora_kernels.privacy import noise
+from lalora_kernels.privacy.drawn import Drawn
 from lalora_kernels.privacy.sampling import PrivateLoader
 
 KEY = bytes(range(32))
@@ -140,3 +141,31 @@ class TestWhatItIsFor:
     def test_draws_of_a_private_run_are_not_known(self):
         first, second = (self.released(True, lk.NoiseSource()) for _ in range(2))
         assert (first - second).norm() > 1.0
+
+
+DRAWS = {
+    "torch": lambda: torch.rand(()),
+    "python": random.random,
+    "numpy": np.random.random,
+    "a Gaussian that numpy kept": np.random.standard_normal,  # the second of a pair moves no other state
+    "none": lambda: torch.zeros(()),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_blocks_draws_are_seen_and_given_back(name, seed):
+    def begin():
+        known_seeds()
+        np.random.standard_normal()
+
+    def draw():
+        return torch.rand(()).item(), random.random(), np.random.standard_normal(), np.random.random()
+
+    model = nn.Linear(1, 1)
+    begin()
+    expected = draw()
+    begin()
+    with Drawn(model, seed) as drawn:
+        DRAWS[name]()
+    assert drawn.any == (name != "none") and draw() == expected

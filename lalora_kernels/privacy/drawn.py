@@ -1,5 +1,6 @@
 """Random draws of a block of code: from a seed, or from where they are, and as if there had been none behind it."""
 
+import pickle
 import random
 from typing import Any
 
@@ -16,9 +17,11 @@ class Drawn:
         self.cards, self.seed, self.any = list({p.device for p in model.parameters() if p.is_cuda}), seed, False
         self.fork = torch.random.fork_rng(devices=self.cards)
 
-    def _state(self) -> str:
+    def _state(self) -> tuple:
+        """To be compared, often: as text it took longer than a small model's forward."""
         states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(card) for card in self.cards)]
-        return repr([*(t.tolist() for t in states), random.getstate(), np.random.get_state(legacy=False)["state"]])
+        numpy = pickle.dumps(np.random.get_state(legacy=False))  # with a Gaussian that waits for the next call
+        return [t.numpy().tobytes() for t in states], random.getstate(), numpy
 
     def __enter__(self) -> "Drawn":
         self.fork.__enter__()
