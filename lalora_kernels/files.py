@@ -1,11 +1,15 @@
 """Files that are either the old ones or the new ones, never half of both, and checksums of tensors."""
 
+import contextlib
 import glob
 import hashlib
 import os
+import signal
 import tempfile
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -28,6 +32,29 @@ def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)  # Ctrl-C may come right after the renaming
         raise
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block is through, for files that belong together; a second one does not."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield  # nothing raises here: it is ignored, or another thread's
+        return
+    came: list[tuple[int, FrameType | None]] = []
+
+    def later(number: int, frame: FrameType | None) -> None:
+        came.append((number, frame))
+        if len(came) > 1:
+            handler(number, frame)
+
+    signal.signal(signal.SIGINT, later)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if len(came) == 1:
+        handler(*came[0])
 
 
 def remove_temporaries(folder: Path, names: Iterable[str]) -> None:

@@ -16,8 +16,9 @@ from lalora_kernels.models import torchvision_beside_cpu_torch
 
 torchvision_beside_cpu_torch()
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # its default fails a test for a busy machine
-hypothesis.settings.load_profile("untimed")
+# Its defaults fail a test for a busy machine, and draw other cases every time; those are make fuzz's.
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("steady")
 
 _empty, _empty_like = torch.empty, torch.empty_like
 

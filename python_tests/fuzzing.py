@@ -30,7 +30,7 @@ def fuzz(strategy, examples: int = 60):
                 return
             end = time.monotonic() + 60 * MINUTES / len(TARGETS)
             while time.monotonic() < end:
-                run(hypothesis.seed(random.getrandbits(64)), max_examples=50)
+                run(hypothesis.seed(random.SystemRandom().getrandbits(64)), max_examples=50)
 
         TARGETS.append(test)
         test.__name__, test.__doc__ = body.__name__, body.__doc__

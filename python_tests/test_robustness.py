@@ -23,7 +23,7 @@ from lalora_kernels.data import BadInput
 from lalora_kernels.federated.checkpoint import load_checkpoint
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.run import Run, Watch, prepare
-from lalora_kernels.files import write_atomic
+from lalora_kernels.files import uninterrupted, write_atomic
 from lalora_kernels.privacy.accountant import show_bound
 from lalora_kernels.privacy.ledger import BudgetExceeded, Ledger, LedgerError
 
@@ -185,6 +185,36 @@ def test_ctrl_c_right_after_a_renaming_is_a_ctrl_c(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_atomic(tmp_path / "a", "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "whole"
+
+
+@pytest.mark.parametrize("file", ["ledger.json", "checkpoint.safetensors"])
+def test_ctrl_c_between_what_an_update_cost_and_the_update_waits(task, run_folder, monkeypatch, file):
+    """Else it would be paid for and lost; the second client of the second round is under way."""
+    replace, handler = os.replace, signal.getsignal(signal.SIGINT)
+
+    def interrupted(source, target):
+        replace(source, target)
+        if Path(target).name == file:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = Run.resume(run_folder)
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert len(load_checkpoint(run_folder).updates) == 2 and signal.getsignal(signal.SIGINT) is handler
+    monkeypatch.undo()
+    finishes(run_folder, task)
+    rounds = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [len(record["clients"]) for record in rounds] == [0, 2, 2, 2]
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        write_atomic(tmp_path / "first", "whole")
+        os.kill(os.getpid(), signal.SIGINT)
+        write_atomic(tmp_path / "second", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
 
 
 # ---------------------------------------------------------------- no room, no right to write

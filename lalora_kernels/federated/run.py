@@ -27,7 +27,7 @@ from lalora_kernels.federated.methods import Method, get_method, merged_weights
 from lalora_kernels.federated.plan import ClientPlan, Plan, make_plan, read_plan
 from lalora_kernels.federated.server import Server, evaluate, update_bytes
 from lalora_kernels.federated.task import QUIET, Task, Watch, prepare, refuse_unfit
-from lalora_kernels.files import remove_temporaries, write_atomic
+from lalora_kernels.files import remove_temporaries, uninterrupted, write_atomic
 from lalora_kernels.peft_io import save_adapter
 from lalora_kernels.privacy.ledger import Ledger, LedgerError
 from lalora_kernels.privacy.noise import NoiseSource
@@ -198,13 +198,14 @@ class Run:
                 update = self.clients[i].train_round(
                     self.task.classifier, method, config, number, state, watch.on_step
                 )
-                self._save_ledgers()  # what it cost, before what it bought
                 own = get_state(self.task.classifier.model) if method.keeps else {}
                 self.at.updates[i] = update | {key: value for key, value in own.items() if method.stays(key)}
                 self.at.notes[str(i)] = {"public": self.clients[i].public, NOT_PRIVATE: self.clients[i].not_private}
                 self.at.seconds += time.monotonic() - began
                 began = time.monotonic()
-                save_checkpoint(self.folder, self.at)
+                with uninterrupted():  # between the two the update would be paid for and lost
+                    self._save_ledgers()  # what it cost, before what it bought
+                    save_checkpoint(self.folder, self.at)
             weights = {i: float(len(self.task.parts[i])) if config.average == "size" else 1.0 for i in self.at.updates}
             updates, owns = self._parted(method)
             watch.on_updates(number, updates, weights)

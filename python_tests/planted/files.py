@@ -48,6 +48,13 @@ FILES = (
         "task",
     ),
     fault(
+        "Ctrl-C loses an update that is paid for",
+        f"{FEDERATED}/run.py",
+        "with uninterrupted():  # between the two",
+        "if True:  # between the two",
+        "robustness",
+    ),
+    fault(
         "a message that comes again is refused while the first is answered",
         f"{FEDERATED}/node.py",
         'RunLock(self.home / "ledgers", PATIENCE)',
