@@ -13,7 +13,8 @@ from tolerances import ROUNDS_F32
 
 from lalora_kernels.adapt import unadapt
 from lalora_kernels.data import BadInput
-from lalora_kernels.federated.client import Client, get_state, set_state
+from lalora_kernels.federated.client import Client, get_state, learning_rate, set_state
+from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.coordinator import Coordinator
 from lalora_kernels.federated.guard import Rules
 from lalora_kernels.federated.methods import FURTHER, METHODS, get_method, merged_weights, weighted_mean
@@ -188,6 +189,21 @@ def test_periods_of_la_lora(method, order):
         assert "".join(schedule.active(number, step + 1) for step in range(len(order))) == order
     assert schedule.least_steps == 1 + max(order.index("A"), order.index("B"))
     assert [m.schedule.least_steps for m in METHODS.values()] == [1, 1, 1, 2]  # rolora turns by rounds
+
+
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [
+        ({"smoothing": "none"}, 0.5), ({"smoothing": "binomial5"}, 1.0), ({"optimizer": "adamw"}, 0.01),
+        ({"lr": 0.3, "smoothing": "binomial5"}, 0.3),
+    ],
+)  # fmt: skip
+def test_the_learning_rate_of_the_readme(given, rate):
+    """Twice the rate behind the filter; half a cosine leads from it to zero."""
+    config = make_config(given | {"rounds": 4, "lr_schedule": "constant"})
+    assert learning_rate(config, 1) == learning_rate(config, 4) == rate
+    falling = [learning_rate(make_config(given | {"rounds": 4, "lr_schedule": "cosine"}), t) for t in (1, 3)]
+    assert falling == pytest.approx([rate, rate / 2])
 
 
 @given(
