@@ -214,6 +214,7 @@ def _transformers(name: str, num_classes: int, kind: str, image_size: int | None
             else:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(name)
                 collate = TextBatch(tokenizer, min(longest_text(model, max_length), tokenizer.model_max_length))
+                collate.refuse_no_words(name)
                 collate.refuse_no_room(1)
         except BadInput:
             raise
@@ -309,6 +310,16 @@ class TextBatch:
 
     tokenizer: Any  # transformers'
     max_length: int
+
+    def refuse_no_words(self, name: str) -> None:
+        """Raises BadInput for what transformers makes up, without a word, where a folder has no tokenizer's files."""
+        special = set(self.tokenizer.all_special_ids)
+        words = sum(i not in special for i in self.tokenizer.get_vocab().values())
+        if words < 3:  # SentencePiece's kinds keep their mark of a space
+            raise BadInput(
+                f"{name}: its tokenizer knows no words, so that all texts would be alike; save the model's own beside "
+                f"the weights: tokenizer.save_pretrained({name!r})"
+            )
 
     def refuse_no_room(self, texts: int) -> None:
         """Raises BadInput where no token of each of a record's ``texts`` would fit: tokenizers then cut nothing."""

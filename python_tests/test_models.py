@@ -128,6 +128,19 @@ def test_a_text_is_no_longer_than_its_tokenizer_says(tmp_path):
     assert loaded.collate([(" ".join(SENTENCES), 0)])[0]["input_ids"].shape == (1, 7)
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2", "t5"])
+def test_a_folder_without_its_tokenizer(tmp_path, kind):
+    """transformers makes one of the special tokens alone, under which all texts are alike."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2} if kind == "t5" else {}
+    config = AutoConfig.for_model(kind, vocab_size=300, pad_token_id=0, **sizes)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / kind)
+    with pytest.raises(BadInput, match=r"its tokenizer knows no words.*tokenizer\.save_pretrained\("):
+        load_model(str(tmp_path / kind), 2, kind="text")
+
+
 def test_a_length_without_room_for_text(tmp_path):
     """Below its own tokens a tokenizer cuts nothing at all."""
     from tokenizers.processors import TemplateProcessing
