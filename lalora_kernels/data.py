@@ -232,7 +232,9 @@ def _read_table(path: Path, text_column: str | None, label_column: str | None) -
             numbered = [(lines.line_num, row) for row in lines]
     except FileNotFoundError:
         raise no_such_file(path) from None
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not in UTF-8 ({error}); save it as such, from Excel as 'CSV UTF-8'") from error
+    except (OSError, EOFError, csv.Error, zlib.error) as error:
         kind = ".tsv" if tabs else ".csv"
         raise BadInput(f"{path}: not a readable {kind}, corrupt or truncated ({error})") from error
     if len(numbered) < 2:

@@ -209,7 +209,7 @@ def test_npz_cut_short(tmp_path, keep):
         ("a.tsv", "label\tb\tc\n1\t2\t3\n", "which column is the text"),
         ("a.tsv", "label\ttext\n1\tx\n2\n", "line 3: 1 columns where the header has 2"),
         ("a.csv", 'label,text\n1,"never closed\n', "not a readable .csv"),
-        ("a.tsv", b"label\ttext\n1\t\xff\xfe\n", "not a readable .tsv"),
+        ("a.tsv", b"label\ttext\n1\t\xff\xfe\n", "a.tsv: not in UTF-8 .*save it as such"),
         ("a.tsv", "label\ttext\n1\tx\n\ty\n", "a.tsv, line 3: no label; every record needs one"),
         ("a.csv", 'text,class\n"two\nlines",1\nx, \n', "a.csv, line 4: no class; every record needs one"),
         ("a.tsv", "label\ttext\n" + "1\tx\n" * 20, "one class only"),
