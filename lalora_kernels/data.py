@@ -285,7 +285,10 @@ def _column(
             return header.index(name)
     if taken is not None and len(header) == 2:
         return 1 - taken
-    raise BadInput(f"{where}: which column is the {role}? Name it with --{role}-column; there are {', '.join(header)}")
+    raise BadInput(
+        f"{where}: which column is the {role}? Name it with --{role}-column; there are {', '.join(header)}. The first "
+        f"line names the columns, with tabs between them in a .tsv and commas in a .csv"
+    )
 
 
 def _text(path: Path, test: Path | None, text_column: str | None, label_column: str | None) -> Data:

@@ -207,6 +207,7 @@ def test_npz_cut_short(tmp_path, keep):
         ("a.tsv", "label\ttext\n", "at least one record"),
         ("a.tsv", "a\tb\tc\n1\t2\t3\n", "which column is the label"),
         ("a.tsv", "label\tb\tc\n1\t2\t3\n", "which column is the text"),
+        ("a.csv", "text;label\nx;1\n", "there are text;label. The first line names the columns, .* commas in a .csv"),
         ("a.tsv", "label\ttext\n1\tx\n2\n", "line 3: 1 columns where the header has 2"),
         ("a.csv", 'label,text\n1,"never closed\n', "not a readable .csv"),
         ("a.tsv", b"label\ttext\n1\t\xff\xfe\n", "a.tsv: not in UTF-8 .*save it as such"),
