@@ -14,6 +14,16 @@ from torch import Tensor
 from lalora_kernels import dispatch
 
 
+def _finite(name: str, value: float) -> float:
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number that no float holds
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return number
+
+
 def sample_grad(
     dy: Tensor,
     B: Tensor,
@@ -51,8 +61,10 @@ def sample_grad(
     NaN or Inf in row i  NaN or Inf in row i of the outputs, nowhere else
     ===================  ====================================================================
 
-    Raises ValueError for shapes that do not fit, BackendError for a backend that cannot serve the inputs.
+    Raises ValueError for a scaling that is not finite or shapes that do not fit, BackendError for a backend that cannot
+    serve the inputs.
     """
+    scaling = _finite("sample_grad: scaling", scaling)
     op = dispatch.get("sample_grad", dy, backend)
     return op(dy, B, scaling, h=h, x=x, need_dz=need_dz, G_B=G_B, G_A=G_A, accumulate=accumulate)
 
@@ -91,8 +103,10 @@ def sample_grad_clip(
     i >= valid           zero
     ===================  ====================================================================
 
-    Raises ValueError for a max_norm or grad_scale that is not positive, or shapes that do not fit.
+    Raises ValueError for a max_norm or grad_scale that is not positive, a scaling that is not finite, or shapes that do
+    not fit.
     """
+    scaling = _finite("sample_grad_clip: scaling", scaling)
     if not max_norm > 0:
         raise ValueError(f"sample_grad_clip: max_norm must be positive, got {max_norm}")
     if not (grad_scale > 0 and math.isfinite(grad_scale)):

@@ -185,6 +185,18 @@ def test_a_bound_that_bounds_nothing_is_refused(backend, wrong, message):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("scaling", [float("nan"), float("inf"), 10**400])
+def test_a_scaling_that_is_not_finite_is_refused(backend, scaling):
+    (dy, B, _), kwargs = split(grad_inputs(GradCase(4, 5, 7, 6, 2)), "h", "x")
+    with pytest.raises(ValueError, match="sample_grad: scaling must be finite"):
+        functional.sample_grad(dy, B, scaling, **kwargs, backend=backend)
+    with pytest.raises(ValueError, match="sample_grad_clip: scaling must be finite"):
+        functional.sample_grad_clip(dy, B, scaling, **kwargs, max_norm=1.0, backend=backend)
+    whole = functional.sample_grad(dy, B, 2**64, **kwargs, backend=backend)  # which torch does not take
+    assert all(map(torch.equal, whole, functional.sample_grad(dy, B, 2.0**64, **kwargs, backend=backend)))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("valid", [None, 0, 3, 4])
 @pytest.mark.parametrize("bound", [1e-3, 1e6])
 def test_what_is_left_out_of_the_public_call_is_the_plain_case(backend, valid, bound):

@@ -261,6 +261,8 @@ def test_every_truncation_is_refused(tmp_path):
         (b"[]", "not a ledger"),
         (b"null", "not a ledger"),
         (b'{"format": "lalora-ledger", "version": 2}', "format version 2 and this library reads 1"),
+        (b'{"format": "lalora-ledger", "version": true}', "format version True and this library reads 1"),
+        (b'{"format": "lalora-ledger", "version": 1.0}', "format version 1.0 and this library reads 1"),
         (b'{"format": "lalora-ledger", "version": 1}', "incomplete"),
     ],
 )

@@ -347,7 +347,7 @@ class Ledger:
         cure = "restore the ledger from a copy"
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
             raise LedgerError(f"this is not a ledger; {cure}")
-        if state.get("version") != VERSION:
+        if repr(state.get("version")) != repr(VERSION):  # nor true, which equals 1 and hashes to something else
             raise LedgerError(
                 f"the ledger has format version {state.get('version')!r} and this library reads {VERSION}; use the "
                 f"library that wrote it"
