@@ -73,7 +73,14 @@ def test_ledger(case, folder):
         ledger = Ledger.load(write(folder / "ledger.json", case))
     except LedgerError:
         return
-    assert ledger.state_dict() == json.loads((folder / "ledger.json").read_text())
+    state = json.loads((folder / "ledger.json").read_text())
+    assert unhashed(ledger.state_dict()) == unhashed(state)  # 1 is read as 1.0, which hashes to something else
+    assert Ledger._parse(ledger.state_dict()).state_dict() == ledger.state_dict()
+
+
+def unhashed(state: dict) -> dict:
+    entries = [{key: value for key, value in entry.items() if key != "hash"} for entry in state["entries"]]
+    return {**state, "entries": entries, "head": None}
 
 
 @fuzz(lambda: changed_json(RUN_BOOKS) | changed_bytes(json.dumps(RUN_BOOKS).encode()), 80)
