@@ -4,7 +4,7 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -260,6 +260,9 @@ def _no_match(target_modules: str | Iterable[str], modules: dict[str, nn.Module]
     if isinstance(target_modules, str) and target_modules.lower() == "qv":
         gate = ", and RWKV's receptance is a gate, no query" if any(ends_with(n, "receptance") for n in modules) else ""
         text += f". 'qv' takes query and value by the names of known families{gate}; give a list of this model's names"
+    convolutions = _shown(modules, lambda m: isinstance(m, nn.Conv2d) and m.groups == 1)
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear" and convolutions:
+        text += f". Convolutions are adapted by their names, such as {convolutions}"
     return text + "".join(f". {name}: {why}" for name, why in left_out.items())
 
 
@@ -293,13 +296,18 @@ def _query_value(model: nn.Module, candidates: dict[str, nn.Module]) -> list[str
 
 
 def _linear_names(modules: dict[str, nn.Module]) -> str:
+    shown = _shown(modules, _is_linear)
+    return f"the linear layers here are {shown}" if shown else "the model has no linear layer below its root"
+
+
+def _shown(modules: dict[str, nn.Module], which: Callable[[nn.Module], bool]) -> str:
+    """The last parts of the names of these modules, each once."""
     names: dict[str, None] = {}
     for name, module in modules.items():
-        if _is_linear(module):
+        if which(module):
             last = name.rpartition(".")[2]
             names[name if last.isdigit() else last] = None
-    shown = ", ".join(list(names)[:16]) + (", ..." if len(names) > 16 else "")
-    return f"the linear layers here are {shown}" if names else "the model has no linear layer below its root"
+    return ", ".join(list(names)[:16]) + (", ..." if len(names) > 16 else "")
 
 
 def _suggest(target: str, modules: dict[str, nn.Module]) -> str:

@@ -204,6 +204,11 @@ class PrivateTrainerMixin(_Mixed):
                 "others, all of them, train copy.deepcopy(model)",
             )
             return Ledger(target_epsilon=budget, target_delta=self.privacy["target_delta"])
+        if not path.exists():
+            raise LedgerError(
+                f"{path}: there is no ledger, so what this run has spent is unknown; resume with the output_dir that "
+                f"it was begun with, or restore the ledger from a copy"
+            )
         ledger = Ledger.load(path)
         stored, asked = (ledger.target_epsilon, ledger.target_delta), (budget, self.privacy["target_delta"])
         if stored != asked:

@@ -82,6 +82,7 @@ class Doubled(nn.Linear):
     [
         (mlp, {"target_modules": ["fc3"]}, ["no module is named 'fc3'", "did you mean 'fc", "fc1, fc2, head"]),
         (mlp, {"target_modules": ["fc1", "querry"]}, ["no module is named 'querry'"]),
+        (convolved, {"target_modules": "all-linear"}, ["no linear layer", "by their names, such as qkv"]),
         (mlp, {"target_modules": "qv"}, ["matches no layer", "the linear layers here are fc1, fc2, head"]),
         (rwkv, {"target_modules": "qv"}, ["key, value, receptance", "RWKV's receptance is a gate, no query; give a"]),
         (bigcode, {"target_modules": "qv", "fused": "qv"}, ["outputs of h.0.attn.c_attn are not queries, keys and"]),

@@ -8,13 +8,28 @@ import torch
 from test_checks import BatchMean, chain, classify
 from test_private_step import private, toy, train
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lalora_kernels.nn import LoRALinear
+from lalora_kernels.privacy.make_private import make_private
 
 
 def images(n: int = 8):
     return TensorDataset(torch.randn(n, 6), torch.randint(0, 3, (n,)))
+
+
+def test_what_opacus_has_wrapped_already():
+    from opacus import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    model = chain(nn.Identity())
+    plain = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    wrapped = DPOptimizer(plain, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4)
+    loader = DataLoader(images(), batch_size=4)
+    with pytest.raises(TypeError, match="DPOptimizer is Opacus'.*pass its original_optimizer"):
+        make_private(model, wrapped, loader, noise_multiplier=1.0)
+    with pytest.raises(TypeError, match="GradSampleModule is Opacus'.*pass the model that it wraps"):
+        make_private(GradSampleModule(copy.deepcopy(model), strict=False), plain, loader, noise_multiplier=1.0)
 
 
 class TestTheModel:

@@ -92,7 +92,7 @@ class TestEpsilonAndResume:
         with pytest.raises(lk.LedgerError, match="there is no ledger"):
             self.run(tmp_path, 6, resume=True)
         (tmp_path / "ledger.json").unlink()
-        with pytest.raises(lk.LedgerError, match="there is no ledger"):
+        with pytest.raises(lk.LedgerError, match="there is no ledger.*the output_dir that it was begun with"):
             self.run(tmp_path, 6, resume=True)
 
     def test_another_budget_or_another_run(self, tmp_path):

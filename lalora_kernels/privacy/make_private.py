@@ -257,6 +257,12 @@ def _refuse_unfit(model: nn.Module, optimizer: Optimizer) -> None:
             f"make_private takes a model, its torch optimizer and a data loader, in this order; not "
             f"{type(model).__name__} and {type(optimizer).__name__}"
         )
+    for given, plain in ((model, "the model that it wraps"), (optimizer, "its original_optimizer")):
+        if any(kind.__module__.startswith(("opacus.grad_sample", "opacus.optim")) for kind in type(given).__mro__):
+            raise TypeError(
+                f"{type(given).__name__} is Opacus', and make_private does what it does; pass {plain} "
+                f"(docs/from-opacus.md)"
+            )
     if isinstance(optimizer, PrivateOptimizer):
         raise ValueError("this optimizer is private already; make_private takes the plain one")
     for kind, why in UNFIT.items():
