@@ -71,6 +71,8 @@ def check_inputs(
     if chosen is None:
         return None
     two = of_rows(lambda t: t[chosen.to(t.device)], (args, kwargs), batched)
+    if any(t.isnan().any() for t in leaves(two) if t.is_floating_point()) and not _takes_nan(model, two):
+        return None  # their gradients are NaN, and the step leaves them out
 
     def project(m: nn.Module, inputs: tuple, weigh: Weigh = lambda k, t: t) -> Tensor:
         outputs = _with_axes(m(*inputs[0], **inputs[1]))
@@ -104,16 +106,34 @@ def _with_axes(output: Any) -> list[Tensor]:
 
 def _two(rowed: list[Tensor]) -> Tensor | None:
     """The first finite record, and of those that differ from it in most of the tensors the first; None where none does:
-    what mixes equal records does not show."""
+    what mixes equal records does not show. Where no two are finite, what has infinities, then NaN, is taken."""
     each = [t.detach().flatten(1) if t.dim() > 1 else t.detach().unsqueeze(1) for t in rowed]
-    for fits in (torch.isfinite, lambda t: ~t.isnan()):  # a mask that is added to scores has -inf in every record
+    # a mask that is added to scores has -inf in every record, a table with gaps NaN
+    for fits in (torch.isfinite, lambda t: ~t.isnan(), lambda t: torch.ones_like(t, dtype=torch.bool)):
         at = torch.stack([fits(t).all(1).cpu() for t in each]).all(0).nonzero().flatten()
         if len(at) > 1:
             first = int(at[0])
-            differ = torch.stack([(t != t[first]).any(1).cpu() for t in each]).sum(0)[at]
+            differ = torch.stack([_differ(t, t[first]).any(1).cpu() for t in each]).sum(0)[at]
             second = int(differ.argmax())
             return at[[0, second]] if differ[second] else None
     return None
+
+
+def _differ(t: Tensor, other: Tensor) -> Tensor:
+    return (t != other) & ~(t.isnan() & other.isnan())
+
+
+@torch.no_grad()
+def _takes_nan(model: nn.Module, two: tuple) -> bool:
+    """Whether the outputs are finite though these records are not: what fills gaps may do so from the other records."""
+    twin = double(model)
+    take_modes(twin, model)
+    args, kwargs = to_double(two)
+    try:
+        with Apart(model, twin), Doubled(), Drawn(twin, 0):
+            return all(bool(t.isfinite().all()) for t in _with_axes(twin(*args, **kwargs)))
+    except Exception:  # check_outputs says why
+        return True
 
 
 def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:

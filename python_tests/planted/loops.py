@@ -39,6 +39,13 @@ LOOPS = (
         "merged_products",
     ),
     fault(
+        "records with gaps are not asked",
+        "lalora_kernels/privacy/first_batch.py",
+        "lambda t: torch.ones_like(t, dtype=torch.bool)):",
+        "lambda t: torch.zeros_like(t, dtype=torch.bool)):",
+        "gaps",
+    ),
+    fault(
         "two tensors over one memory train",
         "lalora_kernels/privacy/trained.py",
         "    _refuse_views(model, [use for _, _, uses in found for use in uses])\n",
