@@ -186,3 +186,26 @@ def test_attributes_are_put_back():
     attributes.put_back()
     assert not attributes.moved() and module.table is table and module.list is kept
     assert not table.any() and not kept and module.scale == 1.0 and not hasattr(module, "new")
+
+
+class Collects(nn.Module):
+    """Puts a hook on its layer at the first forward, as transformers 5 does for hidden states that a head goes by."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.hooked, self.balance = nn.Linear(8, 8).requires_grad_(False), False, None
+
+    def forward(self, h):
+        found = []
+        if not self.hooked:
+            self.layer.register_forward_hook(lambda module, args, out: module.sink.append(out))
+            self.hooked = True
+        object.__setattr__(self.layer, "sink", found)
+        self.layer(h)
+        self.balance = h.mean()
+        (only,) = found  # or the hook was put there twice
+        return only
+
+
+def test_hooks_that_a_forward_puts_there_go_with_their_flag():
+    assert first_step(chain(Collects())).per_sample_checked

@@ -152,7 +152,7 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
     twin = double(model)
     take_modes(twin, model)
     two = to_double(two)
-    buffers, parameters, attributes, apart = Buffers(twin), Parameters(twin), Attributes(twin), Apart(model, twin)
+    buffers, parameters, apart = Buffers(twin), Parameters(twin), Apart(model, twin)
     after: list[dict[str, Tensor]] = []
     calls: list[tuple[str, list[Tensor]]] = []
     rowless: set[str] = set()
@@ -202,6 +202,7 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
         if isinstance(m, Adapted) or any(p.requires_grad for p in m.parameters(recurse=False))
     }
     handles = watch_modules(twin, calls)
+    attributes = Attributes(twin)  # with these hooks
     try:
         shapes = _shapes(run(None, *ORDER))  # what is set up at the first forward (BigBird's attention) may draw, too
         draws = DRAWS if _compare(run, settled, axes, None, ORDER) else 0

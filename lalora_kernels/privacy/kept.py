@@ -15,6 +15,7 @@ from lalora_kernels.privacy.own_loss import ORDERS, ROWS, RTOL, adds_up, largest
 from lalora_kernels.privacy.trees import leaves, tree_map
 
 INTERNAL = frozenset(vars(nn.Module()))  # torch's own attributes of a module
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 Place = tuple[str, str]  # a module's name, and its attribute's
 
 
@@ -27,15 +28,19 @@ def attributes(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
 
 
 class Attributes:
-    """Those of a model as it was given."""
+    """Those of a model as it was given, and its hooks."""
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self._hooks = [(held, set(held)) for held in self._hooks_now()]
         self._before = {(name, key): (value, _copied(value)) for name, _, key, value in attributes(model)}
         self._known = self._versions()
 
     def _versions(self) -> dict[int, int]:
         return {id(t): t._version for value, _ in self._before.values() for t in leaves(value)}
+
+    def _hooks_now(self) -> list[dict]:
+        return [vars(module)[kind] for module in self.model.modules() for kind in HOOKS]
 
     def left(self) -> dict[Place, list[Tensor]]:
         """The floating-point tensors that forwards have put there since, or written to."""
@@ -54,7 +59,11 @@ class Attributes:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Have every module what it had; a list or dict is filled with what was in it."""
+        """Have every module what it had; a list or dict is filled with what was in it. A hook that a forward has put
+        there goes (transformers' collect hidden states, noted by a flag: with that put back, they would come twice)."""
+        for held, before in self._hooks:
+            for key in held.keys() - before:
+                del held[key]
         modules = dict(self.model.named_modules())
         for name, _, key, _ in list(attributes(self.model)):
             if (name, key) not in self._before:
