@@ -187,10 +187,18 @@ def test_ctrl_c_right_after_a_renaming_is_a_ctrl_c(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "whole"
 
 
+@pytest.fixture
+def listening():
+    """What a shell starts in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("file", ["ledger.json", "checkpoint.safetensors"])
-def test_ctrl_c_between_what_an_update_cost_and_the_update_waits(task, run_folder, monkeypatch, file):
+def test_ctrl_c_between_what_an_update_cost_and_the_update_waits(task, run_folder, monkeypatch, listening, file):
     """Else it would be paid for and lost; the second client of the second round is under way."""
-    replace, handler = os.replace, signal.getsignal(signal.SIGINT)
+    replace = os.replace
 
     def interrupted(source, target):
         replace(source, target)
@@ -201,14 +209,14 @@ def test_ctrl_c_between_what_an_update_cost_and_the_update_waits(task, run_folde
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.train()
-    assert len(load_checkpoint(run_folder).updates) == 2 and signal.getsignal(signal.SIGINT) is handler
+    assert len(load_checkpoint(run_folder).updates) == 2 and signal.getsignal(signal.SIGINT) is listening
     monkeypatch.undo()
     finishes(run_folder, task)
     rounds = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert [len(record["clients"]) for record in rounds] == [0, 2, 2, 2]
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path):
+def test_a_second_ctrl_c_does_not_wait(tmp_path, listening):
     with pytest.raises(KeyboardInterrupt), uninterrupted():
         os.kill(os.getpid(), signal.SIGINT)
         write_atomic(tmp_path / "first", "whole")
