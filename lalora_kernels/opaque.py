@@ -42,7 +42,8 @@ def record_lora(
     handle: int,
 ) -> Tensor:
     """``LoRARecorder.record_lora``: dy (..., m), B (m,r) -> dz (..., r)."""
-    return _find(handle).record_lora(dy, B, scaling, h, x, True, need_bias)
+    dz: Tensor = _find(handle).record_lora(dy, B, scaling, h, x, True, need_bias)
+    return dz.contiguous()  # as the compiler was told, where positions come first, too
 
 
 @record_lora.register_fake
@@ -94,12 +95,55 @@ def _(token: Tensor, dy: Tensor, normalized: Tensor | None, axis: int, handle: i
     return None
 
 
-@torch.library.custom_op("lalora::saw", mutates_args=("token",))
-def saw(token: Tensor, x: Tensor, handle: int) -> None:
-    """``InputCheck.saw``: a forward began, on x (rows, ...)."""
-    _find(handle).saw(x)
+@torch.library.custom_op(
+    "lalora::saw",
+    mutates_args=("token",),
+    schema="(Tensor(a!) token, Tensor[] tensors, SymInt[] ints, float[] floats, str form, str refused, int handle)"
+    " -> ()",
+)
+def saw(
+    token: Tensor,
+    tensors: list[Tensor],
+    ints: list[int],
+    floats: list[float],
+    form: str,
+    refused: str,
+    handle: int,
+) -> None:
+    """``InputCheck.saw``: a forward began, on what privacy/compiled.py's ``Carried`` holds."""
+    _find(handle).saw(tensors, ints, floats, form, refused)
 
 
 @saw.register_fake
-def _(token: Tensor, x: Tensor, handle: int) -> None:
+def _(
+    token: Tensor,
+    tensors: list[Tensor],
+    ints: list[int],
+    floats: list[float],
+    form: str,
+    refused: str,
+    handle: int,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("lalora::look", mutates_args=("token",))
+def look(token: Tensor, z: Tensor, dz: Tensor, name: str, handle: int) -> None:
+    """``ReductionCheck.look``: an output z of the model and its gradient."""
+    _find(handle).look(z, dz, name)
+
+
+@look.register_fake
+def _(token: Tensor, z: Tensor, dz: Tensor, name: str, handle: int) -> None:
+    return None
+
+
+@torch.library.custom_op("lalora::ended", mutates_args=("token",))
+def ended(token: Tensor, handle: int) -> None:
+    """``ReductionCheck.ended``: a forward ended."""
+    _find(handle).ended()
+
+
+@ended.register_fake
+def _(token: Tensor, handle: int) -> None:
     return None

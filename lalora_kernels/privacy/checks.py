@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lalora_kernels.nn import set_active
+from lalora_kernels.privacy.compiled import eagerly
 from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.noise import NoiseSource
@@ -146,6 +147,7 @@ def check_per_sample(
     compare(model, batch, loss, loss_reduction, factors, NONE)
 
 
+@eagerly
 def compare(
     model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor], loss_reduction: str, factors: str,
     sequence_first: frozenset[str], batched: Sequence[bool] = (), own_mode: bool = False,

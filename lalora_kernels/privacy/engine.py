@@ -107,18 +107,22 @@ class Engine(Attached):
 
     # ---------------------------------------------------------------- refusals
 
-    def check_input(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Whatever is differentiated must be the batch that the loader announced; in eval mode as in train mode."""
-        if self.batch is None or not torch.is_grad_enabled():
+    def check_input(self, model: nn.Module, args: tuple, kwargs: dict, within_graph: bool = False) -> None:
+        """Whatever is differentiated must be the batch that the loader announced; in eval mode as in train mode.
+
+        ``within_graph``: asked by a compiled model, where gradients are off, and what came before is not to be seen.
+        """
+        if self.batch is None or not (torch.is_grad_enabled() or within_graph):
             return
         if self.batch.seeded:
             refuse_known_seed()
         first = batch_tensor(args, kwargs, self.batch.rows)
         self.check_rows(self.batch.rows if first is None else first.shape[0])
-        refuse_upstream((args, kwargs), self.sites)
-        if self.auto_batch is not None:
-            self.auto_batch.measure(self, model, args, kwargs)
-            self.auto_batch = None
+        if not within_graph:
+            refuse_upstream((args, kwargs), self.sites)
+            if self.auto_batch is not None:
+                self.auto_batch.measure(self, model, args, kwargs)
+                self.auto_batch = None
         if self.model_check is not None:
             self.model_check(self, model, args, kwargs)
 
@@ -132,7 +136,7 @@ class Engine(Attached):
             self.batch = batch
 
     def check_rows(self, rows: int) -> None:
-        """The model was called with gradients on; all that a compiled model tells."""
+        """The model was called with gradients on."""
         if self.batch is None:
             return
         if self._passed:

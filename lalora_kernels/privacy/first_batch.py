@@ -15,6 +15,7 @@ from lalora_kernels.privacy.checks import (
     compare,
     watch_modules,
 )
+from lalora_kernels.privacy.compiled import eagerly
 from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.drawn import Drawn
 from lalora_kernels.privacy.kept import Attributes, Place, tied_attributes
@@ -50,6 +51,7 @@ class Found(NamedTuple):
     owns: bool = False  # it returns what has no row for each record, as a loss, or leaves something on its modules
 
 
+@eagerly
 def check_inputs(
     model: nn.Module, args: tuple, kwargs: dict, rows: int, batched: list[bool] | None = None
 ) -> Found | None:

@@ -24,8 +24,13 @@ ROWS = 3
 def without_rows(output: Any, rows: int) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of all in a model's output that is no row for each of ``rows`` records: "loss", "aux[0]", ..."""
     for name, t in tensors(output):
-        if t.is_floating_point() and (t.numel() == 1 or t.dim() and t.shape[0] % rows):
+        if t.is_floating_point() and is_without(t, rows):
             yield name or "the output", t
+
+
+def is_without(t: Tensor, rows: int) -> bool:
+    """Whether a tensor has no row for each of ``rows`` records."""
+    return bool(t.numel() == 1 or t.dim() and t.shape[0] % rows)
 
 
 def tied(outputs: Sequence[Any]) -> set[str]:
@@ -57,10 +62,11 @@ def watch(output: Any, rows: int, tied: set[Any]) -> None:
     """From now on a backward that reaches one of the outputs that are named in ``tied`` raises ValueError."""
     found = [(n, t) for n, t in without_rows(output, rows) if n in tied and t.requires_grad]
     for _, t in found:  # all are named: a loss that is tied for one of its terms is reached before that
-        t.register_hook(partial(_refuse, sorted(name for name, _ in found)))
+        t.register_hook(partial(refuse, sorted(name for name, _ in found)))
 
 
-def _refuse(names: list[str], gradient: Tensor) -> NoReturn:
+def refuse(names: list[str], gradient: Tensor) -> NoReturn:
+    """Raise ValueError: a backward reached these outputs."""
     s = "s" if len(names) == 1 else ""
     raise ValueError(
         f"{' and '.join(names)}, which the model returns, divide{s} by a count over the whole batch (its tokens, its "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lalora_kernels.privacy.compiled import eagerly
 from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.drawn import Drawn
 from lalora_kernels.privacy.kept import Attributes, tied_attributes
@@ -62,6 +63,7 @@ def unequal(inputs: Any, rows: int) -> dict[tuple[int, int], set[tuple[int, int]
     return found
 
 
+@eagerly
 def tied_in(model: nn.Module, args: tuple, kwargs: dict, rows: int, pairs: list[tuple[int, int]]) -> set[Any]:
     """``tied`` and ``tied_attributes`` of each pair of records on a float64 copy of the model, in its mode; one that
     fails there is not judged, as where a mask of all positions has as many rows as this batch has records."""

@@ -8,6 +8,7 @@ records of the first batch's check are padded alike, so nothing of it shows ther
 import torch
 from torch import Tensor, nn
 
+from lalora_kernels.privacy.compiled import eagerly
 from lalora_kernels.privacy.trees import fresh, leaves, tree_map
 from lalora_kernels.privacy.twin import double
 
@@ -49,6 +50,7 @@ def refuse_neftune(model: nn.Module) -> None:
             )
 
 
+@eagerly
 def refuse_padding(model: nn.Module, args: tuple, kwargs: dict) -> bool:
     """Raise ValueError where the output for the most padded record changes when its padding is cut away, in eval mode.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lalora_kernels import dispatch, functional, opaque
+from lalora_kernels.privacy import compiled
 from lalora_kernels.privacy.accounts import AGAIN
 from lalora_kernels.privacy.sites import Site
 from lalora_kernels.privacy.ties import TABLE, defer
@@ -310,12 +311,20 @@ class InputCheck:
             return
         if not torch.compiler.is_compiling():
             self.engine.check_input(model, args, kwargs)
-        elif torch.is_grad_enabled() and (first := first_tensor(args, kwargs)) is not None:
-            opaque.saw(self.token, first, self.handle)
+        elif torch.is_grad_enabled():
+            call = compiled.Carried(args, kwargs)
+            opaque.saw(self.token, call.tensors, call.ints, call.floats, call.form, call.refused, self.handle)
 
-    def saw(self, x: Tensor) -> None:
-        assert self.engine is not None  # the handle is a live engine's
-        self.engine.check_rows(x.shape[0])
+    def saw(self, tensors: list[Tensor], ints: list[int], floats: list[float], form: str, refused: str) -> None:
+        """A compiled model's graph began to run."""
+        engine: Any = self.engine  # the handle is a live engine's
+        if refused and engine.model_check is not None and engine.batch is not None:
+            raise ValueError(refused)
+        args, kwargs = compiled.read(form, tensors, ints, floats)
+        with compiled.within_graph():
+            engine.check_input(engine.model, args, kwargs, within_graph=True)
+        compiled.refuse_attributes(engine.reduction.tied)
+        engine.reduction.began()
 
     def __deepcopy__(self, memo: dict) -> InputCheck:
         return InputCheck(None)

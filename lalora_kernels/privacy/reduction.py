@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lalora_kernels import opaque
+from lalora_kernels.privacy import compiled
 from lalora_kernels.privacy.kept import watch_attributes
-from lalora_kernels.privacy.own_loss import watch, without_rows
+from lalora_kernels.privacy.own_loss import is_without, refuse, watch, without_rows
 from lalora_kernels.privacy.trees import leaves
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ class ReductionCheck:
 
     def __init__(self, engine: "Engine | None" = None):
         self.engine, self.left, self.watch = engine, TRIES, WATCH
+        if engine is not None:
+            self.handle, self.token = opaque.register(self), torch.zeros(1, device=engine.sites[0].param.device)
         self.seen: str | None = None
         self.tied: set[Any] = set()  # the model's own losses that tie records together, by name or attribute
         self.owns = False  # the model returns, or keeps, something that may be one
@@ -63,24 +67,54 @@ class ReductionCheck:
         """Whether the next backward is looked at."""
         return bool(self.left or self.watch > 0 and self._watching)
 
-    def __call__(self, model: nn.Module, args: tuple, output: Any) -> None:
-        if torch.compiler.is_compiling() or self.engine is None:
-            return
-        batch, self.engine.within = self.engine.batch, max(self.engine.within - 1, 0)
+    def __call__(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        if self.engine is None:
+            return None
+        if torch.compiler.is_compiling():
+            if not torch.is_grad_enabled():
+                return None
+            opaque.ended(self.token, self.handle)
+            return compiled.looked(output, self.token, self.handle)
+        self.ended()
+        batch = self.engine.batch
         if batch is not None and torch.is_grad_enabled():
             if self.tied:
                 watch(output, batch.rows, self.tied)
                 watch_attributes(model, self.tied)
             if batch.rows > 1 and not self.owns:  # one logit of one record looks like a loss
                 self.owns = any(t.requires_grad for _, t in without_rows(output, batch.rows))
-        if self.engine.graphing or batch is None or batch.valid < 2 or batch.valid != batch.rows:
-            return
-        if not self.looks:
-            return
-        self._call += 1
+        if batch is None or not self._asks():
+            return None
+        self.began()
         for t in leaves(output):
             if t.is_floating_point() and t.requires_grad and t.dim() and t.shape[0] == batch.rows:
                 t.register_hook(partial(self._look, self._call, t.detach()))
+        return None
+
+    def began(self) -> None:
+        """A forward whose outputs' gradients are looked at."""
+        self._call += 1
+
+    def ended(self) -> None:
+        """A forward of the model."""
+        if self.engine is not None:
+            self.engine.within = max(self.engine.within - 1, 0)
+
+    def _asks(self) -> bool:
+        e = self.engine
+        batch = None if e is None or e.graphing else e.batch
+        return batch is not None and 2 <= batch.valid == batch.rows and self.looks
+
+    def look(self, z: Tensor, dz: Tensor, name: str) -> None:
+        """What a backward brought an output of a compiled model; zeros where it did not reach that one."""
+        batch = None if self.engine is None else self.engine.batch
+        if batch is None:
+            return
+        if is_without(z, batch.rows):
+            if (name or "the output") in self.tied and dz.any():
+                refuse([name or "the output"], dz)
+        elif z.shape[0] == batch.rows and self._asks() and dz.any():
+            self._look(self._call, z, dz)
 
     @torch.no_grad()
     def _look(self, call: int, z: Tensor, dz: Tensor) -> None:

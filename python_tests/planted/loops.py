@@ -46,6 +46,20 @@ LOOPS = (
         "gaps",
     ),
     fault(
+        "a compiled model is not asked whether it mixes records",
+        "lalora_kernels/privacy/recorders.py",
+        "            engine.check_input(engine.model, args, kwargs, within_graph=True)\n",
+        "            engine.check_rows(len(tensors[0]))\n",
+        "compiled_checks",
+    ),
+    fault(
+        "the gradients of a compiled model's outputs are not looked at",
+        "lalora_kernels/privacy/reduction.py",
+        "            return compiled.looked(output, self.token, self.handle) if torch.is_grad_enabled() else None\n",
+        "            return None\n",
+        "compiled_checks",
+    ),
+    fault(
         "two tensors over one memory train",
         "lalora_kernels/privacy/trained.py",
         "    _refuse_views(model, [use for _, _, uses in found for use in uses])\n",
