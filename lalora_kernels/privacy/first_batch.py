@@ -49,6 +49,7 @@ class Found(NamedTuple):
     idle: frozenset[str]  # trained modules that did not run
     drawn: bool = False  # the model draws at random
     owns: bool = False  # it returns what has no row for each record, as a loss, or leaves something on its modules
+    keeps: bool = False  # it leaves something there
 
 
 @eagerly
@@ -237,7 +238,7 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
         losses |= tied(outputs) | tied_attributes(kept)
     idle = frozenset(name for name, found in axes.items() if not found) - {name for name, _ in shapes}
     second = frozenset(name for name, found in axes.items() if found == {1})
-    return Found(losses, second, idle, bool(draws), bool(rowless or left))
+    return Found(losses, second, idle, bool(draws), bool(rowless or left), left)
 
 
 def _compare(

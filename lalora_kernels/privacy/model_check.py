@@ -52,6 +52,7 @@ class ModelCheck:
             if found is not None:
                 engine.reduction.tied |= found.tied
                 engine.reduction.owns |= found.owns
+                engine.reduction.keeps |= found.keeps
                 self._turn(engine, found)
                 self.pending = False
                 self._seen.add(call)

@@ -53,6 +53,7 @@ class ReductionCheck:
         self.seen: str | None = None
         self.tied: set[Any] = set()  # the model's own losses that tie records together, by name or attribute
         self.owns = False  # the model returns, or keeps, something that may be one
+        self.keeps = False  # a forward leaves something on its modules, which the next one may go on with
         self._call, self._counted, self._full = 0, 0, False
         self._picked: list[tuple[int, int]] = []  # (records, those with a gradient) of batches where some have none
         self._scaled: dict[str, tuple[float, int, int]] = {}  # uniform_weights that are neither 1 / N nor 1
@@ -79,7 +80,8 @@ class ReductionCheck:
         batch = self.engine.batch
         if batch is not None and torch.is_grad_enabled():
             if self.tied:
-                watch(output, batch.rows, self.tied)
+                if not self._alone(batch.rows):
+                    watch(output, batch.rows, self.tied)
                 watch_attributes(model, self.tied)
             if batch.rows > 1 and not self.owns:  # one logit of one record looks like a loss
                 self.owns = any(t.requires_grad for _, t in without_rows(output, batch.rows))
@@ -90,6 +92,10 @@ class ReductionCheck:
             if t.is_floating_point() and t.requires_grad and t.dim() and t.shape[0] == batch.rows:
                 t.register_hook(partial(self._look, self._call, t.detach()))
         return None
+
+    def _alone(self, rows: int) -> bool:
+        """Whether a loss of the model's own is that of one record, which no earlier one can have reached."""
+        return rows == 1 and not self.keeps
 
     def began(self) -> None:
         """A forward whose outputs' gradients are looked at."""
@@ -111,7 +117,7 @@ class ReductionCheck:
         if batch is None:
             return
         if is_without(z, batch.rows):
-            if (name or "the output") in self.tied and dz.any():
+            if (name or "the output") in self.tied and not self._alone(batch.rows) and dz.any():
                 refuse([name or "the output"], dz)
         elif z.shape[0] == batch.rows and self._asks() and dz.any():
             self._look(self._call, z, dz)
