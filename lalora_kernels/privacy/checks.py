@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lalora_kernels.nn import set_active
 from lalora_kernels.privacy.compiled import eagerly
 from lalora_kernels.privacy.doubled import Doubled
+from lalora_kernels.privacy.drawn import Drawn
 from lalora_kernels.privacy.engine import Engine
 from lalora_kernels.privacy.noise import NoiseSource
 from lalora_kernels.privacy.sampling import BatchInfo
@@ -32,6 +33,10 @@ class Unreached(ValueError):
     """No trainable tensor took part in the forward, so nothing was compared."""
 
 
+DRAWS = (
+    ". The model or the loss draws at random, for a record alone otherwise than beside others, which may be all that "
+    "differs: draw before, and have the batch hold what was drawn"
+)
 ONE_FOR_ALL = (
     "{} is given one input for all records, and what the model does with the output does not keep a row for each of "
     "them, so no record's gradient shows; leave it out of target_modules, or name it in exclude_modules"
@@ -144,7 +149,13 @@ def check_per_sample(
     are clean, the tensors whose gradient does (a loss that couples records, a wrong ``loss_reduction``, an axis that is
     not the batch). Source: the microbatch oracle of Opacus' GradSampleModule tests.
     """
-    compare(model, batch, loss, loss_reduction, factors, NONE)
+    with Drawn(model, None) as drawn:
+        try:
+            compare(model, batch, loss, loss_reduction, factors, NONE)
+            return
+        except Coupled as error:
+            refused = error
+    raise Coupled(f"{refused}{DRAWS}") if drawn.any else refused
 
 
 @eagerly

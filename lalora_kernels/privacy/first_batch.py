@@ -12,7 +12,6 @@ from lalora_kernels.privacy.checks import (
     RTOL,
     Coupled,
     Unreached,
-    compare,
     watch_modules,
 )
 from lalora_kernels.privacy.compiled import eagerly
@@ -20,7 +19,7 @@ from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.drawn import Drawn
 from lalora_kernels.privacy.kept import Attributes, Place, tied_attributes
 from lalora_kernels.privacy.own_loss import ORDERS, tied, without_rows
-from lalora_kernels.privacy.own_mode import Weigh, compare_alike, compare_in_own_mode
+from lalora_kernels.privacy.own_mode import Weigh, compare_alike, compare_drawn, compare_in_own_mode
 from lalora_kernels.privacy.trees import have_rows, leaves, of_rows, to_double
 from lalora_kernels.privacy.twin import Apart, double, take_modes
 from lalora_kernels.privacy.written import Buffers, Parameters
@@ -94,7 +93,7 @@ def check_inputs(
     found = check_outputs(model, two, batched)
     try:
         if found.drawn:
-            compare(model, two, project, "sum", "AB", found.sequence_first, batched)
+            compare_drawn(model, two, project, found.sequence_first, batched)
             compare_alike(model, two, project, found.sequence_first, batched)
         else:
             compare_in_own_mode(model, two, project, found.sequence_first, batched)

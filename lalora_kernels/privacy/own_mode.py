@@ -5,6 +5,7 @@ shows it.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lalora_kernels.privacy.checks import (
 )
 from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.drawn import Drawn
+from lalora_kernels.privacy.still import Stilled
 from lalora_kernels.privacy.trees import of_rows, to_double
 from lalora_kernels.privacy.twin import Apart, double, take_modes
 
@@ -29,14 +31,17 @@ Weigh = Callable[[int, Tensor], Tensor]
 
 
 class OwnMode:
-    """Gradients of two records on a copy of the model in its own mode, drawn alike, from the same buffers."""
+    """Gradients of two records on a copy of the model in its own mode, or in eval mode, drawn alike, from the same
+    buffers."""
 
     def __init__(
-        self, model: nn.Module, two: tuple, project: Project, sequence_first: frozenset[str], batched: list[bool]
-    ):
+        self, model: nn.Module, two: tuple, project: Project, sequence_first: frozenset[str], batched: list[bool],
+        own: bool = True,
+    ):  # fmt: skip
         self.twin, self.sequence_first, self.batched = double(model), sequence_first, batched
         self._apart = Apart(model, self.twin)
-        take_modes(self.twin, model)
+        if own:
+            take_modes(self.twin, model)
         set_active(self.twin, "AB")
         self.two = to_double(two)
         self.project = from_one_state(self.twin, project)
@@ -73,6 +78,21 @@ class OwnMode:
         three = rows(0, 1, 0)
         self._rowed = {k for k, two in rows(0, 1).items() if 3 * two == 2 * three.get(k, 0)}
 
+    def draws(self) -> bool:
+        """Whether a forward draws at random."""
+        with torch.no_grad(), self._apart, Doubled(), Drawn(self.twin, 0) as drawn:
+            self.project(self.twin, self._batch((0, 1)))
+        return drawn.any
+
+    def coupled(self) -> list[str]:
+        """The tensors of which a record's gradient depends on the one beside it, drawn alike: in (a, b) a's must be
+        what it is in (a, a) with the other one's loss doubled, and b's what it is in (b, b)."""
+        self.find_rows()
+        found = self(0, 1)
+        first, second = self(0, 0, weights=(1.0, 2.0)), self(1, 1, weights=(2.0, 1.0))
+        expected = {name: torch.stack((first[name][0], second[name][1])) for name in found}
+        return differing(found, expected)
+
     def same_again(self) -> bool:
         """Whether they are the same in another forward: not where something that is no buffer counts forwards, as the
         strength of a gradient that is reversed may follow them."""
@@ -97,20 +117,35 @@ def compare_in_own_mode(
 def compare_alike(
     model: nn.Module, two: tuple, project: Project, sequence_first: frozenset[str], batched: list[bool]
 ) -> None:
-    """Raise ValueError where a record's gradient depends on the one beside it, drawn alike: in (a, b) a's must be what
-    it is in (a, a) with the other one's loss doubled, and b's what it is in (b, b). A record alone would be drawn
-    otherwise; the gradients that reach a layer before the head alone may be all alike."""
+    """Raise ValueError where a record's gradient depends on the one beside it in the model's own mode. A record alone
+    would be drawn otherwise; the gradients that reach a layer before the head alone may be all alike."""
     gradients = OwnMode(model, two, project, sequence_first, batched)
     try:
-        gradients.find_rows()
-        found = gradients(0, 1)
-        first, second = gradients(0, 0, weights=(1.0, 2.0)), gradients(1, 1, weights=(2.0, 1.0))
+        wrong = gradients.coupled()
     except Exception:  # as in compare_in_own_mode; eval mode has passed
         return
-    expected = {name: torch.stack((first[name][0], second[name][1])) for name in found}
-    wrong = differing(found, expected)
     if wrong and gradients.same_again():
         raise Coupled(
             f"per-sample gradients of {listed(wrong)} depend on the other records of the batch in train mode, though "
             f"no output does: a hook or a custom backward couples them. Replace it, or keep its module in eval mode"
         )
+
+
+def compare_drawn(
+    model: nn.Module, two: tuple, project: Project, sequence_first: frozenset[str], batched: list[bool]
+) -> None:
+    """``compare`` of a model that draws at random. Where it does so in eval mode, too (a decoder's latent, a dropout
+    that is never off), neither record's gradient may depend on the other, drawn alike, and without the draws each must
+    be what it is alone."""
+    gradients = OwnMode(model, two, project, sequence_first, batched, own=False)
+    try:
+        drawn = gradients.draws()
+    except Exception:  # compare says why
+        drawn = False
+    if drawn and (wrong := gradients.coupled()):
+        raise Coupled(
+            f"per-sample gradients of {listed(wrong)} depend on the other records of the batch, though no output does: "
+            f"a hook or a custom backward couples them; replace it"
+        )
+    with Stilled() if drawn else nullcontext():
+        compare(model, two, project, "sum", "AB", sequence_first, batched)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lalora_kernels.privacy.compiled import eagerly
+from lalora_kernels.privacy.still import Stilled
 from lalora_kernels.privacy.trees import fresh, leaves, tree_map
 from lalora_kernels.privacy.twin import double
 
@@ -75,7 +76,7 @@ def refuse_padding(model: nn.Module, args: tuple, kwargs: dict) -> bool:
 
     padded = tree_map(alone, (args, kwargs))
     twin = double(model)
-    with torch.no_grad():
+    with torch.no_grad(), Stilled():
         given = tree_map(fresh, padded)  # which a model may change in place
         whole = leaves(twin(*given[0], **given[1]))
         short = tree_map(lambda t: fresh(cut(t)), padded)
