@@ -56,7 +56,7 @@ class Attached:
             raise ValueError("some trainable parameters are float64 and some are not; use one precision")
         self.dtype = torch.float64 if dtypes.pop() else torch.float32
         self._handles.append(self.model.register_forward_pre_hook(InputCheck(engine, self.sites[0]), with_kwargs=True))
-        self.reduction = ReductionCheck(engine)
+        self.reduction = ReductionCheck(engine, self.sites[0])
         if self.strict:
             self._handles.append(self.model.register_forward_hook(self.reduction))
 

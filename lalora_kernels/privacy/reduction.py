@@ -27,6 +27,7 @@ from lalora_kernels.privacy.trees import leaves
 
 if TYPE_CHECKING:
     from lalora_kernels.privacy.engine import Engine
+    from lalora_kernels.privacy.sites import Site
 
 TRIES = 4  # backwards that are looked at
 # Equal lengths hide a mean over tokens: where those showed no others, so many more are asked for their lengths alone.
@@ -46,10 +47,10 @@ class ReductionCheck:
     Raises ValueError, within backward, where the loss is not reduced as claimed.
     """
 
-    def __init__(self, engine: "Engine | None" = None):
+    def __init__(self, engine: "Engine | None" = None, site: "Site | None" = None):
         self.engine, self.left, self.watch = engine, TRIES, WATCH
-        if engine is not None:
-            self.handle, self.token = opaque.register(self), torch.zeros(1, device=engine.sites[0].param.device)
+        if site is not None:
+            self.handle, self.token = opaque.register(self), torch.zeros(1, device=site.param.device)
         self.seen: str | None = None
         self.tied: set[Any] = set()  # the model's own losses that tie records together, by name or attribute
         self.owns = False  # the model returns, or keeps, something that may be one
