@@ -138,6 +138,8 @@ class TestASecondTraining:
         optimizer, loader = private(model)
         train(model, optimizer, loader, 1)
         optimizer.detach()
+        with pytest.raises(ValueError, match=r"privately already \(1 releases\)"):  # nor does the unused one hide it
+            private(model)
         assert private(copy.deepcopy(model))[0].ledger.steps == 0
 
 
