@@ -33,6 +33,7 @@ from lalora_kernels.privacy.ledger import LedgerError
 REFUSALS = {
     "a larger epsilon": ({"max_epsilon": "7.9"}, "policy", "epsilon 8 is asked for"),
     "a larger delta": ({"delta": "1e-5"}, "policy", "delta 0.0001 is asked for"),
+    "a delta that is no promise": ({"delta": "0.03"}, "policy", "delta 0.03 promises nothing to 40 records"),
     "too little noise": ({"min_noise_multiplier": "50.0"}, "policy", "sigma would be"),
     "a larger C": ({"max_grad_norm": "0.5"}, "policy", "max_grad_norm 1 is asked for"),
     "a larger K": ({"max_local_steps": "1"}, "policy", "local_steps 2 is asked for"),
