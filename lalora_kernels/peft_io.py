@@ -61,8 +61,8 @@ def save_adapter(
     """
     layers = dict(lora_layers(model))
     if not layers:
-        own = "call adapt(model, ...) first; a PEFT model is saved by its own save_pretrained"
-        raise ValueError(f"nothing to save: the model has no LoRA layer; {own}")
+        own = "a PEFT model is saved by its own save_pretrained (diffusers' add_adapter: save_lora_adapter)"
+        raise ValueError(f"nothing to save: the model has no LoRA layer; call adapt(model, ...) first; {own}")
     _refuse_unsayable(model, layers)
     config = _config(model, layers, base_model_name_or_path, task_type)
     tensors: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 import functools
 import threading
+from collections import OrderedDict
 from types import MethodType
 
 import pytest
@@ -153,6 +154,27 @@ def test_functions_that_hold_themselves_or_nothing_yet_are_copied():
     assert twin.middle.forward is not again and model.middle.forward is again and late is model.first
     x = twin.middle.forward.__closure__
     assert {c.cell_contents for c in x} == {twin.middle.forward, twin.middle.__class__.forward.__get__(twin.middle)}
+
+
+class Closed(OrderedDict):
+    """A config that nothing writes to, as every model of diffusers has one."""
+
+    def update(self, *args, **kwargs):
+        raise AssertionError("closed")
+
+    def __setitem__(self, key, value):
+        if "sealed" in self:
+            raise AssertionError("closed")
+        super().__setitem__(key, value)
+
+
+def test_a_dict_that_is_closed_to_others_is_copied():
+    model = build(nn.Tanh(), torch.float32)
+    model.middle.config = Closed({"width": 8, "act": lambda h: model.first(h), "sealed": True})
+    assert step(model, torch.float32)[1]
+    twin = double(model)
+    assert list(twin.middle.config) == ["width", "act", "sealed"]
+    assert twin.middle.config["act"](torch.zeros(1, 6, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_a_loss_that_calls_the_model_itself_is_told_so():

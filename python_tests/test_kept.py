@@ -1,5 +1,7 @@
 """What a forward leaves on the model's modules: a loss that is read there, a state that the next one goes on with."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from test_first_batch import chain, first_step, private
@@ -186,6 +188,25 @@ def test_attributes_are_put_back():
     attributes.put_back()
     assert not attributes.moved() and module.table is table and module.list is kept
     assert not table.any() and not kept and module.scale == 1.0 and not hasattr(module, "new")
+
+
+class Closed(OrderedDict):
+    def update(self, *args, **kwargs):
+        raise AssertionError("closed")
+
+
+class Last(list):
+    """No list by its type."""
+
+
+def test_what_is_kept_in_a_kind_of_list_or_dict_of_its_own_is_put_back():
+    module = nn.Module()
+    module.list, module.dict, module.closed = Last([1]), OrderedDict(a=1, b=2), Closed(width=8)
+    attributes = Attributes(module)
+    module.list.append(torch.ones(2))
+    module.dict["a"] = torch.ones(2)
+    attributes.put_back()
+    assert module.list == [1] and module.dict == {"a": 1, "b": 2} and module.closed == {"width": 8}
 
 
 class Collects(nn.Module):

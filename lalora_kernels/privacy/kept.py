@@ -73,7 +73,7 @@ class Attributes:
                 value.copy_(copied)
             elif isinstance(value, list):
                 value[:] = copied
-            elif isinstance(value, dict):
+            elif isinstance(value, dict) and _items(value) != _items(copied):  # a config's is closed (diffusers)
                 value.clear()
                 value.update(copied)
             modules[name].__dict__[key] = value
@@ -83,7 +83,11 @@ class Attributes:
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
-    return type(value)(value) if type(value) in (list, dict) else value
+    return list(value) if isinstance(value, list) else dict(value) if isinstance(value, dict) else value
+
+
+def _items(held: dict) -> list[tuple[Any, int]]:
+    return [(key, id(value)) for key, value in held.items()]
 
 
 def tied_attributes(left: Sequence[dict[Place, list[Tensor]]]) -> set[Place]:

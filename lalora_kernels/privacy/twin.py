@@ -104,7 +104,8 @@ def rebind(model: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
     on with the original that it holds; the copy gets one that holds the copy."""
     originals = {id(d) for m in model.modules() for d in _dicts(m)}  # which a __deepcopy__ may share
     for held in (d for m in twin.modules() for d in _dicts(m) if id(d) not in originals):
-        held.update({key: _rebound(value, memo) for key, value in held.items() if isinstance(value, HOLDS)})
+        for key, value in [(k, v) for k, v in held.items() if isinstance(v, HOLDS)]:
+            dict.__setitem__(held, key, _rebound(value, memo))  # a config's dict may be closed to others (diffusers)
 
 
 def _dicts(module: nn.Module) -> list[dict]:
