@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_checks import BatchMean, chain, classify
 from test_own_loss_later import RAGGED, N, Net, batch
+from test_own_loss_loop import taken
 from test_padding import REFUSED, Words, padding_to, records
 from test_sequence_first import Turned
 from test_unseen import F, a_sum, make, step
@@ -150,6 +151,14 @@ class TestWhatIsRefused:
         else:
             train()
         assert optimizer.ledger.steps == (not shared or name == "out")
+
+    def test_a_sum_that_the_model_returns_for_a_mean(self):
+        with pytest.raises(ValueError, match="^loss, which the model returns, is a sum"):
+            taken("sum", "mean", compiled=graph)
+        with pytest.raises(ValueError, match="^loss, which the model returns, is a sum"):
+            taken("sum", "mean", lambda loss, rows: loss / 5, compiled=graph)
+        assert taken("sum", "mean", lambda loss, rows: loss / rows, compiled=graph) == 6
+        assert taken("sum", "sum", compiled=graph) == 6
 
 
 class Called(nn.Module):

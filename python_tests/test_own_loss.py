@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lalora_kernels as lk
 from lalora_kernels.nn import factor_parameters
-from lalora_kernels.privacy.own_loss import ORDERS, tied, without_rows
+from lalora_kernels.privacy.own_loss import COPIES, ORDERS, reductions, tied, without_rows
 
 F = nn.functional
 N, T, V = 10, 6, 17
@@ -189,6 +189,23 @@ def test_what_ties_records(name):
     output, ties = OUTPUTS[name]
     found = tied([{"value": output(VALUES[list(order)], COUNTS[list(order)])} for order in ORDERS])
     assert found == ({"value"} if ties else set())
+
+
+@pytest.mark.parametrize(
+    "output, kind",
+    [
+        (lambda v, c: v.mean(), "mean"),
+        (lambda v, c: v.sum(), "sum"),
+        (lambda v, c: v.sum() / 64, "sum"),
+        (lambda v, c: v.var(unbiased=False), None),
+        (lambda v, c: torch.tensor(7.0), None),
+        (lambda v, c: v.sum() * torch.nan, None),
+        (lambda v, c: v.mean() + len(v), None),
+    ],
+)
+def test_how_a_loss_takes_records(output, kind):
+    found = reductions([{"value": output(VALUES[list(order)], COUNTS[list(order)])} for order in COPIES])
+    assert found == ({} if kind is None else {"value": kind})
 
 
 class Pair(NamedTuple):

@@ -74,3 +74,49 @@ def test_of_a_record_alone_it_is_that_records(net):
     else:
         run()
         assert optimizer.ledger.steps == 2
+class Taken(torch.nn.Module):
+    """Returns the loss of its records, taken as a sum or a mean."""
+
+    def __init__(self, reduction):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.dropout, self.reduction = torch.nn.Linear(4, 2), torch.nn.Dropout(0.5), reduction
+
+    def forward(self, x, target):
+        out = self.net(self.dropout(x))
+        each = (out - target).square().sum(1)
+        return {"loss": each.sum() if self.reduction == "sum" else each.mean(), "out": out}
+
+
+def taken(reduction, claimed, divide=lambda loss, rows: loss, steps=6, compiled=lambda model: model):
+    """Steps made until it was refused, of batches of 5 and 3 records by turns."""
+    model = lk.adapt(Taken(reduction), target_modules=["net"], r=2, verbose=False).train()
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    data = torch.utils.data.TensorDataset(torch.randn(20, 4), torch.randn(20, 2))
+    optimizer, loader = lk.make_private(
+        model, sgd, DataLoader(data, batch_size=N), noise_multiplier=1.0, sample_rate=0.5, loss_reduction=claimed
+    )
+    draws = (list(range(5 - 2 * (i % 2))) for i in range(steps))
+    loader.batch_sampler.draw = lambda: next(draws)
+    net = compiled(model)
+    for x, y in loader.steps(steps):
+        divide(net(x, y)["loss"], len(x)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer.ledger.steps
+
+
+@pytest.mark.parametrize("reduction, claimed", [("sum", "mean"), ("mean", "sum")])
+def test_a_sum_for_a_mean_is_refused_by_name(reduction, claimed):
+    """transformers' CTC is a sum by default: others would count the less, the fewer there are, and a record 2 C."""
+    match = f"^loss, which the model returns, is a {reduction} .* told loss_reduction='{claimed}'"
+    with pytest.raises(ValueError, match=match):
+        taken(reduction, claimed)
+    with pytest.raises(ValueError, match=match):  # the same number for all batches makes no mean of it
+        taken(reduction, claimed, lambda loss, rows: loss / 5)
+    assert taken(reduction, reduction) == 6
+
+
+def test_what_a_loop_makes_a_mean_of_a_sum_passes():
+    assert taken("sum", "mean", lambda loss, rows: loss / rows) == 6
+    assert taken("mean", "sum", lambda loss, rows: loss * rows) == 6

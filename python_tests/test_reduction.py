@@ -10,7 +10,7 @@ from lalora_kernels.nn import LoRALinear
 from lalora_kernels.privacy import reduction as checking
 from lalora_kernels.privacy.make_private import make_private
 from lalora_kernels.privacy.noise import NoiseSource
-from lalora_kernels.privacy.reduction import reductions_of
+from lalora_kernels.privacy.shares import reductions_of
 
 F = nn.functional
 N, T, V = 6, 5, 7

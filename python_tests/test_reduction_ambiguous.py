@@ -5,7 +5,7 @@ from test_reduction import Told, V, labels, logits_and_gradient, look
 from torch.nn import functional as F
 
 from lalora_kernels.privacy import reduction as checking
-from lalora_kernels.privacy.reduction import reductions_of
+from lalora_kernels.privacy.shares import reductions_of
 
 
 def bce(z):

@@ -18,7 +18,7 @@ from lalora_kernels.privacy.compiled import eagerly
 from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.drawn import Drawn
 from lalora_kernels.privacy.kept import Attributes, Place, tied_attributes
-from lalora_kernels.privacy.own_loss import ORDERS, tied, without_rows
+from lalora_kernels.privacy.own_loss import COPIES, ORDERS, reductions, tied, without_rows
 from lalora_kernels.privacy.own_mode import Weigh, compare_alike, compare_drawn, compare_in_own_mode
 from lalora_kernels.privacy.trees import have_rows, leaves, of_rows, to_double
 from lalora_kernels.privacy.twin import Apart, double, take_modes
@@ -49,6 +49,7 @@ class Found(NamedTuple):
     drawn: bool = False  # the model draws at random
     owns: bool = False  # it returns what has no row for each record, as a loss, or leaves something on its modules
     keeps: bool = False  # it leaves something there
+    reductions: dict[str, str] = {}  # its own losses that are a "mean" or a "sum"
 
 
 @eagerly
@@ -235,9 +236,16 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
     for seed in seeds:
         outputs, kept, _ = zip(*(anew(seed, *order) for order in ORDERS))
         losses |= tied(outputs) | tied_attributes(kept)
+    taken: dict[str, str] = {}
+    if rowless:
+        twin.eval()  # copies of a record are drawn apart
+        try:
+            taken = reductions([anew(0, *order)[0] for order in COPIES])
+        except Exception:  # what cannot run in eval mode, or of two rows, is not judged
+            after.clear()
     idle = frozenset(name for name, found in axes.items() if not found) - {name for name, _ in shapes}
     second = frozenset(name for name, found in axes.items() if found == {1})
-    return Found(losses, second, idle, bool(draws), bool(rowless or left), left)
+    return Found(losses, second, idle, bool(draws), bool(rowless or left), left, taken)
 
 
 def _compare(

@@ -50,17 +50,15 @@ class ModelCheck:
                 else:
                     found = self._singles.check(model, args, kwargs) if batch.rows == 1 else None
             if found is not None:
-                engine.reduction.tied |= found.tied
-                engine.reduction.owns |= found.owns
-                engine.reduction.keeps |= found.keeps
+                engine.reduction.own.learn(found)
                 self._turn(engine, found)
                 self.pending = False
                 self._seen.add(call)
         if engine.graphing:
             return
         self._padding(model, args, kwargs)
-        if engine.reduction.owns and batch.valid >= 2:
-            engine.reduction.tied |= self._own_loss(model, args, kwargs, batch.rows)
+        if engine.reduction.own.any and batch.valid >= 2:
+            engine.reduction.own.tied |= self._own_loss(model, args, kwargs, batch.rows)
 
     def _turn(self, engine: "Engine", found: Found) -> None:
         """Have the engine read positions first where the check saw them. Raises ValueError where nothing shows it."""

@@ -3,7 +3,8 @@
 A mean over all tokens or boxes of the batch, a term that balances a mixture's experts, a contrastive one: taken as they
 are, they let a record's gradient depend on the others, which no clipping bounds. The first batch tells which of a
 model's losses are such, unless its two records count for as much (own_loss_later.py). Only a backward that reaches one
-is refused, since a loop may have a loss of its own.
+is refused, since a loop may have a loss of its own. A sum where a mean was claimed (transformers' CTC is one by
+default), or the other way round, is refused likewise, unless the loop makes of it what was claimed.
 """
 
 import math
@@ -19,6 +20,7 @@ from lalora_kernels.privacy.trees import tensors
 RTOL = 1e-5  # in float64, but for the many models that compute their loss in float32
 ORDERS = ((0, 1, 0), (1, 0, 1), (0, 0, 0), (1, 1, 1))  # of two records, in which a loss is asked for
 ROWS = 3
+COPIES = ((0, 0, 0), (0, 0), (1, 1, 1), (1, 1))  # more of the same record: a sum grows by it, a mean does not
 
 
 def without_rows(output: Any, rows: int) -> Iterator[tuple[str, Tensor]]:
@@ -51,6 +53,25 @@ def adds_up(values: Sequence[Tensor]) -> bool:
     size = largest(values)
     # A record without labels has no mean.
     return not math.isfinite(size) or not bool(((mixed + other - first - second).abs() > RTOL * size).any())
+
+
+def reductions(outputs: Sequence[Any]) -> dict[str, str]:
+    """{name: "sum" or "mean"} of the scalars that a model returned for each of ``COPIES`` of two records, drawing
+    nothing; of those that tell."""
+    scalars = [
+        {n: float(t) for n, t in without_rows(output, len(order)) if t.numel() == 1}
+        for output, order in zip(outputs, COPIES)
+    ]
+    found = {}
+    for name in set.intersection(*map(set, scalars)):
+        a, b, c, d = (each[name] for each in scalars)
+        size = max(map(abs, (a, b, c, d)))
+        if not 0 < size < math.inf or abs(b - d) <= RTOL * size:  # of no record
+            continue
+        for kind, grown in (("sum", ROWS / 2), ("mean", 1.0)):
+            if max(abs(a - grown * b), abs(c - grown * d)) <= RTOL * size:
+                found[name] = kind
+    return found
 
 
 def largest(values: Iterable[Tensor]) -> float:

@@ -323,7 +323,7 @@ class InputCheck:
         args, kwargs = compiled.read(form, tensors, ints, floats)
         with compiled.within_graph():
             engine.check_input(engine.model, args, kwargs, within_graph=True)
-        compiled.refuse_attributes(engine.reduction.tied)
+        compiled.refuse_attributes(engine.reduction.own.tied)
         engine.reduction.began()
 
     def __deepcopy__(self, memo: dict) -> InputCheck:
