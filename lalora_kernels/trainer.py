@@ -32,6 +32,7 @@ from lalora_kernels.trainer_loss import find_shift, is_own, logits_of, record_lo
 from lalora_kernels.trainer_refusals import (
     refuse_arguments,
     refuse_batch_size,
+    refuse_loss_objects,
     refuse_other_batches,
     refuse_settings,
 )
@@ -73,6 +74,7 @@ class PrivateTrainerMixin(_Mixed):
 
     def __init__(self, *args: Any, privacy: Mapping[str, Any], **kwargs: Any) -> None:
         refuse_settings(privacy)
+        refuse_loss_objects(self)
         self._private: PrivateOptimizer | None = None
         self._batches: PrivateBatches | None = None
         self._resuming = self._said = self._loss_checked = self._shift = self._sums = False
@@ -266,7 +268,8 @@ class PrivateTrainerMixin(_Mixed):
         if labels is None:
             raise ValueError(
                 "the batch has no 'labels', and what else a loss is made of may tie records together; pass "
-                "compute_loss_func=..., the mean over records of each record's own loss"
+                "compute_loss_func=..., the mean over records of each record's own loss. Where the model's own "
+                "is that (answers, forecasts): lambda outputs, labels, num_items_in_batch=None: outputs['loss']"
             )
         given = inputs if self._keeps_labels(labels) else {k: v for k, v in inputs.items() if k != "labels"}
         outputs = model(**given)

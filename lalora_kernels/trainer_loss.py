@@ -26,7 +26,9 @@ def record_losses(logits: Tensor, labels: Tensor, *, shift: bool, label_smoothin
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)} are no classification of "
             f"records, (N, K) for (N,), or of positions, (N, T, K) for (N, T): classes go last. For another loss take "
-            f"each record's own and their mean (PrivateTrainer: compute_loss_func=...)"
+            f"each record's own and their mean (PrivateTrainer: compute_loss_func=...; if it is the model's, as CTC's "
+            f"with config.ctc_loss_reduction='mean', have a Module around the model take the labels by another name, "
+            f"and give compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs['loss'])"
         )
     if shift and labels.dim() == 2:
         logits, labels = logits[:, :-1], labels[:, 1:]

@@ -30,6 +30,17 @@ def refuse_settings(privacy: Mapping[str, Any]) -> None:
         raise ValueError("privacy holds either target_epsilon or noise_multiplier")
 
 
+def refuse_loss_objects(trainer: Trainer) -> None:
+    """Raise ValueError for sentence-transformers' trainers, whose loss is an object that calls the model by itself."""
+    if any(c.__module__.partition(".")[0] == "sentence_transformers" for c in type(trainer).__mro__):
+        raise ValueError(
+            "a trainer of sentence-transformers takes its loss from an object that calls the model itself, by default "
+            "one that has a record's pairs among the other records. Train in a loop with make_private and a loss of "
+            "each pair alone (CosineSimilarityLoss; ask check_per_sample), or give a CrossEncoder's model to "
+            "PrivateTrainer"
+        )
+
+
 def refuse_arguments(trainer: Trainer) -> None:
     """Raise ValueError, naming all of it, for what would make ε false or go unseen."""
     a = trainer.args

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_first_batch import chain, private
+from test_first_batch import chain, first_step, private
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
@@ -126,3 +126,17 @@ def test_hooks_that_are_gone_again_cost_nothing(monkeypatch):
             model(x)
         handle.remove()
     assert asked == [1]
+
+
+def test_outputs_that_compare_records_are_told_what_to_return():
+    class Compares(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = chain(nn.Tanh())
+
+        def forward(self, x):
+            each = self.net(x)
+            return each @ each.t()
+
+    with pytest.raises(ValueError, match=r"^the model: the output .* have it return what each has alone"):
+        first_step(Compares())

@@ -12,6 +12,7 @@ from tolerances import PRIVATE_STEP_F64, SPLIT_F32
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lalora_kernels.adapt import adapt
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.nn import set_active
 from lalora_kernels.privacy.checks import single_sample_gradients
@@ -245,6 +246,27 @@ class TestRefusals:
         opt, loader = private(model, data, sample_rate=1.0)
         next(iter(loader.steps(1)))
         with pytest.raises(RuntimeError, match="before loss.backward"):
+            opt.step()
+
+    def test_a_layer_that_is_never_called(self):
+        """WavLM gives its projections' weights to a function."""
+
+        class Takes(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.q, self.head = nn.Linear(4, 4), nn.Linear(4, 2).requires_grad_(False)
+
+            def forward(self, x):
+                return self.head(nn.functional.linear(x.requires_grad_(), self.q.weight))
+
+        model = adapt(Takes(), r=2, target_modules=["q"], verbose=False)
+        sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        data = TensorDataset(torch.randn(8, 4))
+        opt, loader = make_private(model, sgd, DataLoader(data, batch_size=4), noise_multiplier=1.0)
+        loader.batch_sampler.draw = lambda: [0, 1, 2]
+        (x,) = next(loader.steps(1))
+        model(x).sum().backward()
+        with pytest.raises(RuntimeError, match="reached nothing that trains"):
             opt.step()
 
     def test_backward_without_step(self):

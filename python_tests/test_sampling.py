@@ -386,6 +386,7 @@ def test_steps_takes_a_whole_number(count):
         ),
         (lambda r: (torch.zeros(len(r), 2), [torch.tensor(0.0)]), r"^\[1\]\[0\] of the batch has shape \(\)"),
         (lambda r: torch.zeros(len(r) - 1, 2), r"^the tensor of the batch has shape \(39, 2\) for 40 records; every"),
+        (lambda r: torch.zeros(2 * len(r), 3), r"a chosen and a rejected text\) goes along another axis, padded"),
     ],
 )
 def test_tensors_need_one_row_for_each_record(collate, message):

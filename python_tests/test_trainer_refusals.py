@@ -6,6 +6,8 @@ import torch.distributed as dist
 from trainer_models import adapted, trainer_of
 from transformers import TrainingArguments
 
+import lalora_kernels as lk
+
 
 class TestRefusals:
     @pytest.mark.parametrize(
@@ -59,6 +61,14 @@ class TestRefusals:
         trainer.args.torch_compile = True
         with pytest.raises(ValueError, match="torch_compile is not tested in several processes"):
             refuse_arguments(trainer)
+
+    def test_a_trainer_whose_loss_calls_the_model_itself(self, tmp_path):
+        from lalora_kernels.trainer import PrivateTrainer
+
+        other = type("SentenceTransformerTrainer", (PrivateTrainer,), {"__module__": "sentence_transformers.trainer"})
+        model, _, data = adapted("bert")
+        with pytest.raises(ValueError, match="make_private and a loss of each pair alone"):
+            other(model, None, train_dataset=data, privacy={"noise_multiplier": 1.0, "target_delta": 1e-2})
 
     def test_a_model_sharded_at_load_time(self, tmp_path):
         from lalora_kernels.trainer_refusals import refuse_arguments
@@ -130,3 +140,58 @@ class TestRefusals:
         model, _, data = adapted("bert")
         with pytest.raises(ValueError, match="call lalora_kernels.patch_peft"):
             trainer_of(model, data, tmp_path).train()
+
+
+def a_head(kind):
+    """A model whose own loss is a mean over records, but of no "labels" that a cross-entropy takes; its records."""
+    from transformers import BertConfig, BertForQuestionAnswering, Wav2Vec2Config, Wav2Vec2ForCTC
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    if kind == "answers":
+        model = BertForQuestionAnswering(BertConfig(vocab_size=20, max_position_embeddings=8, **small))
+        spans = [{"start_positions": i % 4, "end_positions": 5} for i in range(20)]
+        return model, [{"input_ids": torch.randint(0, 20, (6,)), **span} for span in spans]
+    config = Wav2Vec2Config(
+        vocab_size=9, conv_dim=(8,), conv_stride=(4,), conv_kernel=(8,), num_feat_extract_layers=1,
+        num_conv_pos_embeddings=2, num_conv_pos_embedding_groups=1, feat_extract_norm="layer", layerdrop=0.0,
+        do_stable_layer_norm=True, mask_time_prob=0.0, ctc_loss_reduction="mean", **small,
+    )  # fmt: skip
+    records = [{"input_values": torch.randn(60), "labels": torch.randint(1, 9, (3,))} for _ in range(20)]
+    return Wav2Vec2ForCTC(config), records
+
+
+class Renamed(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_values, targets):
+        return self.model(input_values, labels=targets)
+
+
+@pytest.mark.parametrize("kind, message", [("answers", "the batch has no 'labels'"), ("ctc", "by another name")])
+def test_the_cure_for_a_loss_that_only_the_model_knows(kind, message, tmp_path):
+    from lalora_kernels.trainer import PrivateTrainer
+
+    def train(model, records, name, **more):
+        args = TrainingArguments(
+            output_dir=str(tmp_path / name), per_device_train_batch_size=8, max_steps=1, max_grad_norm=1.0,
+            report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        privacy = {"target_epsilon": 3.0, "target_delta": 1e-2}
+        trainer = PrivateTrainer(model, args, train_dataset=records, privacy=privacy, **more)
+        trainer.train()
+        return trainer.ledger.steps
+
+    model, records = a_head(kind)
+    lk.adapt(model, r=2, target_modules="qv", verbose=False)
+    with pytest.raises(ValueError, match=f"{message}.*lambda outputs, labels, num_items_in_batch=None: outputs"):
+        train(model, records, "refused")
+    model, records = a_head(kind)
+    lk.adapt(model, r=2, target_modules="qv", verbose=False)
+    if kind == "ctc":
+        records = [{"input_values": r["input_values"], "targets": r["labels"]} for r in records]
+        model = Renamed(model)
+    own = lambda outputs, labels, num_items_in_batch=None: outputs["loss"]  # noqa: E731
+    assert train(model, records, "cured", compute_loss_func=own) == 1

@@ -310,7 +310,11 @@ class Engine(Attached):
         if [s for s in self.sites if s.param.requires_grad] != sites:
             raise RuntimeError("the trainable tensors changed between the batch and optimizer.step()")
         if batch.valid and not any(s.marked for s in sites):
-            raise RuntimeError("optimizer.step() before loss.backward(): no gradient was recorded for this batch")
+            raise RuntimeError(
+                "optimizer.step() before loss.backward(): no gradient was recorded for this batch. If there was a "
+                "backward, it reached nothing that trains: a layer whose weight the model takes without calling it "
+                "(WavLM's q_proj), or none"
+            )
         try:
             self._clip_and_release(batch, sites)
         except BaseException:  # halfway: a second step() on the batch would count what is summed already once more

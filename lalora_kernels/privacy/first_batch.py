@@ -278,6 +278,7 @@ def _compare(
                 f"{name or 'the model'}: the output for one record depends on the other records of the batch, or its "
                 f"first axis is not the batch; per-sample clipping cannot bound such a layer. Replace it, keep it in "
                 f"eval mode where it mixes in train mode alone, or make it batch-major"
+                + ("" if name else ". If outputs compare records (CLIP's logits), have it return what each has alone")
             )
     return drawn
 

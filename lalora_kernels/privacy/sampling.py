@@ -253,7 +253,8 @@ class PrivateLoader:
                 if leaf.dim() == 0 or leaf.shape[0] != info.rows:
                     raise ValueError(
                         f"{name or 'the tensor'} of the batch has shape {tuple(leaf.shape)} for {info.rows} records; "
-                        f"every tensor that collate_fn returns needs one row for each record, first"
+                        f"every tensor that collate_fn returns needs one row for each record, first. What a record has "
+                        f"several of (boxes, patches, a chosen and a rejected text) goes along another axis, padded"
                     )
             if not info.valid:
                 batch = tree_map(_zeros, batch)
