@@ -201,7 +201,7 @@ LAYERS = (
     fault(
         "a trained tensor before the model left to autograd",
         ENGINE,
-        "        refuse_upstream((args, kwargs), self.sites)\n",
+        "            refuse_upstream((args, kwargs), self.sites)\n",
         "",
         "gradients_elsewhere",
     ),

@@ -55,9 +55,23 @@ LOOPS = (
     fault(
         "the gradients of a compiled model's outputs are not looked at",
         "lalora_kernels/privacy/reduction.py",
-        "            return compiled.looked(output, self.token, self.handle) if torch.is_grad_enabled() else None\n",
+        "            return compiled.looked(output, self.token, self.handle)\n",
         "            return None\n",
         "compiled_checks",
+    ),
+    fault(
+        "a sum that the model returns is taken for a mean",
+        "lalora_kernels/privacy/own_loss_watch.py",
+        "        if weight == 1.0 or len(seen) == ALIKE and alike:\n",
+        "        if False:\n",
+        "own_loss_loop",
+    ),
+    fault(
+        "without the draws of eval mode, records are not compared",
+        "lalora_kernels/privacy/own_mode.py",
+        "    with Stilled() if drawn else nullcontext():\n",
+        "    if drawn:\n        return\n    with nullcontext():\n",
+        "still",
     ),
     fault(
         "two tensors over one memory train",
