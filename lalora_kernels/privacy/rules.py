@@ -163,7 +163,7 @@ def refuse_mixing(layers: list[tuple[str, nn.Module]]) -> None:
         elif m.training or not m.track_running_stats:
             raise ValueError(
                 f"{name} ({type(m).__name__}) mixes the records of a batch in train mode, or without running "
-                f"statistics; replace it by GroupNorm or LayerNorm, or keep it in eval mode (again after each model.train())"
+                f"statistics; replace it by GroupNorm or LayerNorm, or keep it in eval mode (after each train())"
             )
 
 
