@@ -19,7 +19,14 @@ import lalora_kernels as lk
 from lalora_kernels.privacy.compiled import Carried, read
 
 KEY = bytes(range(32))
-compiled = pytest.fixture(autouse=True)(lambda: torch.compiler.reset())
+
+
+@pytest.fixture(autouse=True)
+def anew():
+    """Or what a test compiles after many others runs as it was written."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 def graph(model, backend="aot_eager", fullgraph=True):

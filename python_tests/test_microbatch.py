@@ -204,7 +204,8 @@ def test_what_is_refused():
         private(network(), physical="largest")
     model = network()
     optimizer, loader = private(model)
-    compiled = torch.compile(model, backend="eager")
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     with pytest.raises(RuntimeError, match="was not called or is compiled; give it a number"):
         for batch in loader.steps(1):
             step(compiled, optimizer, batch)

@@ -139,6 +139,6 @@ def test_a_permutation_moves_every_row_and_generators_of_their_own_are_left():
     with Stilled():
         assert (torch.randperm(5) != torch.arange(5)).all()
         own = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
-        rows = torch.rand(3)
+        rows, one, none = torch.rand(3), torch.rand(()), torch.rand(0, 4)
     assert torch.equal(own, torch.randn(3, 4, generator=torch.Generator().manual_seed(1)))
-    assert len(rows.unique()) == 1
+    assert len(rows.unique()) == 1 and rows[0] == one and not none.numel()

@@ -30,7 +30,9 @@ class Stilled(TorchDispatchMode):
 
 def _uniform(like: Tensor) -> Tensor:
     """In (0, 1), by the place along the last axis where there are several, in the shape of ``like``."""
-    places = torch.arange(like.shape[-1] if like.dim() > 1 else 1, dtype=torch.float64, device=like.device)
+    places = torch.zeros((), dtype=torch.float64, device=like.device)
+    if like.dim() > 1:
+        places = torch.arange(like.shape[-1], dtype=torch.float64, device=like.device)
     return (0.38 + 0.6180339887 * places).frac().clamp(1e-6, 1 - 1e-6).expand(like.shape)
 
 
