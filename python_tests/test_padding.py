@@ -182,3 +182,19 @@ def test_families_of_transformers(kind, settings, side, fits):
     else:
         with pytest.raises(ValueError, match=REFUSED):
             refuse_padding(model, (), batch)
+
+
+class Always(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.3)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_model_that_draws_in_eval_mode_too_is_told_apart_all_the_same(masked):
+    model = Words(masked)
+    model.fc = nn.Sequential(model.fc, Always())
+    if masked:
+        assert train(model, MIXED, padding_to(), targets=("0",)) == 8
+    else:
+        with pytest.raises(ValueError, match=REFUSED):
+            train(model, MIXED, padding_to(), steps=40, targets=("0",))

@@ -5,10 +5,14 @@ a convolution over tokens, a mean over all positions, absolute positions counted
 records of the first batch's check are padded alike, so nothing of it shows there.
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from lalora_kernels.privacy.compiled import eagerly
+from lalora_kernels.privacy.drawn import Drawn
 from lalora_kernels.privacy.still import Stilled
 from lalora_kernels.privacy.trees import fresh, leaves, tree_map
 from lalora_kernels.privacy.twin import double
@@ -76,12 +80,17 @@ def refuse_padding(model: nn.Module, args: tuple, kwargs: dict) -> bool:
 
     padded = tree_map(alone, (args, kwargs))
     twin = double(model)
-    with torch.no_grad(), Stilled():
-        given = tree_map(fresh, padded)  # which a model may change in place
-        whole = leaves(twin(*given[0], **given[1]))
-        short = tree_map(lambda t: fresh(cut(t)), padded)
+
+    def run(inputs: tuple, change: Callable[[Tensor], Tensor] = lambda t: t) -> list[Tensor]:
+        given = tree_map(lambda t: fresh(change(t)), inputs)  # which a model may change in place
+        return leaves(twin(*given[0], **given[1]))
+
+    with torch.no_grad(), Drawn(twin, None) as drawn:
+        whole = run(padded)
+    with torch.no_grad(), Stilled() if drawn.any else nullcontext():
+        whole = run(padded) if drawn.any else whole
         try:
-            bare = leaves(twin(*short[0], **short[1]))
+            bare = run(padded, cut)
         except Exception:  # of a length that is no multiple of its windows, say
             return True
     for a, b in zip(whole, bare):
