@@ -1,6 +1,7 @@
 """What the checks of the first batches refuse in a model they refuse when it is compiled, too, in one graph."""
 
 from functools import partial
+from threading import Barrier, Event, Thread
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lalora_kernels as lk
-from lalora_kernels.privacy.compiled import Carried, read
+from lalora_kernels.privacy.compiled import Carried, eagerly, read
 
 KEY = bytes(range(32))
 
@@ -268,3 +269,27 @@ def test_positions_that_come_first_are_found():
 
     eager, traced = trained(False), trained(True)
     assert float((eager - traced).norm() / eager.norm()) < COMPILED_F32
+
+
+def test_checks_of_two_threads_leave_the_compiler_as_it_was():
+    """Each would put back what it found: the second one what the first had set."""
+    entered, left = Barrier(2), Event()
+
+    @eagerly
+    def first():
+        entered.wait(10)
+
+    @eagerly
+    def second():
+        entered.wait(10)
+        left.wait(10)
+
+    threads = [Thread(target=first), Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    threads[0].join()
+    left.set()
+    threads[1].join()
+    graphs = []
+    torch.compile(lambda x: x + 1, backend=lambda g, _: graphs.append(g) or g.forward)(torch.ones(2))
+    assert graphs

@@ -10,7 +10,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -142,6 +142,31 @@ def within_graph() -> Iterator[None]:
         _thread.graph = False
 
 
+class Forced:
+    """A block in which nothing runs compiled, for all threads: torch's stance is the process's, and of two that each
+    put back what they found the second would leave the first one's."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._stack = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+                self._stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
+            self._inside += 1
+
+    def __exit__(self, *error: Any) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stack.close()
+
+
+_forced = Forced()
+
+
 def eagerly(check: Callable[P, R]) -> Callable[P, R]:
     """A check of copies of the model, in which whatever is compiled of them runs as it was written: its hooks stand in
     them, and a graph for each of its few forwards would take minutes, and the places of the model's in torch's cache.
@@ -159,8 +184,7 @@ def eagerly(check: Callable[P, R]) -> Callable[P, R]:
 def _eager(check: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     @torch.compiler.disable  # or the stance is refused where a graph broke before it
     def run() -> R:
-        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
+        with _forced:
             return check(*args, **kwargs)
 
     return run()
