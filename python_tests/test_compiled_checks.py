@@ -211,8 +211,9 @@ class TestTheArguments:
         else:
             step(partial(net, extra=given), optimizer, loader)
 
-    def test_an_input_that_something_trainable_computes_is_refused(self):
-        optimizer, loader = make(model := Called())
+    @pytest.mark.parametrize("check", [True, "loss", False])
+    def test_an_input_that_something_trainable_computes_is_refused(self, check):
+        optimizer, loader = make(model := Called(), check=check)
         outside, net = nn.Linear(6, 6), graph(model)
         with pytest.raises(ValueError, match="an input of the compiled model requires a gradient"):
             step(lambda x: net(outside(x)), optimizer, loader)

@@ -48,7 +48,7 @@ class Carried:
         self.tensors: list[Tensor] = []
         self.ints: list[int] = []
         self.floats: list[float] = []
-        self.refused = ""  # why not
+        self.refused = ""  # why, if it is
         self.form = self._write((args, kwargs))
 
     def _write(self, tree: Any) -> str:
@@ -71,7 +71,7 @@ class Carried:
             return "[" + "".join([f"{self._write(value)}," for value in tree]) + "]"
         if type(tree) in (tuple, torch.Size):
             return "(" + "".join([f"{self._write(value)}," for value in tree]) + ")"
-        self.refused = STRANGE.format(type(tree).__name__)
+        self.refused = self.refused or STRANGE.format(type(tree).__name__)
         return "None"
 
 

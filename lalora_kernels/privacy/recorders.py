@@ -318,7 +318,8 @@ class InputCheck:
     def saw(self, tensors: list[Tensor], ints: list[int], floats: list[float], form: str, refused: str) -> None:
         """A compiled model's graph began to run."""
         engine: Any = self.engine  # the handle is a live engine's
-        if refused and engine.model_check is not None and engine.batch is not None:
+        always = refused == compiled.DIFFERENTIATED  # what computes the input is asked for whatever ``check`` says
+        if refused and engine.batch is not None and (always or engine.model_check is not None):
             raise ValueError(refused)
         args, kwargs = compiled.read(form, tensors, ints, floats)
         with compiled.within_graph():
