@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
-# Python compiles a module when it is imported; pip would take a minute more for all of them.
+# Python compiles a module when it is imported, and keeps that: a process that had to compile torch and transformers again
+# would take seconds more, and the tests start a hundred. pip would take a minute more for all of them.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(PIP) install -q --no-compile -c constraints.txt
 BUILD  := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 API    := lalora_kernels $(addprefix lalora_kernels., functional nn dispatch schedule data reference federated.methods \
