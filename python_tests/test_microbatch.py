@@ -21,6 +21,15 @@ KEY = bytes(range(32))
 WIDTH, RECORDS = 64, 24
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_is_collected():
+    """Each measurement collects first, and would look through all that the suite has imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def network(dropout: float = 0.0):
     """Large enough a record that memory is its activations: 64 positions of 64 features in four layers."""
     torch.manual_seed(0)
@@ -79,17 +88,12 @@ def test_what_was_held_before_and_is_freed_meanwhile_does_not_count():
         held.clear()
         held.append(torch.empty(10))
 
-    gc.collect()
-    gc.freeze()  # or each of 80 measurements would look through all that the suite has imported
-    try:
-        for elements in range(30_000, 30_040):
-            microbatch.peak_bytes(lambda: held.append(torch.empty(elements)), device)  # noqa: B023
-            held.clear()
-            held.append(torch.empty(elements))  # often at the same address
-            assert microbatch.peak_bytes(freed_and_taken, device) == 40
-            held.clear()
-    finally:
-        gc.unfreeze()
+    for elements in range(30_000, 30_040):
+        microbatch.peak_bytes(lambda: held.append(torch.empty(elements)), device)  # noqa: B023
+        held.clear()
+        held.append(torch.empty(elements))  # often at the same address
+        assert microbatch.peak_bytes(freed_and_taken, device) == 40
+        held.clear()
 
 
 def test_the_largest_that_fits():
