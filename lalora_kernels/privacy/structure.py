@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
-from operator import attrgetter, is_, methodcaller
+from operator import attrgetter, getitem, is_
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,7 @@ from lalora_kernels.privacy.sites import Site
 HOLDING = ("_modules", "_parameters")
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 EVERYWHERE = [f"_global{kind}" for kind in HOOKS]  # of torch.nn.modules.module
-_trains, _training, _values = attrgetter("requires_grad"), attrgetter("training"), methodcaller("values")
+_trains, _training = attrgetter("requires_grad"), attrgetter("training")
 
 
 class Structure:
@@ -35,6 +35,7 @@ class Structure:
         self._parts: list[nn.Module] = []
         self._attributes: list[dict[str, Any]] = []  # of every module
         self._holding: dict[str, list[Any]] = {}  # its dictionaries of children and of tensors
+        self._hooking: dict[str, list[Any]] = {}  # ... and of hooks
         self._sizes: list[int] = []
         self._held: list[Any] = []  # what stands in them, side by side
         self._forwards: list[Any] = []  # what stands in the place of each module's own, or None
@@ -63,6 +64,7 @@ class Structure:
         self._holding = {name: [getattr(module, name) for module in modules] for name in HOLDING}
         self._sizes, self._held = list(map(len, self._dicts())), list(self._contents())
         self._forwards = list(map(dict.get, self._attributes, repeat("forward")))
+        self._hooking = {name: [getattr(module, name) for module in modules] for name in HOOKS}
         self._handles, self._hooks = RemovableHandle.next_id, self._hooks_now()
         tensors = (p for held in self._holding["_parameters"] for p in held.values() if p is not None)
         self._frozen = [p for p in tensors if p not in known]
@@ -74,25 +76,29 @@ class Structure:
         return tuple(map(_training, self._parts))
 
     def _hooks_now(self) -> list[Any]:
-        found = [held[kind] for held in self._attributes for kind in HOOKS]
-        found += [getattr(torch_module, kind) for kind in EVERYWHERE]
-        return [hook for hooks in found for hook in hooks.values()]
+        everywhere = [getattr(torch_module, kind) for kind in EVERYWHERE]
+        hooks = filter(None, chain(everywhere, *self._hooking.values()))  # of those dictionaries most are empty
+        return list(chain.from_iterable(map(dict.values, hooks)))
 
     def _same_hooks(self) -> bool:
         if self._handles != RemovableHandle.next_id:  # a tensor's, say, or those of an evaluation, which are gone again
             now, self._handles = self._hooks_now(), RemovableHandle.next_id
-            return len(now) == len(self._hooks) and all(map(is_, now, self._hooks))
+            return self._stand(self._hooking) and len(now) == len(self._hooks) and all(map(is_, now, self._hooks))
         return True
+
+    def _stand(self, dicts: dict[str, list[Any]]) -> bool:
+        """Whether every module still has these dictionaries."""
+        return all(all(map(is_, map(getitem, self._attributes, repeat(n)), held)) for n, held in dicts.items())
 
     def _dicts(self) -> Iterator[Any]:
         return chain.from_iterable(self._holding.values())
 
     def _contents(self) -> Iterator[Any]:
-        return chain.from_iterable(map(_values, self._dicts()))
+        return chain.from_iterable(map(dict.values, self._dicts()))
 
     def _same(self) -> bool:
         return (
-            all(all(map(is_, map(dict.get, self._attributes, repeat(n)), held)) for n, held in self._holding.items())
+            self._stand(self._holding)
             and list(map(len, self._dicts())) == self._sizes  # or what moved from one to the next would not show
             and all(map(is_, self._contents(), self._held))
             and all(map(is_, map(dict.get, self._attributes, repeat("forward")), self._forwards))
