@@ -1,5 +1,6 @@
 """Shared fixtures: uninitialised memory is poisoned, generators are seeded, a test can run on every instruction set."""
 
+import gc
 import os
 import random
 
@@ -36,6 +37,13 @@ def poisoned_empty(monkeypatch):
     """torch.empty full of NaN: an output element that no kernel wrote shows."""
     monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poison(_empty_like(*a, **k)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_is_collected():
+    """Compilers and measurements of memory collect first, and would look through all that the suite has imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """physical_batch_size="auto": the largest physical batch whose step fits the budget, and the same result."""
 
-import gc
 import sys
 
 import pytest
@@ -19,15 +18,6 @@ from lalora_kernels.schedule import Schedule
 
 KEY = bytes(range(32))
 WIDTH, RECORDS = 64, 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nothing_old_is_collected():
-    """Each measurement collects first, and would look through all that the suite has imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def network(dropout: float = 0.0):
