@@ -34,9 +34,10 @@ from lalora_kernels.settings_flags import add_settings, settings
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")  # torch's, on a card and on the CPU
 EXTRAS = {  # module -> the extra of pyproject.toml that brings it
-    "sklearn": "data", "mlxtend": "data", "rich": "federated", "transformers": "text", "timm": "vision", "peft": "peft",
-    "flwr": "flower", "ray": "flower", "cryptography": "flower", "matplotlib": "reproduce", "scipy": "reproduce",
-    "tensorboard": "tensorboard", "wandb": "wandb", "accelerate": "trainer", "triton": "triton",
+    "sklearn": "data", "mlxtend": "data", "PIL": "data", "rich": "federated", "transformers": "text",
+    "timm": "vision", "peft": "peft", "flwr": "flower", "ray": "flower", "cryptography": "flower",
+    "matplotlib": "reproduce", "scipy": "reproduce", "tensorboard": "tensorboard", "wandb": "wandb",
+    "accelerate": "trainer", "triton": "triton",
 }  # fmt: skip
 
 ENGINE = "in-process: one loop; flower-sim: the same clients simulated over Flower (default: in-process)"

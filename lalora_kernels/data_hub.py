@@ -5,20 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from lalora_kernels.data import (
-    LABEL_COLUMNS,
-    BadInput,
-    Data,
-    Records,
-    _column,
-    _images,
-    _join,
-    _labels,
-    _set_aside,
-    _task,
-    _text_columns,
-    need,
-)
+from lalora_kernels.data import BadInput, Data, Records, _images, _labels, _set_aside, _task, need
+from lalora_kernels.data_table import LABEL_COLUMNS, _column, _join, _text_columns
 
 TEST_SPLITS = ("test", "validation", "validation_matched", "valid", "val", "dev")  # the first that has labels
 

@@ -119,7 +119,11 @@ def _data(config: Config, records: int | None, classes: int | None) -> tuple[np.
     """(labels, classes, kind): the data set's own, or as many placeholders, equally many of each class."""
     if records is None:
         data = load_data(
-            config.dataset, test=config.test_dataset, text_column=config.text_column, label_column=config.label_column
+            config.dataset,
+            test=config.test_dataset,
+            text_column=config.text_column,
+            label_column=config.label_column,
+            image_size=config.image_size,
         )
         return data.train.labels.numpy(), len(data.classes), data.kind
     classes = 10 if classes is None else classes

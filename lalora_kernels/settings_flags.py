@@ -12,8 +12,9 @@ FLAGS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("model and data", (
         ("model", "embedded (a small vision transformer), timm:NAME, hf:NAME, or a folder that transformers wrote"),
         ("weights", "weights file for a timm model, instead of timm's download"),
-        ("dataset", "mnist, digits, FILE.npz of images, FILE.tsv or .csv of text (also .gz), or hf:NAME"),
-        ("test_dataset", "file of test records beside a .tsv or .csv; without it a fifth is set aside"),
+        ("dataset", "mnist, digits, FILE.npz of images, a folder of images with one for each class, FILE.tsv, .csv or "
+                    ".jsonl of text (also .gz), or hf:NAME"),
+        ("test_dataset", "test records beside a file of text or a folder; without them a fifth is set aside"),
         ("text_column", "column of the text, where it cannot be guessed; two with a comma are a pair"),
         ("label_column", "column of the label, where it cannot be guessed"),
         ("image_size", "input size in pixels, where it should not be the model's own"),

@@ -46,6 +46,10 @@ def nothing_old_is_collected():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # or nanobind takes what stays for leaked
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """A private batch seeds the global generators from its key: what a test draws must not hang on the one before."""

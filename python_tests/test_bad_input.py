@@ -89,7 +89,7 @@ def refused(capsys, args: list[str]) -> str:
         ({"model": "timm:test_vit", "weights": "missing.pth"}, "missing.pth: no such file"),
         ({"dataset": "nonesuch"}, "unknown data set 'nonesuch'"),
         ({"dataset": "missing.npz"}, "missing.npz: no such file"),
-        ({"test_dataset": "t.tsv"}, "a test file goes with a .tsv or .csv"),
+        ({"test_dataset": "t.tsv"}, "test records of their own go with a .tsv, .csv, .jsonl or a folder"),
     ],
 )
 def test_settings_out_of_range(world, tmp_path, capsys, setting, message):

@@ -235,7 +235,8 @@ def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
 
 def test_the_extras_hold_the_modules():
     extras = read_pyproject()["project"]["optional-dependencies"]
-    told = {"sklearn": "scikit-learn", "ray": "flwr", "cryptography": "flwr"}  # flwr[simulation] brings both
+    # flwr[simulation] brings both
+    told = {"sklearn": "scikit-learn", "PIL": "pillow", "ray": "flwr", "cryptography": "flwr"}
 
     def holds(extra: str) -> set[str]:
         found = {re.split(r"[\[<>=;]", one)[0] for one in extras[extra]}

@@ -16,6 +16,7 @@ import torch
 from fuzzing import changed_bytes, changed_json, fuzz, write
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
+from PIL import Image
 from safetensors.torch import load, save
 from small import digits_npz
 from torch import nn
@@ -252,13 +253,23 @@ def test_npz(case, folder):
     assert len(data.train) and len(data.test) and int(data.train.labels.max()) < len(data.classes)
 
 
+OBJECTS = [{"label": i % 3, "sentence": f'a film, "{i}" é'} for i in range(30)]
 TEXT = "label\tsentence\n" + "".join(f'{i % 3}\ta film, "{i}" é\n' for i in range(30))
+
+
+def lines(objects: list) -> bytes:
+    return "\n".join(map(json.dumps, objects)).encode()
 
 
 @st.composite
 def tables(draw):
-    suffix = draw(st.sampled_from([".tsv", ".csv", ".tsv.gz", ".csv.gz"]))
-    content = (TEXT if "tsv" in suffix else TEXT.replace("\t", ",")).encode()
+    suffix = draw(st.sampled_from([".tsv", ".csv", ".jsonl", ".tsv.gz", ".csv.gz", ".jsonl.gz"]))
+    if "json" in suffix and draw(st.booleans()):
+        changed, at = list(OBJECTS), draw(st.integers(0, len(OBJECTS) - 1))
+        changed[at] = draw(changed_json(OBJECTS[at]))
+        content = lines(changed)
+        return suffix, gzip.compress(content) if suffix.endswith(".gz") else content
+    content = lines(OBJECTS) if "json" in suffix else (TEXT if "tsv" in suffix else TEXT.replace("\t", ",")).encode()
     if suffix.endswith(".gz") and draw(st.booleans()):
         return suffix, draw(changed_bytes(gzip.compress(content)))
     content = draw(changed_bytes(content))
@@ -273,3 +284,25 @@ def test_tables(case, folder):
     except BadInput:
         return
     assert len(data.train) and len(data.test) and len(data.classes) >= 2
+
+
+@st.composite
+def images(draw):
+    suffix = draw(st.sampled_from([".png", ".jpg", ".gif", ".tiff", ".bmp", ".webp"]))
+    file = io.BytesIO()
+    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(file, suffix[1:].replace("jpg", "jpeg"))
+    return suffix, draw(changed_bytes(file.getvalue()))
+
+
+@fuzz(images, 60)
+def test_images(case, folder):
+    suffix, content = case
+    shutil.rmtree(folder / "p", ignore_errors=True)
+    for place in ("train/a", "train/b", "test/a"):
+        (folder / "p" / place).mkdir(parents=True)
+        write(folder / f"p/{place}/x{suffix}", content)
+    try:
+        data = load_data(str(folder / "p"), image_size=8)
+    except BadInput:
+        return
+    assert data.train.inputs.shape == (2, 3, 8, 8) and len(data.test) == 1

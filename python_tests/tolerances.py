@@ -41,6 +41,9 @@ EPSILON_GRID = 1.5e-3
 BATCH_F32 = {"rtol": 1e-5, "atol": 1e-6}
 # Mean brightness of an enlarged image: a bicubic filter keeps it but for what the border and the clamp to [0, 1] cut.
 RESIZED_MEAN = {"rtol": 0.05, "atol": 0.0}
+# Of 255: Pillow's resize rounds to whole numbers between its passes along the two axes (a half, times the bicubic
+# filter's sum of absolute weights, below 1.3), and at the end (another half).
+RESIZED_U8 = 1.15
 # Two rounds of three float32 steps of a two-layer model against plain autograd, one record at a time; moves are ~0.1.
 ROUNDS_F32 = {"rtol": 1e-3, "atol": 2e-6}
 # A compiled float32 graph fuses and reorders what eager rounds in between.

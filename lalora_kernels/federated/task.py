@@ -77,7 +77,11 @@ def prepare(config: Config, watch: Watch = QUIET, dealt: bool = True) -> Task:
             "give --dataset mnist, another --model, or --epsilon inf"
         )
     data = load_data(
-        config.dataset, test=config.test_dataset, text_column=config.text_column, label_column=config.label_column
+        config.dataset,
+        test=config.test_dataset,
+        text_column=config.text_column,
+        label_column=config.label_column,
+        image_size=config.image_size,
     )
     classifier = load_model(
         config.model,

@@ -262,7 +262,7 @@ def _cost(base: dict[str, Any], out: Path, deadline: float | None, say: Callable
     from lalora_kernels.reproduce import cost
 
     config = make_config(base)
-    data = load_data(config.dataset, test=config.test_dataset)
+    data = load_data(config.dataset, test=config.test_dataset, image_size=config.image_size)
     path = out / f"question-{COST}.jsonl"
     for line in cost.measure(config, len(data.classes), data.kind, path, deadline):
         say(f"{line['contender']}, r = {line['rank']}: {line.get('error') or line['factors']}")

@@ -64,7 +64,7 @@ def prepare_start(settings: dict, folder: Path) -> dict:
 
 
 def _prepare(settings: dict, folder: Path) -> dict:
-    data = load_data(settings["dataset"], test=settings.get("test_dataset"))
+    data = load_data(settings["dataset"], test=settings.get("test_dataset"), image_size=settings.get("image_size"))
     if len(data.classes) == 100:
         data = by_superclass(data)
     if len(data.train) <= 2 * PUBLIC:
