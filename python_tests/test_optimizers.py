@@ -1,10 +1,11 @@
-"""torch's optimizers, and Meta's schedule-free ones, which are evaluated with other weights than they train."""
+"""torch's optimizers, timm's, and Meta's schedule-free ones, which are evaluated with other weights than they train."""
 
 import copy
 
 import peft
 import pytest
 import schedulefree
+import timm.optim
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
@@ -23,9 +24,11 @@ FREE = [schedulefree.AdamWScheduleFree, schedulefree.SGDScheduleFree]
 CLASSES = [kind for kind in vars(torch.optim).values() if isinstance(kind, type)]
 TORCHS = [kind for kind in set(CLASSES) - {torch.optim.Optimizer, *UNFIT} if issubclass(kind, torch.optim.Optimizer)]
 TORCHS.sort(key=lambda kind: kind.__name__)
+TIMMS = [timm.optim.Adafactor, timm.optim.Adan, timm.optim.Adopt, timm.optim.Lamb, timm.optim.LaProp, timm.optim.Lars,
+         timm.optim.Lion, timm.optim.MADGRAD, timm.optim.RMSpropTF]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", TORCHS + FREE, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", TORCHS + TIMMS + FREE, ids=lambda kind: kind.__name__)
 def test_a_private_one_is_the_plain_one_on_the_released_gradients(kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()

@@ -188,6 +188,14 @@ class Lazy(torch.optim.SGD):
             p.add_(1e-3)
 
 
+class Statistics(torch.optim.SGD):
+    """An optimizer that counts its steps."""
+
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            self.state[p]["step"] = self.state[p].get("step", 0) + 1
+
+
 class TestWhatMoved:
     """opacus#820: a factor that never moves while ε looks normal."""
 
@@ -204,6 +212,14 @@ class TestWhatMoved:
         train(model, loss, opt, loader, 2)
         opt.original_optimizer.skip = (model.fc2.lora_B,)
         with pytest.raises(RuntimeError, match="fc2.lora_B was released but"):
+            one_step(model, loss, opt, loader)
+
+    def test_and_where_the_optimizer_only_keeps_statistics(self):
+        """The first time it may: ADOPT's first step of a tensor does. Never again."""
+        model, data, loss = toy()
+        opt, loader = private(model, data, optimizer=Statistics)
+        one_step(model, loss, opt, loader)
+        with pytest.raises(RuntimeError, match="head.weight was released but Statistics did not move it, and each"):
             one_step(model, loss, opt, loader)
 
     def test_an_inactive_factor_that_moves(self):

@@ -32,6 +32,19 @@ def test_what_opacus_has_wrapped_already():
         make_private(GradSampleModule(copy.deepcopy(model), strict=False), plain, loader, noise_multiplier=1.0)
 
 
+def test_opacus_batch_memory_manager():
+    from opacus.utils.batch_memory_manager import BatchMemoryManager
+
+    optimizer, loader = private(chain(nn.Identity()), images())
+    with (
+        pytest.raises(AttributeError, match=r"no num_workers. A DataLoader made of it .*physical_batch_size=\.\.\."),
+        BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer),
+    ):
+        pass
+    with pytest.raises(AttributeError, match="'PrivateLoader' object has no attribute 'shuffle'"):
+        assert loader.shuffle
+
+
 class TestTheModel:
     @pytest.mark.parametrize("check", [True, "loss", False])
     def test_a_batch_norm_that_goes_back_to_train_mode(self, check):

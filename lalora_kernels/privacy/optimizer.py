@@ -283,17 +283,20 @@ class PrivateOptimizer(Optimizer):
         elif getattr(self, "grad_scale", None) is not None:
             raise RuntimeError("GradScaler.step needs make_private(grad_scaler=...), or clipping sees scaled gradients")
 
-    def _probe(self) -> list[tuple[int, torch.Tensor | None]]:
-        """Of every site: its version, and until versions have proved to count steps, its first elements."""
-        return [
-            (s.param._version, None if self._versions_count else s.param.detach().flatten()[:8].clone())
-            for s in self.engine.sites
-        ]
+    def _probe(self) -> list[tuple[int, torch.Tensor | None, bool]]:
+        """Of every site: its version, until versions have proved to count steps its first elements, and whether the
+        optimizer knows it from a step before."""
+        params = [s.param for s in self.engine.sites]
+        first = [None if self._versions_count else p.detach().flatten()[:8].clone() for p in params]
+        return [(p._version, some, bool(self.state.get(p))) for p, some in zip(params, first)]
 
-    def _verify_moves(self, before: list[tuple[int, torch.Tensor | None]]) -> None:
-        """The silent no-op of a factor that never moves while ε grows, and a frozen factor that moves, are errors."""
+    def _verify_moves(self, before: list[tuple[int, torch.Tensor | None, bool]]) -> None:
+        """The silent no-op of a factor that never moves while ε grows, and a frozen factor that moves, are errors.
+
+        A tensor's first step may only begin its statistics (ADOPT's, 2411.02853).
+        """
         counted, name = True, type(self.original_optimizer).__name__
-        for site, (version, probe) in zip(self.engine.sites, before):
+        for site, (version, probe, known) in zip(self.engine.sites, before):
             stepped = site.param._version != version
             if site.row < 0:
                 if stepped:
@@ -302,8 +305,12 @@ class PrivateOptimizer(Optimizer):
                 # Optimizers that write to p.data leave the version alone; a rate of 0 (warm-up) leaves the value alone.
                 counted = False
                 still = probe is None or torch.equal(probe, site.param.detach().flatten()[:8])
-                if still and self._rate(site.param) != 0.0:
-                    raise RuntimeError(f"{site.name} was released but {name} did not move it")
+                begins = not known and bool(self.state.get(site.param))
+                if still and not begins and self._rate(site.param) != 0.0:
+                    raise RuntimeError(
+                        f"{site.name} was released but {name} did not move it, and each such step costs ε; use an "
+                        f"optimizer that steps on every gradient that it finds"
+                    )
         self._versions_count = counted
 
     def _rate(self, param: torch.Tensor) -> float:

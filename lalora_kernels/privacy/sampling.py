@@ -218,6 +218,15 @@ class PrivateLoader:
         """Largest number of records in a yielded batch, or None."""
         return self.batch_sampler.physical_batch_size
 
+    def __getattr__(self, name: str) -> Any:
+        if name in INHERITED:  # asked for by what makes another DataLoader of this one
+            raise AttributeError(
+                f"a PrivateLoader has no {name}. A DataLoader made of it (Opacus' BatchMemoryManager) would yield "
+                f"batches of which the optimizer is not told; iterate this one, and have large batches split by "
+                f"make_private(physical_batch_size=...)"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __len__(self) -> int:
         """Logical batches in a pass. Physical batches may be more: their number is random."""
         return len(self.batch_sampler)
