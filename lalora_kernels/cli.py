@@ -29,7 +29,7 @@ from lalora_kernels.privacy.accountant import ACCOUNTANTS
 from lalora_kernels.privacy.ledger import BudgetExceeded, LedgerError
 from lalora_kernels.reproduce.command import add_reproduce
 from lalora_kernels.reproduce.command import reproduce as reproduce_piece
-from lalora_kernels.settings_flags import add_settings, settings
+from lalora_kernels.settings_flags import CONFIG, add_settings, settings
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")  # torch's, on a card and on the CPU
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         "in PEFT's format. Ctrl-C stops a run so that --resume continues it.",
     )
     run = train.add_argument_group("the run")
-    run.add_argument("--config", metavar="FILE.toml", help="settings by the names of the flags; flags override them")
+    run.add_argument("--config", metavar="FILE", help=CONFIG)
     run.add_argument("--out", metavar="FOLDER", help="run folder (default: runs/DATASET-METHOD-TIME)")
     run.add_argument("--resume", metavar="FOLDER", help="continue this run, with its own settings")
     run.add_argument("--engine", choices=("in-process", "flower-sim"), default="in-process", help=ENGINE)

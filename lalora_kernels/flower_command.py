@@ -31,6 +31,7 @@ from lalora_kernels.federated.lock import refuse_in_use
 from lalora_kernels.federated.policy import FILE as POLICY
 from lalora_kernels.federated.policy import policy_for
 from lalora_kernels.flower_display import FlowerDisplay
+from lalora_kernels.settings_flags import CONFIG
 
 
 def add_flower(commands: Any, add_settings: Callable[..., None]) -> None:
@@ -46,7 +47,7 @@ def add_flower(commands: Any, add_settings: Callable[..., None]) -> None:
     ask = run.add_argument_group("the run")
     ask.add_argument("--superlink", metavar="HOST:PORT", default="127.0.0.1:8000", help="(default: 127.0.0.1:8000)")
     ask.add_argument("--certificates", metavar="FOLDER", help="with ca.crt; without it the SuperLink is insecure")
-    ask.add_argument("--config", metavar="FILE.toml", help="settings by the names of the flags; flags override them")
+    ask.add_argument("--config", metavar="FILE", help=CONFIG)
     ask.add_argument("--out", metavar="FOLDER", help="run folder, on the SuperLink's machine")
     ask.add_argument("--resume", metavar="FOLDER", help="continue this run, with its own settings")
     ask.add_argument("--sizes", metavar="N,N,...", default="", help="the clients' public record counts")

@@ -23,6 +23,7 @@ from lalora_kernels.federated.plan import Plan, deal, make_plan
 from lalora_kernels.federated.server import update_bytes
 from lalora_kernels.nn import factor_of
 from lalora_kernels.privacy.accountant import compute_epsilon
+from lalora_kernels.settings_flags import CONFIG
 
 MOST_RECORDS = 100_000_000  # each is dealt, and takes some bytes
 POINTS = 12  # of the ε curve, where there are more rounds
@@ -46,7 +47,7 @@ def add_plan(commands: Any, add_settings: Callable[..., None]) -> None:
     ask.add_argument("--ranks", nargs="+", type=int, metavar="R", help=f"(default: {Config().rank})")
     ask.add_argument("--no-dry-run", action="store_true", help="leave out what has to be measured")
     ask.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    ask.add_argument("--config", metavar="FILE.toml", help="settings by the names of the flags; flags override them")
+    ask.add_argument("--config", metavar="FILE", help=CONFIG)
     ask.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_settings(plan, leave_out=OWN)
 

@@ -2,10 +2,15 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from lalora_kernels.data import BadInput, no_such_file
 from lalora_kernels.federated.config import CHOICES, Config, read_toml, type_of
+from lalora_kernels.reproduce.stored import read_object
+
+CONFIG = "settings by the names of the flags in TOML, or the config.json of another run; flags override them"
 
 # (group, (setting, help)): every setting is a flag and a name in the TOML file.
 FLAGS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
@@ -85,7 +90,23 @@ def add_settings(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ())
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the user set: the TOML file's values, overridden by flags."""
-    values = read_toml(args.config) if getattr(args, "config", None) is not None else {}
+    """What the user set: the values of the file that --config names, overridden by flags."""
+    values = read_settings(Path(args.config)) if getattr(args, "config", None) is not None else {}
     names = [field.name for field in dataclasses.fields(Config)]
     return values | {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Of a TOML file, or of a run's config.json, where null is a setting that was left out. Raises BadInput."""
+    if path.suffix != ".json":
+        return read_toml(path)
+    cure = "give a TOML file, or the config.json of a run"
+    try:
+        found = read_object(path, cure, "settings")["settings"]
+    except FileNotFoundError:
+        raise no_such_file(path) from None
+    except OSError as error:
+        raise BadInput(f"{path}: not readable ({error}); {cure}") from error
+    if not isinstance(found, Mapping):
+        raise BadInput(f"{path}: its settings are a {type(found).__name__}; {cure}")
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,5 +1,6 @@
 """The command as a user meets it: flags, TOML, exit codes, Ctrl-C in a real process, the table over seeds."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -18,6 +19,7 @@ import torch
 from small import digits_npz, vit_folder
 
 from lalora_kernels.cli import EXTRAS, build_parser, main
+from lalora_kernels.data import BadInput
 from lalora_kernels.federated.config import NAMES, Config, make_config, read_toml, tomllib
 from lalora_kernels.privacy.ledger import Ledger
 from lalora_kernels.settings_flags import FLAGS, settings
@@ -66,6 +68,21 @@ def test_flags_override_the_toml_file_which_overrides_the_defaults(tmp_path):
     assert config.epsilon == math.inf and config.method == Config().method
     assert make_config(json.loads(config.to_json())) == config
     assert read_toml(tmp_path / "c.toml")["local_steps"] == 7
+
+
+def test_another_runs_settings_are_taken_from_its_folder(tmp_path):
+    done = make_config({"clients": 5, "epsilon": math.inf, "lr": 0.25, "image_size": 32})
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"settings": json.loads(done.to_json()), "plan": {}}))
+    args = build_parser().parse_args(["train", "--config", str(path), "--clients", "6"])
+    assert make_config(settings(args)) == dataclasses.replace(done, clients=6)
+    for content, why in (
+        ("{}", "no JSON object with settings); give a TOML file, or the config.json of a run"),
+        ('{"settings": 3}', "its settings are a int; give a TOML"), (None, "no such file"),
+    ):  # fmt: skip
+        path.unlink() if content is None else path.write_text(content)
+        with pytest.raises(BadInput, match=re.escape(why)):
+            settings(args)
 
 
 def test_train_ends_with_the_line_that_says_it_all(world, tmp_path, capsys):
