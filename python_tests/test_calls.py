@@ -1,5 +1,7 @@
 """What a model does in a later call, by its arguments, a hook or a replaced part, is checked as its first one was."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from test_first_batch import chain, first_step, private
@@ -78,6 +80,10 @@ def replace_function(module):
 LATER = {
     "hook": lambda m: m.middle.register_forward_hook(lambda module, args, out: centred(out)),
     "hook on a trained layer": lambda m: m.first.register_forward_hook(lambda module, args, out: centred(out)),
+    "hook in a dictionary of its own": lambda m: (
+        setattr(m.middle, "_forward_hooks", OrderedDict()),
+        m.middle.register_forward_hook(lambda module, args, out: centred(out)),
+    ),
     "hook before": lambda m: m.middle.register_forward_pre_hook(lambda module, args: (centred(args[0]),)),
     "hook of gradients": lambda m: m.middle.register_full_backward_hook(lambda module, g, out: (centred(g[0]),)),
     "hook on all modules": lambda m: register_module_forward_hook(
