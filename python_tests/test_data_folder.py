@@ -82,8 +82,24 @@ class TestImages:
         assert np.array_equal(second, see_through[..., :3]) and np.array_equal(third, np.rot90(side, -1))
 
     def test_a_class_may_be_called_train(self, tmp_path):
-        data = load_data(str(classes_of(tmp_path / "p", ("train", "bus"))))
-        assert data.classes == ["bus", "train"] and data.set_aside
+        folder = classes_of(tmp_path / "p", ("train", "bus"))
+        picture(folder / "train/express/1.png")
+        data = load_data(str(folder))
+        assert data.classes == ["bus", "train"] and data.set_aside and len(data.train) + len(data.test) == 41
+
+    def test_what_a_desktop_leaves_behind_is_no_image(self, tmp_path):
+        folder = classes_of(tmp_path / "p/train").parent
+        for place in (".", "train", "train/cat"):
+            (folder / place / ".DS_Store").write_bytes(b"Bud1")
+        assert load_data(str(folder)).classes == ["cat", "dog"]
+
+    def test_the_first_picture_of_a_phones_two(self, tmp_path):
+        both = [Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (50, 200)]
+        for name in ("p/a/x.jpg", "p/b/x.jpg", "t/a/x.jpg"):
+            (tmp_path / name).parent.mkdir(parents=True)
+            both[0].save(tmp_path / name, format="MPO", save_all=True, append_images=both[1:])
+        data = load_data(str(tmp_path / "p"), test=str(tmp_path / "t"), image_size=8)
+        assert data.train.inputs.unique().tolist() == [50]
 
     @pytest.mark.parametrize("spoil, why", [
         (lambda p: (p / "cat/07.png").write_bytes((p / "cat/07.png").read_bytes()[:60]), r"cat/07.png: not a readable"),
