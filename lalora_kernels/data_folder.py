@@ -42,6 +42,11 @@ def load_folder(path: Path, test: Path | None, image_size: int | None) -> Data:
     return labelled("image", path, _read(train, side), test, None if test is None else _read(test, side))
 
 
+def _hidden(path: Path) -> bool:
+    """Whether it is, or lies in, what a desktop or an editor keeps beside the images."""
+    return any(part.startswith(".") for part in path.parts)
+
+
 def _folders(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
@@ -62,7 +67,7 @@ def _is_split(path: Path) -> bool:
 def _read(path: Path, side: int) -> Names:
     files: list[tuple[str, Path]] = []
     for folder in _folders(path):
-        found = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+        found = sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder)))
         if not found:
             raise BadInput(f"{folder}: no image in it; take the class out, or put its images there")
         files += [(folder.name, file) for file in found]

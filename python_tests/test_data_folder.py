@@ -91,7 +91,9 @@ class TestImages:
         folder = classes_of(tmp_path / "p/train").parent
         for place in (".", "train", "train/cat"):
             (folder / place / ".DS_Store").write_bytes(b"Bud1")
-        assert load_data(str(folder)).classes == ["cat", "dog"]
+        picture(folder / "train/cat/.thumbnails/1.png")
+        data = load_data(str(folder))
+        assert data.classes == ["cat", "dog"] and len(data.train) + len(data.test) == 40
 
     def test_the_first_picture_of_a_phones_two(self, tmp_path):
         both = [Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (50, 200)]
