@@ -379,27 +379,3 @@ class TestRareClasses:
                 }[loss]()
 
             look(check, own, n, classes, seed=i, scale=10.0 ** (i % 4 - 1), dtype=dtype)
-
-    @pytest.mark.parametrize("shape", [(V,), (T, V)], ids=["classes", "tokens"])
-    def test_own_weights_that_add_up_to_nearly_one_number_pass(self, shape):
-        """As those of preferences (DPO) do near the training's start, which hardly differ."""
-        for seed in range(12):
-            check = checking.ReductionCheck(Told("mean"))
-            for i in range(4):
-                generator = torch.Generator().manual_seed(100 * seed + i)
-                weight = 0.05 * (1 + 0.003 * torch.randn(32, generator=generator))
-                y = torch.randint(0, V, (32, *shape[:-1]), generator=generator)
-
-                def own(z, y=y, weight=weight):
-                    each = F.cross_entropy(z.movedim(-1, 1), y, reduction="none")
-                    return (weight * each.view(len(z), -1).mean(1)).mean()
-
-                look(check, own, 32, *shape, seed=i)
-
-    @pytest.mark.parametrize("spread", [0.01, 0.1])
-    def test_shares_that_hardly_differ_are_told(self, spread):
-        check, weight = checking.ReductionCheck(Told("mean")), 1 + spread * torch.linspace(0, 1, V)
-        with pytest.raises(ValueError, match="class weights"):
-            for i in range(8):
-                y = torch.randint(0, V, (32,), generator=torch.Generator().manual_seed(i))
-                look(check, lambda z: 0.05 * F.cross_entropy(z, y, weight), 32, V, seed=i)  # noqa: B023

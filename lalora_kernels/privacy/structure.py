@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
-from operator import attrgetter, getitem, is_
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import nn
@@ -88,7 +88,7 @@ class Structure:
 
     def _stand(self, dicts: dict[str, list[Any]]) -> bool:
         """Whether every module still has these dictionaries."""
-        return all(all(map(is_, map(getitem, self._attributes, repeat(n)), held)) for n, held in dicts.items())
+        return all(all(map(is_, map(dict.get, self._attributes, repeat(n)), held)) for n, held in dicts.items())
 
     def _dicts(self) -> Iterator[Any]:
         return chain.from_iterable(self._holding.values())
