@@ -8,14 +8,24 @@ LALORA_BEGIN
 constexpr int kRows = kRegisters == 32 ? 8 : 4;   // rank columns in registers at once
 constexpr int kTile = 3;                          // feature vectors at once, in a gradient
 constexpr int kWide = kRegisters == 32 ? 6 : 4;   // ... where the rank is below kRows
-constexpr int kLines = kRegisters == 32 ? 3 : 2;  // rows of dy at once, in a projection
-constexpr int kMany = kRegisters == 32 ? 6 : 4;   // ... where the rank is below kRows
-constexpr int64_t kFeatures = 1024;               // a block of kTime x kFeatures floats stays in half of L2
-#if defined(__AVX512F__) && !defined(__AVX512BF16__)
-constexpr int64_t kTime = 32;  // Intel's up to Ice Lake: on a Cascade Lake up to 1.4 times faster than with 128
+constexpr int kMany = kRegisters == 32 ? 6 : 4;   // rows of dy at once, in a projection whose rank is below kRows
+#if defined(__x86_64__) && !defined(__FMA__)
+constexpr int kLines = 2;  // ... and where it is not: a product that is not fused with its sum takes a register, too
 #else
-constexpr int64_t kTime = W == 16 ? 128 : 64;
+constexpr int kLines = 3;
 #endif
+constexpr int64_t kFeatures = 1024;  // a block of kTime x kFeatures floats stays in half of L2
+// Rows a power of two apart share few of the cache's sets, so that L2 keeps fewer rows than it has room for: up to 1.4
+// times faster on a Cascade Lake with 32 than with 128, up to 1.2 times on a Zen 3 with 32 than with 64.
+#if defined(__AVX512BF16__)
+constexpr int64_t kTime = 128;
+#elif defined(__x86_64__)
+constexpr int64_t kTime = 32;
+#else
+constexpr int64_t kTime = 64;
+#endif
+// L1 likewise: where a gradient takes its features several times over, as with few registers, it goes by a copy.
+constexpr bool kCopies = kRegisters == 16;
 
 struct Panel {  // (time, vectors * W) float32 with unit stride along the features
     const float* data;
@@ -28,10 +38,10 @@ struct Block {  // `tail`: the last, partial vector of features, padded with zer
     Panel main, tail;
 };
 
-// acc[j, f] += sum_t w[t, j] v[t, f] for J rank columns and F feature vectors.
-template <int J, int F, bool Prefetch>
+// acc[j, f] += sum_t w[t, j] v[t, f] for J rank columns and F feature vectors. `copy` (time, F * W) may receive v.
+template <int J, int F, bool Prefetch, bool Copy>
 inline void gram_kernel(const float* v, int64_t v_stride, int64_t ahead, const float* w, int64_t w_stride, int64_t time,
-                        float* acc, int64_t acc_stride, bool first) {
+                        float* acc, int64_t acc_stride, bool first, float* copy) {
     vf c[J][F];
     for (int j = 0; j < J; ++j)
         for (int f = 0; f < F; ++f) c[j][f] = first ? (vf){} : load(acc + j * acc_stride + f * W);
@@ -41,6 +51,7 @@ inline void gram_kernel(const float* v, int64_t v_stride, int64_t ahead, const f
         for (int f = 0; f < F; ++f) {
             x[f] = load(v + f * W);
             if constexpr (Prefetch) prefetch(v + ahead + f * W);
+            if constexpr (Copy) store(copy + f * W, x[f]);
         }
 #pragma GCC unroll 8
         for (int j = 0; j < J; ++j)
@@ -48,35 +59,44 @@ inline void gram_kernel(const float* v, int64_t v_stride, int64_t ahead, const f
             for (int f = 0; f < F; ++f) c[j][f] += w[j] * x[f];
         v += v_stride;
         w += w_stride;
+        if constexpr (Copy) copy += F * W;
     }
     for (int j = 0; j < J; ++j)
         for (int f = 0; f < F; ++f) store(acc + j * acc_stride + f * W, c[j][f]);
 }
 
-template <int J, int F, bool Prefetch>
-inline void gram_rows(const float* v, const Panel& p, const float* w, int64_t w_stride, int64_t r, int64_t time,
-                      float* acc, int64_t acc_stride, bool first) {
+template <int J, int F, bool First>
+inline void gram_rows(const float* v, int64_t v_stride, int64_t ahead, const float* w, int64_t w_stride, int64_t r,
+                      int64_t time, float* acc, int64_t acc_stride, bool first, float* copy) {
+    constexpr bool copies = First && kCopies;
     if (r >= J) {
-        gram_kernel<J, F, Prefetch>(v, p.stride, p.ahead, w, w_stride, time, acc, acc_stride, first);
+        if (copies && r > J) {
+            gram_kernel<J, F, First, copies>(v, v_stride, ahead, w, w_stride, time, acc, acc_stride, first, copy);
+            v = copy, v_stride = F * W;
+        } else {
+            gram_kernel<J, F, First, false>(v, v_stride, ahead, w, w_stride, time, acc, acc_stride, first, nullptr);
+        }
         for (r -= J, w += J, acc += J * acc_stride; r >= J; r -= J, w += J, acc += J * acc_stride)
-            gram_kernel<J, F, false>(v, p.stride, p.ahead, w, w_stride, time, acc, acc_stride, first);
+            gram_kernel<J, F, false, false>(v, v_stride, 0, w, w_stride, time, acc, acc_stride, first, nullptr);
         if constexpr (J > 1)
-            if (r) gram_rows<J / 2, F, false>(v, p, w, w_stride, r, time, acc, acc_stride, first);
+            if (r) gram_rows<J / 2, F, false>(v, v_stride, 0, w, w_stride, r, time, acc, acc_stride, first, copy);
     } else if constexpr (J > 1) {
-        if (r) gram_rows<J / 2, F, Prefetch>(v, p, w, w_stride, r, time, acc, acc_stride, first);
+        if (r) gram_rows<J / 2, F, First>(v, v_stride, ahead, w, w_stride, r, time, acc, acc_stride, first, copy);
     }
 }
 
 // acc[j, f] (+)= sum_t w[t, j] v[t, f], j < r, over a panel; acc (r, vectors * W).
 inline void gram(const Panel& p, const float* w, int64_t w_stride, int64_t r, int64_t time, float* acc,
                  int64_t acc_stride, bool first) {
+    alignas(64) float copy[kCopies ? kTime * kWide * W : 1];
+    const float* v = p.data;
     int64_t f = 0;
-    for (; r < kRows && f + kWide <= p.vectors; f += kWide)
-        gram_rows<kRows / 2, kWide, true>(p.data + f * W, p, w, w_stride, r, time, acc + f * W, acc_stride, first);
-    for (; f + kTile <= p.vectors; f += kTile)
-        gram_rows<kRows, kTile, true>(p.data + f * W, p, w, w_stride, r, time, acc + f * W, acc_stride, first);
-    for (; f < p.vectors; ++f)
-        gram_rows<kRows, 1, true>(p.data + f * W, p, w, w_stride, r, time, acc + f * W, acc_stride, first);
+    for (; r < kRows && f + kWide <= p.vectors; f += kWide, v += kWide * W, acc += kWide * W)
+        gram_rows<kRows / 2, kWide, true>(v, p.stride, p.ahead, w, w_stride, r, time, acc, acc_stride, first, copy);
+    for (; f + kTile <= p.vectors; f += kTile, v += kTile * W, acc += kTile * W)
+        gram_rows<kRows, kTile, true>(v, p.stride, p.ahead, w, w_stride, r, time, acc, acc_stride, first, copy);
+    for (; f < p.vectors; ++f, v += W, acc += W)
+        gram_rows<kRows, 1, true>(v, p.stride, p.ahead, w, w_stride, r, time, acc, acc_stride, first, copy);
 }
 
 // dz[t, j] (+)= sum_f v[t, f] b[j, f] for R rows of v and J of b.
