@@ -139,14 +139,14 @@ class ReductionCheck:
         """``anew``: not one of many looks for shares alone, among which anything else is there by chance some time."""
         e = self.engine
         assert e is not None
+        if dz.numel() <= SMALL:  # one copy to the host, where every question below would wait for the device
+            z, dz = z.cpu(), dz.cpu()
         rtol = RTOL.get(z.dtype, RTOL_HALF)
         fine = not coarse(dz, rtol)
         if (scale := e._loss_scale()) is not None:
-            dz = dz.double() / scale
-        fits = reductions_of(z, dz, rtol)
+            dz = dz.double() / scale.to(dz.device)
         again = self._by_total(call, z, dz, rtol) if fine and dz.numel() <= SMALL else None
-        if not anew or again == "shares":
-            fits = [again] if again == "shares" else []
+        fits = ["shares"] if again == "shares" else reductions_of(z, dz, rtol) if anew else []
         if fits == ["shares"] and again == "own" and z.dim() < 3:
             return
         if anew and not fits:
