@@ -140,7 +140,7 @@ def test_a_table_of_positions_without_a_batch_axis_is_named():
         def forward(self, x):
             return (x.unsqueeze(1) + self.table(torch.arange(self.length))).mean(1)
 
-    for length, message in ((5, "table saw .5, 8.*frozen .positions pass with a batch axis"), (3, "arange.T..None.")):
+    for length, message in ((5, "table saw .5, 8.*frozen .positions pass with a batch axis"), (4, "arange.T..None.")):
         with pytest.raises(ValueError, match=message):
             check_per_sample(chain(Positions(length)), records(2), classify)
 
@@ -238,8 +238,8 @@ class Routed(nn.Module):
 @pytest.mark.parametrize(
     "chosen, message",
     [
-        ((1, 4), "^expert: the output for one record depends on the other records"),  # with the first again 2 a record
-        ((1, 3), r"^expert saw \(5, 4\), which does not divide into the batch's 3 records"),
+        ((1, 5), "^expert: the output for one record depends on the other records"),  # with two more of the first: 8
+        ((1, 3), r"^expert saw \(6, 4\), which does not divide into the batch's 4 records"),
     ],
 )
 def test_an_expert_that_trains_on_the_positions_of_all_records_is_named(chosen, message):

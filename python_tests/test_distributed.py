@@ -64,7 +64,7 @@ def drawn() -> list[list[float]]:
     optimizer, loader = lk.make_private(model, optimizer, data, noise_multiplier=1.0, check=False)
     seen = []
     for (x,) in loader.steps(30):
-        seen.append([record for record in x.flatten().tolist() if record])  # 0: an empty batch's placeholder
+        seen.append(x.flatten().tolist()[: optimizer.engine.batch.valid])
         model(x).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

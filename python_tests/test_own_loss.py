@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lalora_kernels as lk
 from lalora_kernels.nn import factor_parameters
-from lalora_kernels.privacy.own_loss import COPIES, ORDERS, reductions, tied, without_rows
+from lalora_kernels.privacy.own_loss import COPIES, LOSS_ORDERS, reductions, tied, without_rows
 
 F = nn.functional
 N, T, V = 10, 6, 17
@@ -187,7 +187,7 @@ OUTPUTS = {
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_what_ties_records(name):
     output, ties = OUTPUTS[name]
-    found = tied([{"value": output(VALUES[list(order)], COUNTS[list(order)])} for order in ORDERS])
+    found = tied([{"value": output(VALUES[list(order)], COUNTS[list(order)])} for order in LOSS_ORDERS])
     assert found == ({"value"} if ties else set())
 
 

@@ -144,11 +144,14 @@ def test_physical_batches_equal_the_unsplit_batch(clipping):
         assert float((other - results[0]).norm() / results[0].norm()) < SPLIT_F32
 
 
-def test_an_empty_batch_is_noise_alone():
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+@pytest.mark.parametrize("scale", [1.0, float("nan")])
+def test_an_empty_batch_is_noise_alone(clipping, scale):
     model, data, loss = toy(dtype=torch.float32)
-    opt, loader = private(model, data, noise_multiplier=2.0, max_grad_norm=0.3, sample_rate=1e-9, smoothing=None)
+    how = {"noise_multiplier": 2.0, "max_grad_norm": 0.3, "smoothing": None, "clipping": clipping}
+    opt, loader = private(model, data, sample_rate=1e-9, **how)
     batch = next(iter(loader.steps(1)))
-    loss(model, batch).backward()
+    (scale * loss(model, batch)).backward()  # the placeholder's, a record's as it is
     opt.step()
     sites = opt.engine.active
     assert len(sites) >= 3

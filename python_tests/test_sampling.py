@@ -22,6 +22,7 @@ from torch.utils.data import (
 
 from lalora_kernels.privacy.noise import NoiseSource, UniformSource
 from lalora_kernels.privacy.sampling import INHERITED, BatchInfo, PoissonBatchSampler, PrivateLoader
+from lalora_kernels.privacy.trees import tree_map
 
 KEY = bytes(range(32))
 
@@ -218,47 +219,38 @@ def test_an_overtaken_iteration_is_refused():
 Pair = namedtuple("Pair", "x y")
 
 
-def test_an_empty_draw_is_one_zeroed_record_in_any_structure():
-    x, y = torch.arange(1.0, 7.0).view(3, 2), torch.tensor([4, 5, 6])
-    shelf = {"x": x[:1], "mask": torch.ones(1, 2, dtype=torch.bool)}
+def test_an_empty_draw_is_the_first_record_as_it_is():
+    """Zeros are no record of many models': an image, and no place for it in the text."""
 
     def collate(records):
-        rows = torch.tensor(records)
-        return {
-            "mapping": UserDict(ids=y[rows], text=["private"] * len(rows)),
-            "pair": Pair(x[rows], (y[rows].to(torch.int8), [x[rows].half()])),
-            "view": shelf if len(rows) == 1 else {"x": x[rows], "mask": x[rows] > 0},
-        }
+        return {"ids": torch.tensor(records) + 4, "text": ["private"] * len(records)}
 
     infos = []
     plain = DataLoader(range(3), batch_size=1, collate_fn=collate)
     (empty,) = fixed(plain, sample_rate=1e-12, on_batch=infos.append).steps(1)
-    (full,) = fixed(plain, sample_rate=1.0).steps(1)
     assert infos == [BatchInfo(rows=1, valid=0, first=True, last=True, iteration=1)]
-    assert type(empty["mapping"]) is UserDict and type(empty["pair"]) is Pair and type(empty["pair"].y) is tuple
-
-    def leaves(b):
-        return b["mapping"]["ids"], b["pair"].x, b["pair"].y[0], b["pair"].y[1][0], b["view"]["x"], b["view"]["mask"]
-
-    for zero, real in zip(leaves(empty), leaves(full)):
-        assert zero.dtype == real.dtype and zero.shape == (1, *real.shape[1:]) and not zero.any() and real.any()
-    assert empty["mapping"]["text"] == ["private"]
-    assert shelf["x"].all() and shelf["mask"].all()  # what collate_fn handed out is the user's and stays
+    assert empty["ids"].tolist() == [4] and empty["text"] == ["private"]
 
 
 @pytest.mark.parametrize("kind", ["BatchEncoding", "modeling_outputs.SequenceClassifierOutput"])
 def test_what_transformers_calls_a_batch_stays_one(kind):
     """A ModelOutput has no update()."""
     transformers = pytest.importorskip("transformers")
-    made = attrgetter(kind)(transformers)
+    made = attrgetter(kind)(transformers)({"logits": torch.ones(1, 2), "loss": torch.ones(1)})
+    zeros = tree_map(torch.zeros_like, made)
+    assert type(zeros) is type(made) and made["loss"].all()
+    assert torch.equal(zeros.logits, torch.zeros(1, 2)) and not zeros["loss"].any()
 
-    def collate(records):
-        return made({"logits": torch.tensor(records), "loss": torch.tensor(records)})
 
-    data = [[7, 8], [9, 10]]
-    (batch,) = fixed(DataLoader(data, batch_size=1, collate_fn=collate), sample_rate=1e-12).steps(1)
-    assert type(batch) is made
-    assert torch.equal(batch.logits, torch.zeros(1, 2, dtype=torch.int64)) and not batch["loss"].any()
+def test_mappings_and_tuples_stay_what_they_are():
+    Pair = namedtuple("Pair", "x y")
+    x = torch.ones(2)
+    found = tree_map(torch.zeros_like, {"mapping": UserDict(ids=x, text=["private"]), "pair": Pair(x, (x, [x.half()]))})
+    assert type(found["mapping"]) is UserDict and found["mapping"]["text"] == ["private"]
+    assert type(found["pair"]) is Pair and type(found["pair"].y) is tuple
+    for zero in (found["mapping"]["ids"], found["pair"].x, found["pair"].y[0], found["pair"].y[1][0]):
+        assert zero.shape == (2,) and not zero.any()
+    assert found["pair"].y[1][0].dtype is torch.float16 and x.all()
 
 
 # ---------------------------------------------------------------- the user's pipeline

@@ -175,9 +175,10 @@ def compare(
     rows = given[batched.index(True)].shape[0]
     if rows < 2:
         raise ValueError("check_per_sample needs two records or more; one cannot show mixing")
-    # The first record once more: what sorts rows by anything (by length, for an RNN) may leave all others in place.
-    batch = of_rows(lambda t: torch.cat((t, t[:1])), batch, batched)
-    rows += 1
+    # The first record twice more: what sorts rows by anything (by length, for an RNN) may leave all others in place,
+    # and what turns them round (flip(0)) moves nothing in (a, b, a).
+    batch = of_rows(lambda t: torch.cat((t, t[:1], t[:1])), batch, batched)
+    rows += 2
     twin = double(model)
     if own_mode:
         take_modes(twin, model)

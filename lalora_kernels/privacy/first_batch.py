@@ -1,6 +1,7 @@
 """What make_private asks of the model itself at the first batch: whether records mix, or are written down."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,14 +19,16 @@ from lalora_kernels.privacy.compiled import eagerly
 from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.drawn import Drawn
 from lalora_kernels.privacy.kept import Attributes, Place, tied_attributes
-from lalora_kernels.privacy.own_loss import COPIES, ORDERS, reductions, tied, without_rows
+from lalora_kernels.privacy.own_loss import COPIES, LOSS_ORDERS, reductions, tied, without_rows
 from lalora_kernels.privacy.own_mode import Weigh, compare_alike, compare_drawn, compare_in_own_mode
-from lalora_kernels.privacy.trees import have_rows, leaves, of_rows, to_double
+from lalora_kernels.privacy.trees import have_rows, leaves, of_rows, tensors, to_double
 from lalora_kernels.privacy.twin import Apart, double, take_modes
 from lalora_kernels.privacy.written import Buffers, Parameters
 
-# Two records and the first one again: what sorts rows by anything leaves two of them in place, but never these.
-ORDER, DRAWN_ORDER = (0, 1, 0), (0, 1, 0, 1)
+# Two records and the first one again: what sorts rows by anything leaves two of them in place, but never these. What
+# turns them round (flip(0)) moves nothing there, but where both copies are in front.
+ORDERS = ORDER, _ = (0, 1, 0), (0, 0, 1)
+DRAWN_ORDER = (0, 1, 0, 1)
 TWIN = (
     "This came from the check of the first batch, which runs a copy of the model in float64 on some of its records. If "
     "the model itself takes them, but not in float64, let check_per_sample pass on a smaller one of its family, and "
@@ -35,9 +38,14 @@ SHARED = (
     "An argument that is no batch, but has as many rows as the batch has records (a mask of as many positions), is "
     "taken for one; give it an axis more (mask[None])."
 )
+WHOLE = (
+    "{} went there whole, having no row for each record: what has several (patches, one record's after the other's) "
+    "the model takes as (N, several, ...), and a module around it flattens it."
+)
 DRAWS = 4  # of a model that draws at random: a permutation of four rows that mixes none comes once in six
 Seen = tuple[Any, dict[Place, list[Tensor]], bool]  # a forward's output, what it left on the model, whether it drew
-Run = tuple[list[tuple[str, list[Tensor]]], bool]  # (module, its outputs) in order of execution; whether it drew
+Calls = list[tuple[str, list[Tensor]]]  # (module, its outputs) in order of execution
+Run = tuple[Calls, bool]  # ... and whether it drew
 
 
 class Found(NamedTuple):
@@ -50,6 +58,8 @@ class Found(NamedTuple):
     owns: bool = False  # it returns what has no row for each record, as a loss, or leaves something on its modules
     keeps: bool = False  # it leaves something there
     reductions: dict[str, str] = {}  # its own losses that are a "mean" or a "sum"
+    listed: frozenset[str] = frozenset()  # its outputs that are lists with a tensor for each record
+    packed: frozenset[str] = frozenset()  # trained modules with several rows for each record along the first axis
 
 
 @eagerly
@@ -78,7 +88,7 @@ def check_inputs(
         return None  # their gradients are NaN, and the step leaves them out
 
     def project(m: nn.Module, inputs: tuple, weigh: Weigh = lambda k, t: t) -> Tensor:
-        outputs = _with_axes(m(*inputs[0], **inputs[1]))
+        outputs = _with_axes(m(*inputs[0], **inputs[1]), found.listed)
         if not outputs:  # though it did for several
             raise ValueError(
                 "the model returns no row for a record that is alone, as one of a Poisson batch may be: squeeze() "
@@ -93,18 +103,44 @@ def check_inputs(
 
     found = check_outputs(model, two, batched)
     try:
-        if found.drawn:
-            compare_drawn(model, two, project, found.sequence_first, batched)
-            compare_alike(model, two, project, found.sequence_first, batched)
-        else:
-            compare_in_own_mode(model, two, project, found.sequence_first, batched)
+        compare_here = compare_drawn if found.drawn else compare_in_own_mode
+        compare_here(model, two, project, found.sequence_first, batched)
+        compare_alike(model, two, project, found.sequence_first, batched)
     except Unreached:  # a reference under PEFT's disable_adapter(): the forward that trains is still to come
         return None
     return found
 
 
-def _with_axes(output: Any) -> list[Tensor]:
-    return [t for t in leaves(output) if t.is_floating_point() and t.dim()]
+def _with_axes(output: Any, listed: Collection[str] = ()) -> list[Tensor]:
+    """What may have a row for each record; of a list in ``listed`` all that it holds, one after the other."""
+    found: dict[str, list[Tensor]] = {}
+    for name, t in tensors(output):
+        if t.is_floating_point() and t.dim():
+            found.setdefault(next((one for one in _in_lists(name) if one in listed), name), []).append(t)
+    return [torch.cat(of_one) for of_one in found.values()]
+
+
+def _in_lists(name: str) -> Iterator[str]:
+    """aux[0][1] -> aux[*][1], aux[0][*]: the lists that a tensor stands in."""
+    for index in re.finditer(r"\[\d+\]", name):
+        yield f"{name[: index.start()]}[*]{name[index.end() :]}"
+
+
+def _lists(output: Any, count: int) -> set[str]:
+    """The lists of so many tensors that differ in their first axis at most."""
+    found: dict[str, list[torch.Size]] = {}
+    for name, t in tensors(output):
+        if t.is_floating_point() and t.dim():
+            for one in _in_lists(name):
+                found.setdefault(one, []).append(t.shape[1:])
+    return {one for one, shapes in found.items() if len(shapes) == count and len(set(shapes)) == 1}
+
+
+def _whole(two: tuple, batched: list[bool]) -> list[str]:
+    """A note on the arguments that may have several rows for each record, where there are any."""
+    named = tensors({f"argument {i + 1}": a for i, a in enumerate(two[0])} | two[1])
+    names = [n for (n, t), rowed in zip(named, batched) if not rowed and t.dim() > 1 and len(t) > 1]
+    return [WHOLE.format(" and ".join(names))] if names else []
 
 
 def _two(rowed: list[Tensor]) -> Tensor | None:
@@ -144,21 +180,22 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
 
     ``two``: (args, kwargs) with two records along the first axis of the leaves that are ``batched``. The gradients of a
     projection that is the same for both would not show what is the same in both, such as a mean that is taken off. What
-    (a, b, a) gives for a must be what (a, a, a) does, and for b what (b, b, b) does, dropout drawn alike; also in each
-    trained layer, where rows in another order would be taken for the others' even if they are put back behind it. A
-    model that draws at random is asked again with other draws and (a, b, a, b): a permutation may change no row. A
-    buffer that follows activations (running statistics, a centre) would leave the training without noise, and so would
-    a frozen tensor. A trained layer may have the records along its second axis instead, if it always has. Where a
-    forward leaves anything on a module, all is asked once more of a model on which none has: what the first batch's
-    records set (``if self.mean is None``) would be the same for all that follow.
+    (a, b, a) and (a, a, b) give for a must be what (a, a, a) does, and for b what (b, b, b) does, dropout drawn alike;
+    also in each trained layer, where rows in another order would be taken for the others' even if they are put back
+    behind it. A model that draws at random is asked again with other draws and (a, b, a, b): a permutation may change
+    no row. A buffer that follows activations (running statistics, a centre) would leave the training without noise, and
+    so would a frozen tensor. A trained layer may have the records along its second axis instead, if it always has.
+    Where a forward leaves anything on a module, all is asked once more of a model on which none has: what the first
+    batch's records set (``if self.mean is None``) would be the same for all that follow.
     """
     twin = double(model)
     take_modes(twin, model)
     two = to_double(two)
     buffers, parameters, apart = Buffers(twin), Parameters(twin), Apart(model, twin)
     after: list[dict[str, Tensor]] = []
-    calls: list[tuple[str, list[Tensor]]] = []
+    calls: Calls = []
     rowless: set[str] = set()
+    listed: set[str] = set()
 
     def forward(seed: int | None, *order: int) -> Seen:
         with torch.no_grad(), apart, Doubled(), Drawn(twin, seed) as drawn:
@@ -167,7 +204,7 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
                 output = twin(*inputs[0], **inputs[1])
             except Exception as error:
                 if hasattr(error, "add_note"):  # Python 3.11
-                    error.add_note(TWIN if sum(batched) == 1 else f"{TWIN} {SHARED}")
+                    error.add_note(" ".join([TWIN, *[SHARED][: sum(batched) - 1], *_whole(two, batched)]))
                 raise
             parameters.refuse_written()  # the first time, too: what is set then (ActNorm) is the same in all others
             if not _with_axes(output):
@@ -179,6 +216,8 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
             rowless.update(name for name, _ in without_rows(output, len(order)))
             after.append({n: b.clone() for n, b in twin.named_buffers()})
             buffers.put_back()
+            if listed:
+                calls[-1] = calls[-1][0], _with_axes(output, listed)
         return output, attributes.left(), drawn.any
 
     def anew(seed: int | None, *order: int) -> Seen:
@@ -207,18 +246,21 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
     handles = watch_modules(twin, calls)
     attributes = Attributes(twin)  # with these hooks
     try:
-        shapes = _shapes(run(None, *ORDER))  # what is set up at the first forward (BigBird's attention) may draw, too
-        draws = DRAWS if _compare(run, settled, axes, None, ORDER) else 0
+        output = forward(None, *ORDER)[0]  # what is set up at the first forward (BigBird's attention) may draw, too
+        shapes = _shapes(calls)
+        if lists := _lists(output, len(ORDER)):  # of layers, or of records: these are more where there are more
+            listed |= lists & _lists(forward(None, *DRAWN_ORDER)[0], len(DRAWN_ORDER))
+        draws = DRAWS if _compare(run, settled, axes, None, *ORDERS) else 0
         for seed in range(draws):
             _compare(run, settled, axes, seed, DRAWN_ORDER)
         equal = {name for name, s in shapes if not axes.get(name, {0}) and len(s) > 2 and s[1] == len(ORDER)}
         if equal:  # the same for both records (Longformer's first token): a record more tells their axis
-            for (name, s), other in zip(shapes, _shapes(run(None, *DRAWN_ORDER))):
+            for (name, s), other in zip(shapes, _shapes(run(None, *DRAWN_ORDER)[0])):
                 if name in equal:
                     axes[name].add(int(other == (name, (s[0], len(DRAWN_ORDER), *s[2:]))))
         if left := attributes.moved():
             try:
-                _compare(partial(run, how=anew), settled, axes, 0, ORDER)
+                _compare(partial(run, how=anew), settled, axes, 0, *ORDERS)
             except Coupled:
                 raise
             except Exception:  # what cannot be set up twice is not judged
@@ -234,7 +276,7 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
     losses: set[Any] = set()
     seeds = range(2 if draws else 1) if rowless or left else ()
     for seed in seeds:
-        outputs, kept, _ = zip(*(anew(seed, *order) for order in ORDERS))
+        outputs, kept, _ = zip(*(anew(seed, *order) for order in LOSS_ORDERS))
         losses |= tied(outputs) | tied_attributes(kept)
     taken: dict[str, str] = {}
     if rowless:
@@ -245,20 +287,28 @@ def check_outputs(model: nn.Module, two: tuple, batched: list[bool]) -> Found:
             after.clear()
     idle = frozenset(name for name, found in axes.items() if not found) - {name for name, _ in shapes}
     second = frozenset(name for name, found in axes.items() if found == {1})
-    return Found(losses, second, idle, bool(draws), bool(rowless or left), left, taken)
+    packed = frozenset(name for name, s in shapes if name in axes and s and s[0] not in (1, len(ORDER))) - second
+    return Found(losses, second, idle, bool(draws), bool(rowless or left), left, taken, frozenset(listed), packed)
 
 
 def _compare(
     run: Callable[..., Run], settled: Callable[[], None], axes: dict[str, set[int]], seed: int | None,
-    order: tuple[int, ...],
+    *orders: tuple[int, ...],
 ) -> bool:  # fmt: skip
-    """Raise ValueError where a record's output depends on the other one. Returns whether the model draws at random.
+    """Raise ValueError where a record's output depends on the other one, in ``orders`` of as many rows. Returns whether
+    the model draws at random.
 
     To ``axes`` of each trained module is added along which one its outputs have the records, where they tell.
     """
-    together, drawn = run(seed, *order)
-    alone = [run(seed, *(i for _ in order))[0] for i in (0, 1)]
+    batches = [run(seed, *order) for order in orders]
+    alone = [run(seed, *(i for _ in orders[0]))[0] for i in (0, 1)]
     settled()
+    for order, (together, _) in zip(orders, batches):
+        _refuse_mixed(order, together, alone, axes)
+    return batches[0][1]
+
+
+def _refuse_mixed(order: tuple[int, ...], together: Calls, alone: list[Calls], axes: dict[str, set[int]]) -> None:
     rows = len(order)
 
     def alike(k: int, axis: int) -> bool | None:
@@ -280,12 +330,11 @@ def _compare(
                 f"eval mode where it mixes in train mode alone, or make it batch-major"
                 + ("" if name else ". If outputs compare records (CLIP's logits), have it return what each has alone")
             )
-    return drawn
 
 
-def _shapes(run: Run) -> list[tuple[str, tuple[int, ...]]]:
+def _shapes(calls: Calls) -> list[tuple[str, tuple[int, ...]]]:
     """(module, its first output's shape) in order of execution."""
-    return [(name, tuple(outputs[0].shape) if outputs else ()) for name, outputs in run[0]]
+    return [(name, tuple(outputs[0].shape) if outputs else ()) for name, outputs in calls]
 
 
 def _same(whole: list[Tensor], other: list[Tensor], i: int, rows: int, axis: int = 0) -> bool | None:

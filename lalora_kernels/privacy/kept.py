@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lalora_kernels.privacy.own_loss import ORDERS, ROWS, RTOL, adds_up, largest
+from lalora_kernels.privacy.own_loss import MIXED, ROWS, RTOL, adds_up, largest
 from lalora_kernels.privacy.trees import leaves, tree_map
 
 INTERNAL = frozenset(vars(nn.Module()))  # torch's own attributes of a module
@@ -92,8 +92,8 @@ def _items(held: dict) -> list[tuple[Any, int]]:
 
 def tied_attributes(left: Sequence[dict[Place, list[Tensor]]]) -> set[Place]:
     """The attributes that are neither a row for each record, of its own, nor a number that is a mean or a sum over
-    records: of what a forward left for each of ``ORDERS`` of two records, drawn alike for a place. (Of a vector that is
-    a mean, a loss may well take the squares.)"""
+    records: of what a forward left for each of ``LOSS_ORDERS`` of two records, drawn alike for a place. (Of a vector
+    that is a mean, a loss may well take the squares.)"""
     return {at for at in set().union(*left) if _tied([found.get(at, []) for found in left])}
 
 
@@ -113,8 +113,8 @@ def _rows(each: tuple[Tensor, ...]) -> bool:
     atol = RTOL * largest(each)
     for axis in range(min(2, each[0].dim())):
         if each[0].shape[axis] % ROWS == 0 and all(
-            torch.allclose(t.chunk(ROWS, axis)[i], each[2 + r].chunk(ROWS, axis)[i], rtol=RTOL, atol=atol)
-            for t, order in zip(each[:2], ORDERS)
+            torch.allclose(t.chunk(ROWS, axis)[i], each[len(MIXED) + r].chunk(ROWS, axis)[i], rtol=RTOL, atol=atol)
+            for t, order in zip(each, MIXED)
             for i, r in enumerate(order)
         ):
             return True

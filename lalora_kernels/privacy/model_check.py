@@ -7,6 +7,7 @@ from torch import nn
 from lalora_kernels.privacy.first_batch import Found, check_inputs
 from lalora_kernels.privacy.own_loss_later import OwnLossCheck
 from lalora_kernels.privacy.padding import PaddingCheck
+from lalora_kernels.privacy.ragged import RaggedCheck
 from lalora_kernels.privacy.singles import Singles
 from lalora_kernels.privacy.trees import form
 
@@ -19,8 +20,8 @@ class ModelCheck:
 
     A call is known by its form (which arguments there are, and what its switches say) and by the modules that are in
     train mode: one of another form, or in the other mode, may run what the first did not, so each is asked once, of the
-    first batch with two records that differ. What later batches tell beside that, ``PaddingCheck`` and ``OwnLossCheck``
-    look for. Raises ValueError as ``check_inputs`` does.
+    first batch with two records that differ. What later batches tell beside that, ``PaddingCheck``, ``RaggedCheck`` and
+    ``OwnLossCheck`` look for. Raises ValueError as ``check_inputs`` does.
     """
 
     def __init__(self) -> None:
@@ -29,7 +30,8 @@ class ModelCheck:
         self._located: set[str] = set()  # trained modules of which it is known along which axis they have records
         self._late = False  # records were told apart in a batch before that was known
         self._singles = Singles()
-        self._padding, self._own_loss = PaddingCheck(), OwnLossCheck()
+        self._packed: frozenset[str] = frozenset()  # trained modules with several rows for each record
+        self._padding, self._ragged, self._own_loss = PaddingCheck(), RaggedCheck(), OwnLossCheck()
 
     def ask_again(self) -> None:
         """The model has other modules than before."""
@@ -52,11 +54,14 @@ class ModelCheck:
             if found is not None:
                 engine.reduction.own.learn(found)
                 self._turn(engine, found)
+                self._packed |= found.packed
                 self.pending = False
                 self._seen.add(call)
         if engine.graphing:
             return
         self._padding(model, args, kwargs)
+        if self._packed and batch.valid >= 2:
+            self._ragged(model, args, kwargs, batch.rows, self._packed)
         if engine.reduction.own.any and batch.valid >= 2:
             engine.reduction.own.tied |= self._own_loss(model, args, kwargs, batch.rows)
 

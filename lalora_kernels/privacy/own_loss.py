@@ -18,7 +18,8 @@ from torch import Tensor
 from lalora_kernels.privacy.trees import tensors
 
 RTOL = 1e-5  # in float64, but for the many models that compute their loss in float32
-ORDERS = ((0, 1, 0), (1, 0, 1), (0, 0, 0), (1, 1, 1))  # of two records, in which a loss is asked for
+MIXED = ((0, 1, 0), (1, 0, 1), (0, 0, 1), (1, 1, 0))  # of two records; each by its places, then what has the others
+LOSS_ORDERS = (*MIXED, (0, 0, 0), (1, 1, 1))  # in which a loss is asked for
 ROWS = 3
 COPIES = ((0, 0, 0), (0, 0), (1, 1, 1), (1, 1))  # more of the same record: a sum grows by it, a mean does not
 
@@ -36,23 +37,26 @@ def is_without(t: Tensor, rows: int) -> bool:
 
 
 def tied(outputs: Sequence[Any]) -> set[str]:
-    """Names of the outputs that are no mean and no sum over records: what the model returned for each of ``ORDERS`` of
-    two records, what is drawn at random drawn alike for a place whoever stands there."""
+    """Names of the outputs that are no mean and no sum over records: what the model returned for each of
+    ``LOSS_ORDERS`` of two records, what is drawn at random drawn alike for a place whoever stands there."""
     found = [dict(without_rows(output, ROWS)) for output in outputs]
     return {name for name in set.intersection(*map(set, found)) if not adds_up([f[name] for f in found])}
 
 
 def adds_up(values: Sequence[Tensor]) -> bool:
-    """Whether what has these values in ``ORDERS`` is a mean or a sum over records; also where nothing shows it.
+    """Whether what has these values in ``LOSS_ORDERS`` is a mean or a sum over records; also where nothing shows it.
 
-    In (a, b, a) and (b, a, b) together each place has each record once, as in (a, a, a) and (b, b, b) together.
+    In (a, b, a) and (b, a, b) together each place has each record once, as in (a, a, a) and (b, b, b) together; so in
+    (a, a, b) and (b, b, a), where what pairs a record with its mirror image pairs others.
     """
     if len({v.shape for v in values}) > 1:
         return True
-    mixed, other, first, second = (v.double() for v in values)
+    *mixed, first, second = (v.double() for v in values)
     size = largest(values)
-    # A record without labels has no mean.
-    return not math.isfinite(size) or not bool(((mixed + other - first - second).abs() > RTOL * size).any())
+    if not math.isfinite(size):  # a record without labels has no mean
+        return True
+    sums = [some + other for some, other in zip(mixed[::2], mixed[1::2])]
+    return not any(bool(((both - first - second).abs() > RTOL * size).any()) for both in sums)
 
 
 def reductions(outputs: Sequence[Any]) -> dict[str, str]:

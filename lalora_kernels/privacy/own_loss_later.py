@@ -14,7 +14,7 @@ from lalora_kernels.privacy.compiled import eagerly
 from lalora_kernels.privacy.doubled import Doubled
 from lalora_kernels.privacy.drawn import Drawn
 from lalora_kernels.privacy.kept import Attributes, tied_attributes
-from lalora_kernels.privacy.own_loss import ORDERS, tied
+from lalora_kernels.privacy.own_loss import LOSS_ORDERS, tied
 from lalora_kernels.privacy.trees import have_rows, leaves, of_rows, to_double
 from lalora_kernels.privacy.twin import double, take_modes
 from lalora_kernels.privacy.written import Buffers
@@ -84,7 +84,7 @@ def tied_in(model: nn.Module, args: tuple, kwargs: dict, rows: int, pairs: list[
 
     for pair in pairs:
         try:
-            outputs, left = zip(*(run(pair, *order) for order in ORDERS))
+            outputs, left = zip(*(run(pair, *order) for order in LOSS_ORDERS))
             names |= tied(outputs) | tied_attributes(left)
         except Exception:
             continue

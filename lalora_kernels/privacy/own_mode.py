@@ -117,17 +117,19 @@ def compare_in_own_mode(
 def compare_alike(
     model: nn.Module, two: tuple, project: Project, sequence_first: frozenset[str], batched: list[bool]
 ) -> None:
-    """Raise ValueError where a record's gradient depends on the one beside it in the model's own mode. A record alone
-    would be drawn otherwise; the gradients that reach a layer before the head alone may be all alike."""
+    """Raise ValueError where a record's gradient depends on the one beside it in the model's own mode. Beside one that
+    counts twice as much, as the gradients that reach a layer before the head alone may be all alike; not alone, as that
+    would be drawn otherwise."""
     gradients = OwnMode(model, two, project, sequence_first, batched)
     try:
         wrong = gradients.coupled()
     except Exception:  # as in compare_in_own_mode; eval mode has passed
         return
     if wrong and gradients.same_again():
+        mode = " in train mode" if any(m.training for m in model.modules()) else ""
         raise Coupled(
-            f"per-sample gradients of {listed(wrong)} depend on the other records of the batch in train mode, though "
-            f"no output does: a hook or a custom backward couples them. Replace it, or keep its module in eval mode"
+            f"per-sample gradients of {listed(wrong)} depend on the other records of the batch{mode}, though no output "
+            f"does: a hook or a custom backward couples them. Replace it, or keep its module in eval mode"
         )
 
 

@@ -78,7 +78,8 @@ class Recorder:
         if t.dim() <= features or t.shape[0] % N:
             raise ValueError(
                 f"{self.name} saw {tuple(t.shape)}, which does not divide into the batch's {N} records along the first "
-                f"axis; the layer must be batch-major, or frozen (positions pass with a batch axis of 1)"
+                f"axis; the layer must be batch-major, with as many rows for every record (images of other sizes, one "
+                f"after the other, have not), or frozen (positions pass with a batch axis of 1)"
             )
         positions = t.numel() // max(N * t.shape[t.dim() - features :].numel(), 1)
         return t.reshape(N, positions, *t.shape[t.dim() - features :])

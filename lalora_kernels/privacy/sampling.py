@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -26,7 +24,7 @@ from torch.utils.data import (
 )
 
 from lalora_kernels.privacy.noise import NoiseSource, UniformSource, seed_from_system
-from lalora_kernels.privacy.trees import tensors, tree_map
+from lalora_kernels.privacy.trees import tensors
 
 # What a new loader takes over from the user's. The sampler is replaced; drop_last has no meaning where batches have no
 # fixed size; in_order stays at its default, because each batch is announced in the order it was drawn.
@@ -147,9 +145,10 @@ class PrivateLoader:
 
     Iterating gives one pass, ``len(loader)`` = round(1/q) logical batches; ``steps(k)`` gives exactly k. Both yield
     physical batches as the user's collate function makes them. ``on_batch`` is called with each one's BatchInfo in this
-    process right before the batch is yielded, whatever the workers have prefetched. An empty draw yields one
-    placeholder: record 0 with every tensor zeroed. Before each batch the global generators of torch, NumPy and
-    Python are seeded anew from the operating system, since dropout and augmentation must be as unknown as the noise.
+    process right before the batch is yielded, whatever the workers have prefetched. An empty draw yields record 0 as a
+    placeholder, of which nothing is released (not zeros, which a model may refuse: an image, and no place for it in the
+    text). Before each batch the global generators of torch, NumPy and Python are seeded anew from the operating system,
+    since dropout and augmentation must be as unknown as the noise.
 
     Args:
         data: a DataLoader, whose data set, collate function, workers and pinning stay, or a map-style Dataset.
@@ -263,10 +262,9 @@ class PrivateLoader:
                     raise ValueError(
                         f"{name or 'the tensor'} of the batch has shape {tuple(leaf.shape)} for {info.rows} records; "
                         f"every tensor that collate_fn returns needs one row for each record, first. What a record has "
-                        f"several of (boxes, patches, a chosen and a rejected text) goes along another axis, padded"
+                        f"several of (boxes, patches, a chosen and a rejected text) goes along another axis, padded; "
+                        f"for a model that takes it one after the other (Qwen2-VL), flatten it in a module around that"
                     )
-            if not info.valid:
-                batch = tree_map(_zeros, batch)
             if self.on_batch is not None:
                 self.on_batch(info)
             yield batch
@@ -391,8 +389,3 @@ def batch_rows(batch: Any) -> int:
             f"one row for each record, first"
         )
     return next(iter(sizes.values()))
-
-
-def _zeros(t: Tensor) -> Tensor:
-    zero = torch.zeros_like(t)  # new memory: collate_fn may have returned the data set's own
-    return zero.pin_memory() if t.is_pinned() else zero

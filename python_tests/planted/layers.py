@@ -269,6 +269,20 @@ LAYERS = (
         "padding",
     ),
     fault(
+        "rows of records that have unequally many taken apart at the wrong places",
+        MODEL_CHECK,
+        "self._packed |= found.packed",
+        "pass",
+        "ragged",
+    ),
+    fault(
+        "a record's mirror image in the batch unseen",
+        FIRST_BATCH,
+        "_compare(run, settled, axes, None, *ORDERS)",
+        "_compare(run, settled, axes, None, ORDER)",
+        "mirrored",
+    ),
+    fault(
         "a scale that grows, or follows what overflowed",
         OPTIMIZER,
         "            hold(scaler)\n",
