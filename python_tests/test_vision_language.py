@@ -100,19 +100,24 @@ def record_loss(model, batch):
     return lk.record_losses(model(**batch).logits, labels, shift=True).mean()
 
 
+@pytest.mark.parametrize("how", ["adapt", "patch_peft"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_of_each_record_are_those_of_pefts_model_of_it_alone(family):
+def test_gradients_of_each_record_are_those_of_pefts_model_of_it_alone(family, how):
     model, data, collate, names = made(family)
     model.double()  # but for norms and rotations, which are float32's whatever a model is
     data = [{**r, "pixel_values": r["pixel_values"].double()} for r in data[:3]]
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, lora_alpha=2, target_modules=names)).eval()
-    lk.adapt(model, target_modules=names, modules_to_save=[], r=2, verbose=False)
+    if how == "adapt":
+        lk.adapt(model, target_modules=names, modules_to_save=[], r=2, verbose=False)
+    else:
+        model = lk.patch_peft(copy.deepcopy(theirs))
     pairs = {}
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad:
-                module, factor = name.rsplit(".", 1)
-                pairs[name] = theirs.get_parameter(f"base_model.model.{module}.{factor}.default.weight")
+                module, _, factor = name.rpartition(".")
+                same = name if how == "patch_peft" else f"base_model.model.{module}.{factor}.default.weight"
+                pairs[name] = theirs.get_parameter(same)
                 p.copy_(torch.randn_like(p) / 4)
                 pairs[name].copy_(p)
     lk.set_active(model, "AB")
