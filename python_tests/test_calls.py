@@ -89,6 +89,10 @@ LATER = {
     "hook on all modules": lambda m: register_module_forward_hook(
         lambda module, args, out: centred(out) if isinstance(module, nn.Tanh) else out
     ),
+    "hook in another's place": lambda m: (
+        m.middle[0]._forward_hooks.clear(),
+        m.middle[0].register_forward_hook(lambda module, args, out: centred(out)),
+    ),
     "forward": lambda m: replace_forward(m.middle),
     "forward that was replaced before": lambda m: replace_function(m.middle),
     "a module in another's place": lambda m: setattr(m.middle, "0", Centred()),
@@ -101,6 +105,7 @@ def test_what_mixes_from_the_second_step_on_is_refused(name):
     torch.manual_seed(0)
     model = chain(nn.Sequential(nn.Tanh(), nn.Identity()))
     model.middle[1].forward = lambda h: h
+    model.middle[0].register_forward_hook(lambda module, args, out: out)
     optimizer, loader = private(model)
     put = []
     try:

@@ -58,6 +58,21 @@ class TestTheModel:
             train(model, classify, opt, loader, 1)
         assert opt.ledger.steps == 1
 
+    @pytest.mark.parametrize("how", ["unfrozen", "added"])
+    def test_what_trains_later_is_refused_in_no_optimizer_either(self, how):
+        """A second, plain one may hold it, and step on what nothing clips."""
+        model = chain(nn.Linear(8, 8).requires_grad_(False))
+        opt, loader = private(model, images(), sample_rate=1.0)
+        train(model, classify, opt, loader, 1)
+        if how == "unfrozen":
+            model.middle.weight.requires_grad_(True)
+        else:
+            model.middle.gain = nn.Parameter(torch.ones(8))
+        name = "weight" if how == "unfrozen" else "gain"
+        with pytest.raises(RuntimeError, match=rf"^middle\.{name} was added or unfrozen after make_private.*freeze it"):
+            train(model, classify, opt, loader, 1)
+        assert opt.ledger.steps == 1
+
     def test_two_precisions(self):
         model, data, _ = toy()
         model.fc1.float()
