@@ -229,6 +229,33 @@ def test_an_experimental_filter_changes_the_release_after_the_noise(smoothing):
     assert spent[0] == spent[1]
 
 
+def test_the_temporal_filter_remembers_each_factor_s_own_releases():
+    """At a learning rate of 0 the raw releases stay the same; B is active in steps 1 and 3, A in 2 and 4."""
+    from lalora_kernels.privacy.noise import NoiseSource
+
+    grads = {}
+    for name in (None, "temporal"):
+        torch.manual_seed(0)
+        model = adapt(torch.nn.Sequential(torch.nn.Linear(12, 16)), r=2, target_modules=["0"], verbose=False)
+        data = torch.utils.data.DataLoader([(torch.randn(12), torch.randn(16)) for _ in range(8)], batch_size=8)
+        optimizer, loader = make_private(
+            model, torch.optim.SGD(model.parameters(), lr=0.0), data, smoothing=name, noise_multiplier=1.0,
+            noise=NoiseSource.fixed(bytes(32)), check=False,
+        )  # fmt: skip
+        grads[name] = []
+        for x, y in loader.steps(4):
+            F.mse_loss(model(x), y).backward()
+            optimizer.step()
+            grads[name] += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            optimizer.zero_grad()
+    a, b = 1 - 2 * 70 / 256, 70 / 256
+    for i in (0, 1):
+        (first, second), (found, then) = (grads[name][i::2] for name in (None, "temporal"))
+        torch.testing.assert_close(found, first)
+        constant = a * b + 2 * b  # the same filter's answer to 1, 1
+        torch.testing.assert_close(then, (a * b * first + b * (second + first)) / constant)
+
+
 def test_the_projected_gradient_refuses_a_step_that_trains_both_factors():
     model = adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), r=1, target_modules=["0"], verbose=False)
     data = torch.utils.data.DataLoader([(torch.randn(4), torch.randn(4)) for _ in range(4)], batch_size=4)

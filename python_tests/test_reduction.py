@@ -65,6 +65,9 @@ CASES = {
         "sum"),
     "logistic, several, mean": (
         lambda z: F.binary_cross_entropy_with_logits(z, labels(N, 3, classes=2).float()), (N, 3), "mean"),
+    "logistic, labels missing, sum": (
+        lambda z: F.binary_cross_entropy_with_logits(
+            z, labels(N, 3, classes=2).float(), (labels(N, 3, classes=3) > 0).to(z), reduction="sum"), (N, 3), "sum"),
     "squares": (lambda z: F.mse_loss(z, torch.ones(N, V)), (N, V), None),
     "scaled": (lambda z: 0.25 * F.cross_entropy(z, labels(N)), (N, V), None),
     "contrastive": (lambda z: F.cross_entropy(z @ z.t(), torch.arange(N)), (N, V), None),

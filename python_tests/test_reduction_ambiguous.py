@@ -6,7 +6,7 @@ from test_reduction import T, Told, V, labels, logits_and_gradient, look
 from torch.nn import functional as F
 
 from lalora_kernels.privacy import reduction as checking
-from lalora_kernels.privacy.shares import reductions_of
+from lalora_kernels.privacy.shares import reductions_of, shares_of
 
 
 def bce(z):
@@ -84,3 +84,48 @@ class TestTotalsThatHardlyDiffer:
             for i in range(8):
                 y = torch.randint(0, V, (32,), generator=torch.Generator().manual_seed(i))
                 look(check, lambda z: 0.05 * F.cross_entropy(z, y, weight), 32, V, seed=i)  # noqa: B023
+
+
+class TestWhatRoundingLost:
+    """A record that is certain of its class has no gradient in float32, and its share is missing from their sum."""
+
+    def batch(self, i, kind, lost):
+        """(z, dz) of a weighted mean times 0.3, or of a logistic one over the records that have a label."""
+        generator = torch.Generator().manual_seed(i)
+        n = 4 + i % 3
+        z, y = 3 * torch.randn(n, 3, generator=generator), torch.randint(0, 3, (n,), generator=generator)
+        if kind == "logistic":
+            z, w, y = z[:, 0], (torch.arange(n) != 2).float(), (y > 0).float()
+            loss = lambda z: F.binary_cross_entropy_with_logits(z, y, w, reduction="sum") / w.sum()  # noqa: E731
+            z[0] = 200.0 * (2 * y[0] - 1) if lost else z[0]
+        else:
+            loss = lambda z: 0.3 * F.cross_entropy(z, y, torch.tensor([1.0, 5.0, 2.0]))  # noqa: E731
+            z[0, y[0]] += 200.0 * lost
+        z.requires_grad_(True)
+        (dz,) = torch.autograd.grad(loss(z), z)
+        assert bool((dz[0] == 0).all()) == lost
+        return z.detach(), dz
+
+    @pytest.mark.parametrize("kind, at", [("classes", 1), ("logistic", 0)])
+    def test_hides_no_shares_in_the_batches_after_it(self, kind, at):
+        check = checking.ReductionCheck(Told("mean"))
+        with pytest.raises(ValueError, match="count over the whole batch.*class weights"):
+            for i in range(12):
+                check._call += 1
+                check._look(check._call, *self.batch(i, kind, lost=i == at))
+        assert i > at
+
+    def test_is_not_what_an_ignored_record_of_large_logits_lacks(self):
+        """Logits are what they are up to a number for each record."""
+        y = labels(6).where(torch.arange(6) != 2, -100)
+        z, dz = logits_and_gradient(lambda z: F.cross_entropy(z + 100.0, y), 6, V)
+        found = shares_of(z + 100.0, dz, 1e-3)
+        assert found is not None and found.total == pytest.approx(1.0, rel=1e-3)
+
+
+def test_own_weights_of_two_classes_that_add_up_to_one_once_pass():
+    """Any loss of two logits' difference has some k; what one batch's add up to is no count over it."""
+    check = checking.ReductionCheck(Told("sum"))
+    for i, last in enumerate((0.4, 0.5, 0.7)):
+        w = torch.tensor([0.1, 0.2, 0.3, last])
+        look(check, lambda z, w=w: (w * F.cross_entropy(z, labels(4, classes=2), reduction="none")).sum(), 4, 2, seed=i)

@@ -387,7 +387,9 @@ def test_tensors_need_one_row_for_each_record(collate, message):
         next(iter(loader))
 
 
-def test_a_subset_is_sampled_on_its_own():
-    loader = fixed(DataLoader(Subset(DATA, [30, 31, 32]), batch_size=3))
+@pytest.mark.parametrize("data", [Subset(DATA, [30, 31, 32]), {i: DATA[30 + i] for i in range(3)}, Subset(DATA, [30])])
+def test_a_part_is_sampled_on_its_own(data):
+    """A subset, a dict by number, one record."""
+    loader = fixed(DataLoader(data, batch_size=len(data)))
     (batch,) = loader.steps(1)
-    assert batch[0].tolist() == [30, 31, 32]
+    assert batch[0].tolist() == [30, 31, 32][: len(data)]
