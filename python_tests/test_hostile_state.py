@@ -129,3 +129,17 @@ def test_one_home_answers_a_run_as_one_client(world, tmp_path):
     steps = ledger_of(node).steps
     status, log = said(Node(node.home, 1), message(config))
     assert status == "settings" and "a --home of its own" in log and ledger_of(node).steps == steps
+
+
+def test_a_model_that_mixes_records_is_refused_before_it_costs(world, tmp_path):
+    """The client's own check: its steps have none."""
+    config = settings(world, clients=1)
+    (node,) = make_nodes(tmp_path, config, key=False)
+    node_module._loaded.cache_clear()
+    model = node_module._loaded(config)[0].classifier.model
+    hook = model.vit.layernorm.register_forward_hook(lambda module, args, out: out - out.mean(0, keepdim=True))
+    status, log = said(node, message(config))
+    assert status == "failed" and "layernorm: the output for one record depends on the other records" in log
+    assert not list(node.home.glob("ledgers/*/*"))
+    hook.remove()
+    assert said(node, message(config))[0] == "ok"
