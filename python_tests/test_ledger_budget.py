@@ -63,3 +63,19 @@ def test_a_file_of_no_clients_or_a_claim_beyond_all_numbers_is_not_sound(tmp_pat
     path.write_text(json.dumps({"clients": {"0": book | {"epsilon": ledger.epsilon()}}, "delta": 1e-5}))
     shown = float(show_ledger(path).partition("  epsilon ")[2].split()[0])
     assert ledger.epsilon() <= shown < ledger.epsilon() + 1e-4
+
+
+def test_what_each_release_was_is_listed_and_the_budget_beside_its_own_epsilon_alone(tmp_path):
+    ledger = Ledger(target_epsilon=8.0, target_delta=1e-5)
+    for _ in range(3):
+        ledger.charge(2.0, 0.1, max_grad_norm=0.5, expected_batch_size=16)
+    ledger.charge(3.0, 0.2, clipping="automatic", release=40)
+    ledger.save(path := tmp_path / "ledger.json")
+    listed = [line.split(None, 1) for line in show_ledger(path).splitlines()[3:5]]
+    assert listed == [
+        ["0-2", "3 x sigma 2, q 0.1, flat, C 0.5, b 16, poisson"],
+        ["40", "1 x sigma 3, q 0.2, automatic, poisson"],
+    ]
+    own, other = [line for line in show_ledger(path).splitlines() if "at delta 1e-05" in line]
+    assert " of 8 " in own and "add or remove one" in own and " of " not in other and "replace one" in other
+    assert " of " not in show_ledger(path, delta=1e-6).partition("epsilon ")[2]
