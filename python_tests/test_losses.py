@@ -12,7 +12,7 @@ from trainer_models import adapted as adapted_hf
 
 import lalora_kernels as lk
 from lalora_kernels.privacy.checks import check_per_sample
-from lalora_kernels.trainer_loss import record_losses
+from lalora_kernels.trainer_loss import find_shift, record_losses
 
 N, T, K = 5, 4, 6
 
@@ -164,3 +164,18 @@ class TestOutputsLoss:
 
         train(model, loss, optimizer, loader, 2)
         assert optimizer.ledger.steps == 2 and optimizer.per_sample_checked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_s_own_loss_that_is_half_a_percent_off_is_another_but_for_half_precision_s_rounding(dtype):
+    class Off(nn.Module):
+        def forward(self, x, labels):
+            logits = x.to(dtype)
+            return {"logits": logits, "loss": 1.005 * nn.functional.cross_entropy(logits, labels)}
+
+    batch = {"x": torch.linspace(-1, 1, 12).view(4, 3), "labels": torch.tensor([0, 1, 2, 1])}
+    if dtype == torch.bfloat16:
+        assert find_shift(Off(), batch) is not None
+    else:
+        with pytest.raises(ValueError, match="own loss of one record is .* so it computes something else"):
+            find_shift(Off(), batch)

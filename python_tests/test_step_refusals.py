@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lalora_kernels.nn import LoRALinear
 from lalora_kernels.privacy.make_private import make_private
+from lalora_kernels.privacy.shuffled import ShuffledLoader
 
 
 def images(n: int = 8):
@@ -136,3 +137,36 @@ class TestTheBatch:
         assert opt.ledger.steps == 0
         train(model, loss, opt, loader, 1)
         assert opt.ledger.steps == 1
+
+
+class TestTheBatchOfAShuffledLoader:
+    @pytest.mark.parametrize(
+        "collate, sizes",
+        [
+            (lambda records: (torch.zeros(len(records), 6), torch.zeros(len(records) - 1)), r"'\[0\]': 4, '\[1\]': 3"),
+            (lambda records: {"x": torch.zeros(4, 6), "scale": torch.tensor(2.0)}, "'x': 4, 'scale': 0"),
+            (lambda records: torch.tensor(2.0), "'': 0"),
+            (lambda records: ["a text"] * len(records), ""),
+        ],
+        ids=["a row less", "no rows beside rows", "no rows", "no tensor"],
+    )
+    def test_needs_one_row_a_record_in_every_tensor(self, collate, sizes):
+        """By how many a row is a record's is what its gradient is folded and clipped by."""
+        announced = []
+        loader = ShuffledLoader(DataLoader(images(), batch_size=4, collate_fn=collate), on_batch=announced.append)
+        with pytest.raises(ValueError, match=rf"no common first dimension \({{{sizes}}}\)"):
+            next(iter(loader))
+        assert not announced
+
+    def test_each_is_a_logical_one_and_steps_go_over_as_many_passes_as_they_take(self):
+        announced = []
+        loader = ShuffledLoader(DataLoader(images(12), batch_size=5, shuffle=True), on_batch=announced.append)
+        for count, sizes in ((7, [5, 5, 2, 5, 5, 2, 5]), (3, [5, 5, 2]), (0, [])):
+            assert [len(x) for x, _ in loader.steps(count)] == sizes
+            assert [(i.rows, i.valid, i.first, i.last) for i in announced] == [(n, n, True, True) for n in sizes]
+            announced.clear()
+        assert loader.expected_batch_size == 5.0 and loader.sample_rate == 5 / 12
+        with pytest.raises(ValueError, match="the loader yields no batch"):
+            next(ShuffledLoader(DataLoader(images(3), batch_size=4, drop_last=True)).steps(1))
+        with pytest.raises(ValueError, match="has no batch_size"):
+            ShuffledLoader(DataLoader(images(), batch_size=None))

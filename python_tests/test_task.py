@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from small import digits_npz, vit_folder
 
@@ -12,7 +13,9 @@ from lalora_kernels.federated.client import get_state, set_state
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.coordinator import Coordinator
 from lalora_kernels.federated.guard import QuorumLost
+from lalora_kernels.federated.methods import get_method
 from lalora_kernels.federated.run import Run, Watch, prepare
+from lalora_kernels.federated.server import Server
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +73,27 @@ def test_a_run_that_diverged_leaves_its_last_good_weights_and_spends_nothing_mor
     with pytest.raises(QuorumLost, match="lower --lr"):
         again.train()
     assert [one.ledger.steps for one in again.clients] == before
+
+
+def test_what_is_measured_is_the_server_s_state(config):
+    """Not what the model holds, which is the last client's; record by record, in float64."""
+
+    def by_hand(state):
+        classifier = prepare(config).classifier
+        set_state(classifier.model, state)
+        model, right, losses = classifier.model.double().eval(), [], []
+        with torch.no_grad():
+            for image, label in task.data.test:
+                logits = model(classifier.collate([(image, label)])[0].double()).logits[0]
+                right.append(int(logits.argmax()) == label)
+                losses.append(float(logits.logsumexp(0) - logits[label]))
+        return sum(right) / len(right), sum(losses) / len(losses)
+
+    task, generator = prepare(config), torch.Generator().manual_seed(0)
+    start = get_state(task.classifier.model)
+    state = {key: value + 10 * torch.randn(value.shape, generator=generator) for key, value in start.items()}
+    task.classifier.model.train()
+    measured = Server(get_method(config.method), state).evaluate(task.classifier, task.data.test, batch_size=7)
+    assert measured == pytest.approx(by_hand(state), rel=1e-5)
+    assert not any(module.training for module in task.classifier.model.modules())
+    assert measured[1] != pytest.approx(by_hand(start)[1], rel=1e-3) and measured[0] > 0
