@@ -5,7 +5,7 @@ import shutil
 import types
 
 import pytest
-from flower_nodes import Calls, K, close_logs, ledger_of, make_nodes, settings, small_world  # noqa: F401
+from flower_nodes import Calls, K, close_logs, ledger_of, make_nodes, same, settings, small_world  # noqa: F401
 from small import digits_npz
 
 from lalora_kernels import flower_command
@@ -135,3 +135,41 @@ def test_spent_budgets_end_a_run_only_where_no_round_that_is_left_has_a_quorum(w
         with pytest.raises(BudgetSpent, match="round 3: 2 of 4 clients refused"):
             run.train(calls)
         assert [record["moved"] for record in run.at.history] == [True, False, True, False]
+
+
+def test_a_resumed_server_has_its_data_and_writes_its_metrics_anew(world, tmp_path):
+    data = digits_npz(tmp_path / "d.npz", 160, 40)
+    run = Coordinator.start(prepare(settings((world[0], data))), tmp_path / "run")
+    run.lock.release()
+    metrics = tmp_path / "run/metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.unlink()
+    Coordinator.resume(tmp_path / "run").lock.release()
+    assert whole and metrics.read_bytes() == whole
+    digits_npz(tmp_path / "d.npz", 160, 39)
+    with pytest.raises(BadInput, match="the data is not the one that this run was started with"):
+        Coordinator.resume(tmp_path / "run")
+
+
+class Again(Calls):
+    """Each client of a round answers a second time, with other tensors, and so does one who was not asked."""
+
+    def exchange(self, messages, timeout):
+        for client, reply in super().exchange(messages, timeout):
+            yield client, reply
+            tensors, about = unpack(reply)
+            for other in (client, (set(range(4)) - set(messages)).pop()):
+                yield other, pack({key: value + 0.5 for key, value in tensors.items()}, about | {"client": other})
+
+
+def test_one_answer_of_each_client_that_was_asked_counts(world, tmp_path):
+    """With the run's and the round's numbers right, as a client of the federation knows them."""
+    config, runs = settings(world, rounds=1, fraction=0.5), []
+    for transport in (Calls, Again):
+        folder = tmp_path / transport.__name__
+        runs.append(Coordinator.start(prepare(config), folder / "run"))
+        runs[-1].train(transport(make_nodes(folder, config)))
+        assert not list((folder / "run/updates").glob("*"))  # nor are they kept
+    plain, again = (run.at.history[1] for run in runs)
+    assert same(runs[0].at.state, runs[1].at.state) and len(plain["clients"]) == 2
+    assert {**again, "seconds": 0} == {**plain, "seconds": 0}

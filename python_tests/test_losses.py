@@ -12,7 +12,7 @@ from trainer_models import adapted as adapted_hf
 
 import lalora_kernels as lk
 from lalora_kernels.privacy.checks import check_per_sample
-from lalora_kernels.trainer_loss import find_shift, record_losses
+from lalora_kernels.trainer_loss import find_shift, logits_of, record_losses
 
 N, T, K = 5, 4, 6
 
@@ -179,3 +179,9 @@ def test_a_model_s_own_loss_that_is_half_a_percent_off_is_another_but_for_half_p
     else:
         with pytest.raises(ValueError, match="own loss of one record is .* so it computes something else"):
             find_shift(Off(), batch)
+
+
+@pytest.mark.parametrize("outputs", [{"loss": torch.ones(())}, {"logits": None}, (torch.ones(2, 3),)])
+def test_outputs_without_logits_are_told_what_to_pass(outputs):
+    with pytest.raises(ValueError, match="no 'logits'.*pass compute_loss_func="):
+        logits_of(outputs)
