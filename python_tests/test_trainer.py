@@ -102,6 +102,19 @@ def test_empty_draws_and_a_second_call_of_train(tmp_path):
     assert trainer.ledger.steps == 16
 
 
+@pytest.mark.parametrize("b, epochs, steps", [(2, 2, 8), (6, 3, 3)])
+def test_an_epoch_takes_each_record_once_on_average(b, epochs, steps, tmp_path):
+    """Of 8 records; round(8 / 6) = 1."""
+    _, patched, _ = adapted("bert", torch.float32)
+    privacy = {"noise_multiplier": 1.0, "expected_batch_size": b}
+    trainer = trainer_of(
+        patched, text(37, "class", 8), tmp_path, privacy=privacy, max_steps=-1, num_train_epochs=epochs
+    )
+    trainer.train()
+    assert trainer.ledger.steps == trainer.state.global_step == trainer.state.max_steps == steps
+    assert {entry.sample_rate for entry in trainer.ledger.entries} == {b / 8}
+
+
 def test_in_bfloat16_one_record_more_does_not_change_how_the_others_are_rounded(tmp_path):
     """A record without a label adds nothing to the sum; of a mean it would change by what all are divided."""
     _, patched, data = adapted("gpt2", torch.float32)
