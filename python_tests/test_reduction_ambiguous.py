@@ -129,3 +129,44 @@ def test_own_weights_of_two_classes_that_add_up_to_one_once_pass():
     for i, last in enumerate((0.4, 0.5, 0.7)):
         w = torch.tensor([0.1, 0.2, 0.3, last])
         look(check, lambda z, w=w: (w * F.cross_entropy(z, labels(4, classes=2), reduction="none")).sum(), 4, 2, seed=i)
+
+
+class TestALossOfWhichNothingElseIsKnown:
+    """As many records of every batch are a pick; those that a margin leaves out, or a mask, are other numbers."""
+
+    EACH = {
+        "squares": lambda z: (z - 1).square().flatten(),
+        "margins": lambda z: F.relu(1 - z).flatten(),
+        "logistic": lambda z: F.softplus(z).flatten(),
+    }
+
+    def asked(self, loss, sizes, claimed="mean"):
+        check = checking.ReductionCheck(Told(claimed))
+        for i, n in enumerate(sizes):
+            look(check, lambda z, i=i: loss(z, i), n, 1, seed=i)
+
+    @pytest.mark.parametrize("claimed", ["mean", "sum"])
+    @pytest.mark.parametrize("each", EACH)
+    def test_the_largest_of_a_batch_is_refused(self, each, claimed):
+        sizes = [3 + i % 5 for i in range(checking.PICKS)]
+        with pytest.raises(ValueError, match="^[2-6] of [3-7] records have no gradient. A loss that picks records"):
+            self.asked(lambda z, i: self.EACH[each](z).max(), sizes, claimed)
+        self.asked(lambda z, i: self.EACH[each](z).max(), sizes[1:], claimed)  # too few to tell
+
+    def test_the_larger_half_is_refused(self):
+        with pytest.raises(ValueError, match="A loss that picks records"):
+            self.asked(lambda z, i: z.square().flatten().topk(len(z) // 2).values.mean(), [8 + i % 5 for i in range(20)])
+
+    @pytest.mark.parametrize("each", ["squares", "margins"])
+    def test_records_without_a_label_are_no_pick(self, each):
+        def labelled(z, i):
+            return (self.EACH[each](z) * (torch.arange(len(z)) % 7 < 1 + i % 3)).mean()
+
+        self.asked(labelled, [3 + i % 5 for i in range(40)])
+
+    def test_a_batch_whose_records_all_count_ends_the_row(self):
+        def once_all(z, i):
+            each = z.square().flatten()
+            return each.sum() if i == 10 else each.max()
+
+        self.asked(once_all, [3 + i % 5 for i in range(25)])

@@ -9,8 +9,8 @@ number where it stays the same while N changes, a mean where k N does.
 Where records have as many positions as the batch has records, or equally many, one k fits two of them: that tells
 nothing, and the next batch is looked at. A batch's largest loss, or its few largest, leave most records without a
 gradient; so do labels that are left out. The first takes as many records of every batch, or as large a share, which the
-second does not go on doing.
-Of other losses nothing is known here; ``check_per_sample`` takes any.
+second does not go on doing: of any loss this tells. Else nothing is known here of other losses; ``check_per_sample``
+takes any.
 """
 
 from functools import partial
@@ -48,6 +48,11 @@ TRIES = 4  # backwards that are looked at
 WATCH = 256
 PICKS = 16  # batches in a row in which as many records, or as large a share of them, have a gradient
 RTOL = {torch.float64: 1e-3, torch.float32: 1e-3}
+PICKED = (
+    "{} of {} records have no gradient. A loss that picks records of the batch (its largest, the hardest few) is "
+    "refused: whether a record counts depends on the others, and clipping cannot bound what one of them changes; give "
+    "each record a loss of its own"
+)
 
 
 class ReductionCheck:
@@ -64,6 +69,7 @@ class ReductionCheck:
         self.own = OwnLosses()
         self._call, self._counted, self._full = 0, 0, False
         self._picked: list[tuple[int, int]] = []  # (records, those with a gradient) of batches where some have none
+        self._reached: list[tuple[int, int]] = []  # the same of a loss of which nothing else is known
         self._scaled: dict[str, tuple[float, int, int]] = {}  # uniform_weights that are neither 1 / N nor 1
         self._watching = False  # for what the first backwards did not show
         self._axis: int | None = None  # of the classes, where lengths are still to be seen that differ
@@ -152,6 +158,8 @@ class ReductionCheck:
         if anew and not fits:
             fits = self._by_other_sizes(z, dz)
         if not fits:
+            if anew:
+                self._refuse_picked(dz)
             return
         found = e.loss_reduction if e.loss_reduction in fits else fits[0]
         if found == "shares":
@@ -166,11 +174,8 @@ class ReductionCheck:
             self._picked.append((len(z), len(z) - idle))
             if found != e.loss_reduction or chosen(self._picked):
                 raise ValueError(
-                    f"{idle} of {len(z)} records have no gradient. A loss that picks records of the batch (its "
-                    f"largest, the hardest few) is refused: whether a record counts depends on the others, and "
-                    f"clipping cannot bound what one of them changes; give each record a loss of its own. If these "
-                    f"records have no label, leave them out of the data set, or pass loss_reduction={found!r} where "
-                    f"that is not so yet"
+                    f"{PICKED.format(idle, len(z))}. If these records have no label, leave them out of the data set, "
+                    f"or pass loss_reduction={found!r} where that is not so yet"
                 )
             if len(self._picked) < PICKS:
                 self.left += 1
@@ -185,6 +190,17 @@ class ReductionCheck:
             return
         self.seen = found
         self._watch_for(z, dz)
+
+    def _refuse_picked(self, dz: Tensor) -> None:
+        """Raise ValueError where a loss of which nothing else is known takes as many records of every batch."""
+        N, live = len(dz), int((dz != 0).reshape(len(dz), -1).any(1).sum())
+        if live == N:
+            self._reached.clear()
+        elif live:
+            self._reached.append((N, live))
+            if chosen(self._reached):
+                raise ValueError(PICKED.format(N - live, N))
+            self.left += len(self._reached) < PICKS
 
     def _look_again(self) -> None:
         """Of one batch more, if this was to be the last."""
