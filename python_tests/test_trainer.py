@@ -282,3 +282,24 @@ class TestLosses:
         trainer.train_dataset = [{k: v for k, v in r.items() if k != "labels"} for r in rows(data)]
         with pytest.raises(ValueError, match="no 'labels'.*compute_loss_func"):
             trainer.train()
+
+
+def test_the_logged_loss_is_the_mean_over_the_records_of_a_logical_batch(tmp_path):
+    """Of 8 records in physical batches of 3, 3 and 2."""
+    _, patched, _ = adapted("bert", torch.float32)
+    parts = []
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        value = torch.nn.functional.cross_entropy(outputs["logits"], labels)
+        parts.append((float(value.detach()), len(labels)))
+        return value
+
+    privacy = {"noise_multiplier": 1.0, "expected_batch_size": 8}
+    trainer = trainer_of(
+        patched, text(37, "class", 8), tmp_path, privacy=privacy, loss=loss, per_device_train_batch_size=3
+    )
+    trainer.train()
+    parts = parts[-3:]  # before them the check of the loss
+    assert [n for _, n in parts] == [3, 3, 2]
+    expected = sum(value * n for value, n in parts) / 8
+    assert trainer.state.log_history[0]["loss_not_private"] == pytest.approx(expected, rel=1e-3)  # rounded in the log

@@ -58,7 +58,7 @@ class TestEpsilonAndResume:
         self.run(tmp_path, 3, privacy=self.target)  # saved at 2
         second = self.run(tmp_path, 6, resume=str(tmp_path / "checkpoint-2"), privacy=self.target)
         assert second.state.global_step == 6 and second.ledger.steps == 3 + 4
-        assert second.get_epsilon() <= 3.0
+        assert 2.9 < second.get_epsilon() <= 3.0  # and no more noise than that needs
         sigmas = [entry.noise_multiplier for entry in second.ledger.entries]
         assert len(sigmas) == 2 and sigmas[1] > sigmas[0]
         numbers = [(entry.first_release, entry.count) for entry in second.ledger.entries]
