@@ -40,6 +40,10 @@ EXTRAS = {  # module -> the extra of pyproject.toml that brings it
     "accelerate": "trainer", "triton": "triton",
 }  # fmt: skip
 
+GRID: dict[str, Sequence] = {  # what a table varies
+    "method": list(METHODS), "smoothing": ["none", "binomial5"], "epsilon": [1.0, 3.0], "seed": [0, 1, 2],
+}  # fmt: skip
+
 ENGINE = "in-process: one loop; flower-sim: the same clients simulated over Flower (default: in-process)"
 
 
@@ -82,13 +86,14 @@ def build_parser() -> argparse.ArgumentParser:
         "deviation of the test accuracy as a Markdown table. Runs that are there already are not repeated.",
     )
     sweep = table.add_argument_group("the table")
-    sweep.add_argument("--methods", nargs="+", metavar="METHOD", default=list(METHODS), help="(default: %(default)s)")
-    both = ["none", "binomial5"]
-    sweep.add_argument("--smoothings", nargs="+", metavar="FILTER", default=both, help="(default: both)")
-    sweep.add_argument("--epsilons", nargs="+", type=float, metavar="E", default=[1.0, 3.0], help="(default: 1 3)")
-    sweep.add_argument("--seeds", nargs="+", type=int, metavar="SEED", default=[0, 1, 2], help="(default: 0 1 2)")
-    sweep.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
-    sweep.add_argument("--config", metavar="FILE.toml", help="settings that all runs share")
+    sweep.add_argument("--methods", nargs="+", metavar="METHOD", help=f"(default: {' '.join(METHODS)})")
+    sweep.add_argument("--smoothings", nargs="+", metavar="FILTER", help="(default: none binomial5)")
+    sweep.add_argument("--epsilons", nargs="+", type=float, metavar="E", help="(default: 1 3)")
+    sweep.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="(default: 0 1 2)")
+    sweep.add_argument("--jobs", type=int, metavar="N", default=1, help="runs at the same time (default: 1)")
+    shared = "settings that all runs share, by the names of train's flags in TOML, or the config.json of a run; its "
+    shared += "method, smoothing, epsilon and seed stand where the flag above is left out"
+    sweep.add_argument("--config", metavar="FILE", help=shared)
     sweep.add_argument("--out", metavar="FOLDER", default="runs/table", help="(default: runs/table)")
     sweep.add_argument("--into", metavar="PAGE.md", help="put the table between this page's accuracy marks")
     sweep.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -211,12 +216,17 @@ def plan(args: argparse.Namespace) -> int:
 
 def table(args: argparse.Namespace) -> int:
     """``lalora table``."""
-    from lalora_kernels.table import make_table, put_into
+    from lalora_kernels.table import around_marks, make_table, put_into
 
-    grid = {"method": args.methods, "smoothing": args.smoothings, "epsilon": args.epsilons, "seed": args.seeds}
+    given = settings(args)
+    grid: dict[str, Sequence] = {}
+    for name, usual in GRID.items():  # a file's ε is a budget that the table must not exceed unasked
+        grid[name] = getattr(args, f"{name}s") or ([given[name]] if name in given else usual)
+    if args.into:
+        around_marks(Path(args.into))
     try:
         with _saved("the same command continues"), _setup():
-            text = make_table(settings(args), grid, Path(args.out), args.jobs)
+            text = make_table(given, grid, Path(args.out), args.jobs)
         print(text)
         if args.into:
             put_into(Path(args.into), text)
@@ -262,6 +272,8 @@ def audit(args: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print(f"\r{what}: {done / all:4.0%} ", end="\n" if done == all else "", file=sys.stderr, flush=True)
 
+    if args.out:
+        audit_report.make_folder(args.out)
     singles, runs = audit_report.audit_all(
         draws=args.draws, canaries=args.canaries, steps=args.steps, progress=progress
     )

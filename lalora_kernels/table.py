@@ -58,17 +58,26 @@ def put_into(page: Path, table: str, mark: str = "accuracy") -> None:
             f"{page} would show {PRIVATE}; leave out --into, or give the data set test records of its own "
             f"(x_test and y_test of an .npz, --test-dataset of a table) that may be published"
         )
+    head, tail = around_marks(page, mark)
+    write_atomic(page, f"{head}\n\n{table.strip()}\n\n{tail}")
+
+
+def around_marks(page: Path, mark: str = "accuracy") -> tuple[str, str]:
+    """What stands up to the page's line <!-- MARK:begin -->, with it, and from <!-- MARK:end --> on.
+
+    Raises BadInput for a page without them: called before a training too, whose table would have no place.
+    """
     begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
     try:
         head, found, rest = page.read_text(encoding="utf-8").partition(begin)
     except FileNotFoundError:
-        raise BadInput(f"{page}: no such file") from None
-    except UnicodeDecodeError as error:
+        raise BadInput(f"{page}: no such file; make one with the lines {begin} and {end}") from None
+    except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{page}: not a page in UTF-8 ({error})") from error
     _, closed, tail = rest.partition(end)
     if not found or not closed:
         raise BadInput(f"{page}: has no lines {begin} and {end} to put the table between")
-    write_atomic(page, f"{head}{begin}\n\n{table.strip()}\n\n{end}{tail}")
+    return head + begin, end + tail
 
 
 def _name(cell: dict[str, Any]) -> str:

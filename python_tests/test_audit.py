@@ -248,3 +248,10 @@ def test_the_command_prints_and_writes_what_it_found(world, tmp_path, capsys):
     assert len(stored["one_release"]) == 3 and {a["kind"] for a in stored["one_run"]} == {"dirac", "mislabelled"}
     assert not any(a["broken"] for a in stored["one_release"] + stored["one_run"])
     assert main(["audit", "--draws", "0"]) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_attacks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lalora_kernels.privacy.audit_report.audit_all", lambda **_: pytest.fail("attacked"))
+    (tmp_path / "file").write_text("")
+    assert main(["audit", "--out", str(tmp_path / "file")]) == 2
+    assert "file cannot be made a folder (File exists); give another --out" in capsys.readouterr().err

@@ -5,13 +5,16 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from small import digits_npz, vit_folder
 
+from lalora_kernels.cli import main
 from lalora_kernels.data import BadInput
+from lalora_kernels.reproduce.presets import PRESETS
 from lalora_kernels.reproduce.tables import markdown
 from lalora_kernels.table import make_table, put_into
 
@@ -110,3 +113,26 @@ def test_a_cell_of_fewer_seeds_than_the_table_s_is_named():
     part = markdown("T", lines("a", 0, 1, 2) + lines("b", 0, 2), ["a", "b", "none"], "a", "")
     assert "Of fewer seeds" not in whole
     assert "over seeds 0, 1, 2;" in part and "Of fewer seeds: b at ε = 3 0, 2." in part
+
+
+def test_a_page_without_a_place_is_refused_before_a_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lalora_kernels.table.make_table", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("lalora_kernels.reproduce.command.answer", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["small-vision"], public_head=False))
+    monkeypatch.setattr("lalora_kernels.reproduce.command.base_settings", lambda *_: {})
+    (tmp_path / "page.md").write_text("no marks")
+    for command in (["table"], ["reproduce", "tiny"]):
+        for page, why in (("page.md", "has no lines <!-- "), ("none.md", "no such file"), (".", "not a page")):
+            assert main([*command, "--out", str(tmp_path / "out"), "--into", str(tmp_path / page)]) == 2
+            assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, epsilons", [([], [0.5]), (["--epsilons", "2"], [2.0])])
+def test_a_file_s_budget_is_the_table_s_unless_a_flag_says_another(tmp_path, monkeypatch, flags, epsilons):
+    (tmp_path / "a.toml").write_text('method = "rolora"\nepsilon = 0.5\nseed = 7\nrounds = 1\n')
+    asked = []
+    monkeypatch.setattr("lalora_kernels.table.make_table", lambda *args: asked.append(args[:2]) or "")
+    assert main(["table", "--config", str(tmp_path / "a.toml"), *flags]) == 0
+    ((given, grid),) = asked
+    assert grid == {"method": ["rolora"], "smoothing": ["none", "binomial5"], "epsilon": epsilons, "seed": [7]}
+    assert given["rounds"] == 1

@@ -99,10 +99,18 @@ def table(singles: list[StepAudit], runs: list[RunAudit]) -> str:
     return "\n".join([*lines, "", verdict])
 
 
+def make_folder(folder: str | Path) -> None:
+    """Raises BadInput where ``folder`` cannot be made, which is to be known before minutes of attacks."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be made a folder ({error.strerror}); give another --out") from error
+
+
 def write(singles: list[StepAudit], runs: list[RunAudit], folder: str | Path) -> list[Path]:
     """``audit-cpu.json`` and ``audit-cpu.md`` in ``folder``, which is made; returns their paths."""
+    make_folder(folder)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {
         "versions": {"lalora_kernels": lalora_kernels.__version__, "torch": torch.__version__},
         "one_release": [a.as_dict() for a in singles],

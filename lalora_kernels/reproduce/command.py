@@ -80,6 +80,12 @@ def reproduce(args: argparse.Namespace, say: Callable[[str], None] = print) -> b
     base = base_settings(args.preset, task, args.scale, args.data)
     out = args.out or Path("runs") / "reproduce" / f"{args.preset}-{task}-{args.scale}"
     name = args.preset + f"-{task}" * (task != next(iter(preset.tasks))) + f"-{args.scale}" * (args.scale != "small")
+    title = _name(args.question, args.by, args.grid_alone)
+    table = title + _compared(args.against)
+    if args.into is not None:
+        from lalora_kernels.table import around_marks
+
+        around_marks(args.into, _mark(name, table))
     if preset.public_head:
         from lalora_kernels.reproduce.start import prepare_start
 
@@ -96,8 +102,7 @@ def reproduce(args: argparse.Namespace, say: Callable[[str], None] = print) -> b
             tune=args.tune, jobs=args.jobs, deadline=deadline, by=args.by, alone=args.grid_alone,
             against=args.against, known=known, say=say,
         )  # fmt: skip
-    title = _name(args.question, args.by, args.grid_alone)
-    _publish(out, title, name, args.publish, args.into, title + _compared(args.against))
+    _publish(out, title, name, args.publish, args.into, table)
     return done or (deadline is not None and time.time() >= deadline)
 
 
@@ -107,6 +112,10 @@ def _name(question: int, by: str, alone: bool) -> str:
 
 def _compared(against: str | None) -> str:
     return "" if against is None else "-against-" + re.sub(r"[^\w.]+", "-", against).strip("-")
+
+
+def _mark(name: str, table: str) -> str:
+    return f"evidence-{name}-{table.removeprefix('question-')}"
 
 
 def _publish(out: Path, question: str, name: str, folder: Path | None, page: Path | None, table: str = "") -> None:
@@ -129,7 +138,7 @@ def _publish(out: Path, question: str, name: str, folder: Path | None, page: Pat
             write_atomic(published, json.dumps(read_tuned(published, out / TUNED), indent=2) + "\n")
     if page is not None and (out / f"{table}.md").exists():
         text = (out / f"{table}.md").read_text(encoding="utf-8").partition("\n")[2]
-        put_into(page, text, f"evidence-{name}-{table.removeprefix('question-')}")
+        put_into(page, text, _mark(name, table))
 
 
 def _whole(question: Question, further: bool) -> Question:
