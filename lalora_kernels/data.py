@@ -40,6 +40,13 @@ def no_such_file(path: Path) -> BadInput:
     return BadInput(f"{path}: no such file{where}")
 
 
+def refuse_no_hub_name(path: str) -> None:
+    """Raise BadInput for what can only be a folder, and is none: the hub's client would complain of its characters."""
+    if not os.path.isdir(path) and (path.startswith(("/", ".", "~")) or path.endswith("/") or path.count("/") > 1):
+        where = "" if os.path.isabs(path) else f" in {Path.cwd()}"
+        raise BadInput(f"hf:{path}: no such folder{where}; hf: takes one that there is, or OWNER/NAME of the hub")
+
+
 @dataclass
 class Records(Dataset[tuple[Tensor | Text, int]]):
     """One split: ``inputs``, images (N, C, H, W) as uint8 or float in [0, 1], N strings, or N pairs of strings;
@@ -150,10 +157,23 @@ def load_data(
         from lalora_kernels.data_folder import load_folder
 
         return load_folder(Path(name), beside, image_size)
+    if os.path.isfile(name):
+        raise BadInput(f"{name}: a kind of file that is not read; {_cure_of_kind(Path(name))}")
     raise BadInput(
         f"unknown data set {name!r}, and no such folder in {Path.cwd()}; give mnist, digits, a .npz or a folder of "
         f"images, a .tsv, .csv or .jsonl of text, or hf:NAME"
     )
+
+
+def _cure_of_kind(path: Path) -> str:
+    kind = path.suffix.lower()
+    if kind == ".json":
+        return "write one object a line and name it .jsonl"
+    if kind == ".parquet":
+        return f"pip install datasets, and give the folder that holds this data set alone: hf:{path.parent}"
+    if path.name.lower().removesuffix(".gz").endswith((*TABLES, ".npz")):
+        return "write the end of its name in small letters"
+    return "save texts as .csv, .tsv or .jsonl, images as .npz or in a folder with one for each class"
 
 
 # ---------------------------------------------------------------- sources
@@ -217,6 +237,11 @@ def labelled(kind: str, path: Path, train: Names, test_path: Path | None, test: 
     """``Data`` of (inputs, names of their classes), numbered by the classes that the training records show; without
     test records a fifth is set aside."""
     classes = sorted(set(train[1]), key=_by_value)
+    if len(classes) > max(100, len(train[1]) // 2):
+        raise BadInput(
+            f"{path}: {len(classes):,} different labels of {len(train[1]):,} records are no classes; numbers to "
+            f"predict are not learned here, and the column of the label is named by --label-column"
+        )
     index = {c: i for i, c in enumerate(classes)}
     records = Records(train[0], torch.tensor([index[c] for c in train[1]]))
     if test is None:

@@ -71,6 +71,8 @@ def _read(path: Path, side: int) -> Names:
         if not found:
             raise BadInput(f"{folder}: no image in it; take the class out, or put its images there")
         files += [(folder.name, file) for file in found]
+    if not files and (table := next(path.glob("*.parquet"), None)):
+        raise BadInput(f"{path}: holds {table.name}, no folders of images; Parquet is read as hf:{path}")
     if not files:
         raise BadInput(f"{path}: needs a folder for each class, with its images in it")
     pixels = np.empty((len(files), side, side, 3), np.uint8)

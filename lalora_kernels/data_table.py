@@ -21,6 +21,7 @@ TEXT_PAIRS = (  # the first of these that a table has goes before a single text:
     ("sentence1", "sentence2"),
     ("text1", "text2"),
 )
+OBJECT = 'each line is one record, {"text": "...", "label": 0}, with double quotes'
 Rows = list[tuple[int, list[Any]]]  # (line, cells)
 
 
@@ -70,12 +71,19 @@ def _rows(path: Path) -> tuple[list[str], Rows]:
             # a .tsv of this field holds bare quotes as ordinary characters; a .csv quotes as RFC 4180 does
             style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {"strict": True}
             lines = csv.reader(file, **style)
-            numbered = [(lines.line_num, row) for row in lines]
+            numbered: Rows = []
+            try:
+                numbered += ((lines.line_num, row) for row in lines)
+            except csv.Error as error:
+                raise BadInput(
+                    f"{path}, line {lines.line_num}: not a readable .{kind}, corrupt or truncated ({error}); columns "
+                    f"are parted by {'tabs' if kind == 'tsv' else 'commas, and a quote within quotes is written twice'}"
+                ) from error
     except FileNotFoundError:
         raise no_such_file(path) from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not in UTF-8 ({error}); save it as such, from Excel as 'CSV UTF-8'") from error
-    except (OSError, EOFError, csv.Error, zlib.error) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path}: not a readable .{kind}, corrupt or truncated ({error})") from error
     if len(numbered) < 2:
         raise BadInput(f"{path}: needs a header line and at least one record")
@@ -92,7 +100,7 @@ def _objects(path: Path, file: TextIO) -> tuple[list[str], Rows]:
         try:
             found = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise BadInput(f"{path}, line {number}: not JSON, corrupt or truncated ({error})") from error
+            raise BadInput(f"{path}, line {number}: not JSON, corrupt or truncated ({error}); {OBJECT}") from error
         if not isinstance(found, dict):
             raise BadInput(f"{path}, line {number}: a {type(found).__name__} where each line is the object of a record")
         header = header or list(found)

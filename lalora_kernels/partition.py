@@ -50,7 +50,7 @@ def partition_dirichlet(
             return parts
     raise BadInput(
         f"no Dirichlet({alpha:g}) split in {attempts} draws gave each of {clients} clients {min_records} records of "
-        f"{len(labels)}; take fewer clients, a larger alpha, a smaller batch or a smaller minimum"
+        f"{len(labels)}; fewer --clients, a larger --dirichlet-alpha, or a smaller --batch-size or --min-records"
     )
 
 
@@ -64,6 +64,6 @@ def _check_clients(labels: Sequence[int] | np.ndarray, clients: int) -> int:
 
 def _too_few(records: int, clients: int, min_records: int) -> str:
     return (
-        f"{records} records cannot give each of {clients} clients {min_records}; take fewer clients, a smaller batch "
-        f"or a smaller minimum"
+        f"{records} records cannot give each of {clients} clients {min_records}; take fewer --clients, or a smaller "
+        f"--batch-size or --min-records"
     )

@@ -2,12 +2,13 @@
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lalora_kernels.data import BadInput, no_such_file
-from lalora_kernels.federated.config import CHOICES, Config, read_toml, type_of
+from lalora_kernels.federated.config import CHOICES, Config, check_value, read_toml, type_of
 from lalora_kernels.reproduce.stored import read_object
 
 CONFIG = "settings by the names of the flags in TOML, or the config.json of another run; flags override them"
@@ -18,7 +19,7 @@ FLAGS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         ("model", "embedded (a small vision transformer), timm:NAME, hf:NAME, or a folder that transformers wrote"),
         ("weights", "weights file for a timm model, instead of timm's download"),
         ("dataset", "mnist, digits, FILE.npz of images, a folder of images with one for each class, FILE.tsv, .csv or "
-                    ".jsonl of text (also .gz), or hf:NAME"),
+                    ".jsonl of text (also .gz), or hf:NAME of the hub, hf:FOLDER of Parquet files"),
         ("test_dataset", "test records beside a file of text or a folder; without them a fifth is set aside"),
         ("text_column", "column of the text, where it cannot be guessed; two with a comma are a pair"),
         ("label_column", "column of the label, where it cannot be guessed"),
@@ -97,9 +98,20 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Of a TOML file, or of a run's config.json, where null is a setting that was left out. Raises BadInput."""
-    if path.suffix != ".json":
-        return read_toml(path)
+    """Of a TOML file, or of a run's config.json, where null is a setting that was left out.
+
+    Raises BadInput, also for a value that does not fit: by the name of the file, since no flag is wrong.
+    """
+    values = _read_json(path) if path.suffix == ".json" else read_toml(path)
+    if values.get("epsilon") == "inf":
+        values["epsilon"] = math.inf
+    for field in dataclasses.fields(Config):
+        if field.name in values:
+            check_value(field, values[field.name], f"{path}: {field.name}")
+    return values
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     cure = "give a TOML file, or the config.json of a run"
     try:
         found = read_object(path, cure, "settings")["settings"]

@@ -121,7 +121,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            self._check(field.name, getattr(self, field.name), *type_of(field))
+            check_value(field, getattr(self, field.name), "--" + field.name.replace("_", "-"))
         if self.local_steps < (least := get_method(self.method).schedule.least_steps):
             raise BadInput(
                 f"--local-steps is {self.local_steps}: {self.method} trains A and B in turn, anew in every round, and "
@@ -136,31 +136,6 @@ class Config:
             )
         if self.average == "size" and self.aggregator != "mean":
             raise BadInput(f"--aggregator {self.aggregator} weighs all alike; it does not go with --average size")
-
-    def _check(self, name: str, value: Any, wanted: type, optional: bool) -> None:
-        flag = "--" + name.replace("_", "-")
-        if value is None and optional:
-            return
-        fits = isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
-        if not fits:
-            what = {str: "text", int: "a whole number", float: "a number"}[wanted]
-            raise BadInput(f"{flag} is {what}, got {value!r}")
-        if name in CHOICES and value not in CHOICES[name]:
-            raise BadInput(f"{flag} is one of {', '.join(CHOICES[name])}; got {value!r}")
-        if name in RANGES and not self._inside(name, value):
-            low, high, closed = RANGES[name]
-            below = "" if high == math.inf else f" and {'<' if name in OPEN_ABOVE else '<='} {high:g}"
-            below += ", or inf" * (name in INFINITE)
-            number = f"a {'whole ' if wanted is int else ''}number {'>=' if closed else '>'} {low:g}{below}"
-            raise BadInput(f"{flag} is {number}, got {value!r}")
-
-    @staticmethod
-    def _inside(name: str, value: float) -> bool:
-        low, high, closed = RANGES[name]
-        if abs(value) == math.inf:  # math.isinf stops at whole numbers that no float holds
-            return name in INFINITE and value > 0
-        above = value < high if name in OPEN_ABOVE else value <= high
-        return above and (value >= low if closed else value > low)
 
     @property
     def private(self) -> bool:
@@ -194,6 +169,33 @@ def type_of(field: dataclasses.Field) -> tuple[type, bool]:
     """(str, int or float; whether None is allowed) of a setting."""
     kinds: Any = getattr(field.type, "__args__", (field.type,))
     return kinds[0], len(kinds) > 1
+
+
+def check_value(field: dataclasses.Field, value: Any, given: str) -> None:
+    """Raise BadInput, which begins with ``given``, where the value is not of the setting's type or out of its range."""
+    name, (wanted, optional) = field.name, type_of(field)
+    if value is None and optional:
+        return
+    fits = isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
+    if not fits:
+        what = {str: "text", int: "a whole number", float: "a number"}[wanted]
+        raise BadInput(f"{given} is {what}, got {value!r}")
+    if name in CHOICES and value not in CHOICES[name]:
+        raise BadInput(f"{given} is one of {', '.join(CHOICES[name])}; got {value!r}")
+    if name in RANGES and not _inside(name, value):
+        low, high, closed = RANGES[name]
+        below = "" if high == math.inf else f" and {'<' if name in OPEN_ABOVE else '<='} {high:g}"
+        below += ", or inf" * (name in INFINITE)
+        number = f"a {'whole ' if wanted is int else ''}number {'>=' if closed else '>'} {low:g}{below}"
+        raise BadInput(f"{given} is {number}, got {value!r}")
+
+
+def _inside(name: str, value: float) -> bool:
+    low, high, closed = RANGES[name]
+    if abs(value) == math.inf:  # math.isinf stops at whole numbers that no float holds
+        return name in INFINITE and value > 0
+    above = value < high if name in OPEN_ABOVE else value <= high
+    return above and (value >= low if closed else value > low)
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Config))
