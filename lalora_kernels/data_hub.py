@@ -1,28 +1,37 @@
 """Data sets of the Hugging Face hub, through its own package ``datasets``, which no extra installs."""
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lalora_kernels.data import BadInput, Data, Records, _images, _labels, _set_aside, _task, need
-from lalora_kernels.data_table import LABEL_COLUMNS, _column, _join, _text_columns
+from lalora_kernels.data import (
+    BadInput,
+    Data,
+    Records,
+    _by_value,
+    _images,
+    _labels,
+    _set_aside,
+    _task,
+    need,
+    refuse_no_hub_name,
+)
+from lalora_kernels.data_table import LABEL_COLUMNS, _column, _join, _string, _text_columns
 
 TEST_SPLITS = ("test", "validation", "validation_matched", "valid", "val", "dev")  # the first that has labels
 
 
 def load_hub(name: str, text_column: str | None, label_column: str | None) -> Data:
-    """``load_data`` of "hf:NAME" or "hf:NAME:CONFIG"; raises BadInput as that does.
+    """``load_data`` of "hf:NAME", "hf:NAME:CONFIG" or "hf:FOLDER", which holds Parquet or other files that ``datasets``
+    reads, or what its ``save_to_disk`` wrote; raises BadInput as that does.
 
     A column of images is the input where there is one, in three channels each: were all grey only where all are, one
     record would change what the others are, and which of them are set aside.
     """
-    datasets = need("datasets")
-    path, _, config = name.removeprefix("hf:").partition(":")
-    try:
-        splits = datasets.load_dataset(path, config or None)
-    except Exception as error:  # the hub's client raises many kinds: no network, no such name, needs a config
-        raise BadInput(f"{name}: could not be loaded from the hub ({type(error).__name__}: {error})") from error
+    splits = _load(name)
     if "train" not in splits:
         raise BadInput(f"{name}: has no split 'train', only {', '.join(splits)}")
     if not len(splits["train"]):
@@ -34,11 +43,11 @@ def load_hub(name: str, text_column: str | None, label_column: str | None) -> Da
     # a "test" split without labels (GLUE writes -1) is of no use for measuring
     test = next((split for split in TEST_SPLITS if split in splits and _labelled(splits[split][label])), None)
     used = [splits[split] for split in ("train", test) if split is not None]
-    labels = [np.asarray(split[label]) for split in used]
+    labels, classes = _numbered(name, [list(split[label]) for split in used], classes)
     picture = next((c for c in columns if type(features[c]).__name__ == "Image"), None)
     if picture is None:
         kind, text = "text", _text_columns(name, columns, text_column, columns.index(label))
-        texts = [_join([[str(t) for t in split[columns[i]]] for i in text]) for split in used]
+        texts = [_join([_texts(name, columns[i], split[columns[i]]) for i in text]) for split in used]
         train, *rest = [Records(t, _labels(y, len(t), name)) for t, y in zip(texts, labels)]
     else:
         kind, images = "image", [[_pixels(row[picture]) for row in split] for split in used]
@@ -46,6 +55,43 @@ def load_hub(name: str, text_column: str | None, label_column: str | None) -> Da
     if rest:
         return _task(name, kind, train, rest[0], classes)
     return _task(name, kind, *_set_aside(train), classes, set_aside=True)
+
+
+def _load(name: str) -> Any:
+    """Split -> its rows."""
+    path, _, config = name.removeprefix("hf:").partition(":")
+    if (where := Path(path)).is_file():
+        raise BadInput(f"{name}: a file; give the folder that holds this data set alone: hf:{where.parent}")
+    refuse_no_hub_name(path)
+    datasets = need("datasets")
+    try:
+        if any((where / saved).is_file() for saved in ("dataset_dict.json", "state.json")):  # by save_to_disk
+            found = datasets.load_from_disk(path)
+            return found if isinstance(found, dict) else {"train": found}
+        return datasets.load_dataset(path, config or None)
+    except Exception as error:  # the hub's client raises many kinds: no network, no such name, needs a config
+        source = "this folder" if where.is_dir() else "the hub"
+        raise BadInput(f"{name}: could not be loaded from {source} ({type(error).__name__}: {error})") from error
+
+
+def _numbered(name: str, labels: list[list], classes: list[str]) -> tuple[list[np.ndarray], list[str]]:
+    """Labels as numbers of ``classes``; of text, or of true and false, the classes are what the first split shows."""
+    for i, y in ((i, y) for part in labels for i, y in enumerate(part)):
+        if y is None or y == "":
+            raise BadInput(f"{name}, row {i}: no label; every record needs one, or take the row out")
+    if classes or not all(isinstance(y, (str, bool)) for part in labels for y in part):
+        return [np.asarray(part) for part in labels], classes
+    names = [[y if isinstance(y, str) else json.dumps(y) for y in part] for part in labels]
+    classes = sorted(set(names[0]), key=_by_value)
+    index = {c: i for i, c in enumerate(classes)}
+    if strange := sorted({y for part in names for y in part} - set(classes)):
+        raise BadInput(f"{name}: the test label {strange[0]!r} does not occur in its split 'train'")
+    return [np.asarray([index[y] for y in part]) for part in names], classes
+
+
+def _texts(name: str, column: str, cells: Iterable[Any]) -> list[str]:
+    """A missing one is refused, and not the word "None"."""
+    return [_string(cell, f"{name}, row {i}", column) for i, cell in enumerate(cells)]
 
 
 def _labelled(labels: Iterable[Any]) -> bool:

@@ -51,6 +51,40 @@ def test_hub_names_are_handed_to_datasets(monkeypatch):
     assert data.train.inputs == [f"t{i}" for i in range(10)] and len(data.test) == 10
 
 
+@pytest.mark.parametrize("labels, classes", [(["no", "yes"], ["no", "yes"]), ([False, True], ["false", "true"])])
+def test_labels_that_are_text_or_truths_are_numbered_by_what_trains(monkeypatch, labels, classes):
+    rows = [{"text": f"t{i}", "label": labels[i % 2]} for i in range(6)]
+    stand_in(monkeypatch, {"train": rows, "test": rows[1:2]}, [])
+    data = load_data("hf:some/thing")
+    assert data.classes == classes and data.train.labels.tolist() == [0, 1] * 3 and data.test.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("saved", ["dataset_dict.json", "state.json"])
+def test_a_folder_that_save_to_disk_wrote(monkeypatch, tmp_path, saved):
+    rows = [{"text": f"t{i}", "label": i % 2} for i in range(40)]
+    asked = stand_in(monkeypatch, {"train": rows}, ["a", "b"])
+    splits = sys.modules["datasets"].load_dataset()
+    sys.modules["datasets"].load_from_disk = lambda path: splits if saved[0] == "d" else splits["train"]
+    (tmp_path / saved).write_text("{}")
+    data = load_data(f"hf:{tmp_path}")
+    assert len(data.train) + len(data.test) == 40 and asked == [()]
+
+
+def test_a_folder_that_is_not_there_is_no_name_of_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.parquet").write_text("")
+    for path, message in (
+        ("/nonexistent", "hf:/nonexistent: no such folder; hf: takes one that there is, or OWNER/NAME of the hub"),
+        ("./none", f"no such folder in {tmp_path}"), ("none/", "no such folder"), ("a/b/c", "no such folder"),
+        ("a.parquet", "hf:a.parquet: a file; give the folder that holds this data set alone: hf:.$"),
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match=message):
+            load_data(f"hf:{path}")
+    with pytest.raises(BadInput, match="holds a.parquet, no folders of images; Parquet is read as hf:"):
+        load_data(str(tmp_path))
+
+
 def test_the_hub_s_package_is_in_no_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(BadInput, match="datasets is not installed; pip install datasets$"):
@@ -118,6 +152,8 @@ def test_a_coloured_picture_changes_no_grey_one_and_moves_none(monkeypatch):
     ({"train": pictures("L", "RGB"), "test": pictures("RGB", "L", size=(5, 6))},
      r"training and test images differ in shape, \(3, 5, 6\) and \(3, 6, 5\)"),
     ({"train": [], "test": [{"text": "a", "label": 0}]}, "its split 'train' has no rows"),
+    ({"train": [{"text": "a", "label": 0}, {"text": None, "label": 1}]}, "hf:some/thing, row 1: no text; every record"),
+    ({"train": [{"text": "a", "label": 0}, {"text": "b", "label": None}]}, "hf:some/thing, row 1: no label; every"),
     ({"train": [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}]}, "labels are whole numbers from 0"),
 ])  # fmt: skip
 def test_what_does_not_fit(monkeypatch, splits, message):
