@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lalora_kernels.data import BadInput, Text, need, no_such_file
+from lalora_kernels.data import BadInput, Text, need, no_such_file, refuse_no_hub_name
 from lalora_kernels.embedded import SIZE, embedded_model
 
 _torchvision_schemas: list[torch.library.Library] = []  # a Library's definitions live as long as it does
@@ -100,6 +100,8 @@ def load_model(
 
     Raises BadInput, with the cure, for names that mean nothing, weights that do not fit, and models of another kind.
     """
+    if kind != "image" and (name == "embedded" or name.startswith("timm:")):  # before it is pre-trained or downloaded
+        raise BadInput(f"{name} classifies images, but the data are {kind}s; give another --model or --dataset")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name.startswith("timm:"):
@@ -188,8 +190,11 @@ def _head_size(path: Path, head: str) -> int:
 
 
 def _transformers(name: str, num_classes: int, kind: str, image_size: int | None, max_length: int) -> Classifier:
+    refuse_no_hub_name(name)
     torchvision_beside_cpu_torch()
     transformers = need("transformers")
+    if kind == "text" and image_size is not None:
+        raise BadInput(f"--image-size {image_size} is for images, and the data are texts; leave it out")
     auto = {
         "image": transformers.AutoModelForImageClassification,
         "text": transformers.AutoModelForSequenceClassification,
@@ -215,6 +220,7 @@ def _transformers(name: str, num_classes: int, kind: str, image_size: int | None
                 tokenizer = transformers.AutoTokenizer.from_pretrained(name)
                 collate = TextBatch(tokenizer, min(longest_text(model, max_length), tokenizer.model_max_length))
                 collate.refuse_no_words(name)
+                _pad(name, model, tokenizer)
                 collate.refuse_no_room(1)
         except BadInput:
             raise
@@ -228,6 +234,21 @@ def _transformers(name: str, num_classes: int, kind: str, image_size: int | None
     base = model.base_model_prefix + "."
     head = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(base)]
     return Classifier(model, kind, collate, head, sorted(untrained))
+
+
+def _pad(name: str, model: Any, tokenizer: Any) -> None:
+    """A padding token for a model that was trained without one, as GPT-2 and Llama: the one that ends a text, which the
+    attention's mask leaves out and the classifier takes for what comes after the last word."""
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise BadInput(
+                f"{name}: its tokenizer has no padding token and none that ends a text; give it one, "
+                f"tokenizer.pad_token = ..., and tokenizer.save_pretrained({name!r})"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    config = model.config.get_text_config()
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def longest_text(model: nn.Module, max_length: int) -> int:
@@ -245,7 +266,15 @@ def _image_collate(name: str, config: Any, image_size: int | None) -> "ImageBatc
     """Size, mean and deviation from the model's preprocessor_config.json, read without importing torchvision."""
     from transformers.image_processing_base import ImageProcessingMixin
 
-    settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except OSError as error:
+        if not Path(name).is_dir():
+            raise
+        raise BadInput(
+            f"{name}: no preprocessor_config.json, which says how the model wants its pixels; copy that of the model "
+            f"it was made from, or write {{\"image_mean\": [...], \"image_std\": [...]}} of its training there"
+        ) from error
     channels = getattr(config, "num_channels", 3)
     mean, std = settings.get("image_mean", [0.5] * channels), settings.get("image_std", [0.5] * channels)
     size = settings.get("size", {})

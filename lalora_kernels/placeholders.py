@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lalora_kernels.data import BadInput, need
+from lalora_kernels.data import BadInput, need, refuse_no_hub_name
 from lalora_kernels.embedded import SIZE, architecture
 from lalora_kernels.models import (
     Classifier,
@@ -119,6 +119,8 @@ def _transformers(name: str, num_classes: int, kind: str | None, image_size: int
     transformers = need("transformers")
     config = _hf_config(name)
     kind = kind or _hf_kind(name)
+    if kind == "text" and getattr(config.get_text_config(), "pad_token_id", None) is None:
+        config.get_text_config().pad_token_id = 0  # as load_model finds one; no placeholder holds it
     auto = {
         "image": transformers.AutoModelForImageClassification,
         "text": transformers.AutoModelForSequenceClassification,
@@ -145,6 +147,7 @@ def _transformers(name: str, num_classes: int, kind: str | None, image_size: int
 
 
 def _hf_config(name: str) -> Any:
+    refuse_no_hub_name(name)
     try:
         return need("transformers").AutoConfig.from_pretrained(name)
     except BadInput:

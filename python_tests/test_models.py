@@ -193,3 +193,59 @@ def test_timm_and_torchvision_stay_out_until_a_timm_model_is_asked_for():
 
 def test_torchvision_help_does_nothing_twice_and_says_the_same():
     assert torchvision_beside_cpu_torch() == torchvision_beside_cpu_torch()
+
+
+def test_a_folder_without_the_scale_of_its_pixels_says_what_is_missing(tmp_path):
+    folder = vit_folder(tmp_path / "vit")
+    (tmp_path / "vit/preprocessor_config.json").unlink()
+    with pytest.raises(BadInput, match="vit: no preprocessor_config.json, .*copy that of the model .*image_mean"):
+        load_model(folder, 10)
+
+
+@pytest.mark.parametrize("name", ["/nonexistent", "./none", "none/", "a/b/c"])
+def test_a_folder_that_is_not_there_is_no_name_of_the_hub(name):
+    for load in (load_model, placeholder_model):
+        with pytest.raises(BadInput, match=f"hf:{name}: no such folder"):
+            load(f"hf:{name}", 2, kind="text")
+
+
+@pytest.mark.parametrize("name", ["embedded", "timm:test_vit"])
+def test_a_model_of_images_is_not_made_for_texts(monkeypatch, name):
+    for made in ("_embedded", "_timm"):
+        monkeypatch.setattr(f"lalora_kernels.models.{made}", lambda *_: pytest.fail("pre-trained or downloaded"))
+    with pytest.raises(BadInput, match="classifies images, but the data are texts"):
+        load_model(name, 2, kind="text")
+
+
+def gpt2_folder(path, **tokens):
+    from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+
+    tokenizer = AutoTokenizer.from_pretrained(bert_folder(path))
+    for role in ("pad", "cls", "sep", "unk", "eos"):
+        setattr(tokenizer, f"{role}_token", tokens.get(role))
+    tokenizer.save_pretrained(path)
+    size = dict(n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=32, num_labels=2)
+    GPT2ForSequenceClassification(GPT2Config(**size)).save_pretrained(path)
+    return str(path)
+
+
+def test_a_model_without_a_padding_token_pads_with_the_end_of_a_text(tmp_path):
+    """GPT-2's and Llama's have none; a text's scores do not depend on how long the others of its batch are."""
+    folder = gpt2_folder(tmp_path / "gpt2", eos="[SEP]", unk="[UNK]")
+    found = load_model(folder, 2, kind="text")
+    model, pad = found.model.eval(), found.collate.tokenizer.pad_token_id
+    assert found.collate.tokenizer.pad_token == "[SEP]" and model.config.pad_token_id == pad
+    alone, together = (found.collate([(s, 0) for s in SENTENCES[:n]])[0] for n in (1, 4))
+    assert together["input_ids"].shape[1] > alone["input_ids"].shape[1]
+    torch.testing.assert_close(found.logits(together)[:1], found.logits(alone))
+    assert placeholder_model(folder, 2, kind="text").model.config.pad_token_id is not None
+
+
+def test_a_tokenizer_with_nothing_to_pad_with(tmp_path):
+    with pytest.raises(BadInput, match="no padding token and none that ends a text; give it one, tokenizer.pad_token"):
+        load_model(gpt2_folder(tmp_path / "gpt2", unk="[UNK]"), 2, kind="text")
+
+
+def test_a_size_of_images_is_refused_for_texts(tmp_path):
+    with pytest.raises(BadInput, match="--image-size 64 is for images, and the data are texts"):
+        load_model(bert_folder(tmp_path / "bert"), 2, kind="text", image_size=64)
