@@ -40,6 +40,7 @@ EXTRAS = {  # module -> the extra of pyproject.toml that brings it
     "accelerate": "trainer", "triton": "triton",
 }  # fmt: skip
 
+RUN_FOLDER = "give the folder that lalora train made (its --out), or that one's copy"
 GRID: dict[str, Sequence] = {  # what a table varies
     "method": list(METHODS), "smoothing": ["none", "binomial5"], "epsilon": [1.0, 3.0], "seed": [0, 1, 2],
 }  # fmt: skip
@@ -250,7 +251,7 @@ def report(args: argparse.Namespace) -> int:
         print(write_report(*args.run, out=args.out, public=args.public))
     except (FileNotFoundError, NotADirectoryError) as error:
         path = Path(error.filename)
-        raise BadInput(f"{path.parent} is not a run: {path.name} is missing") from error
+        raise BadInput(f"{path.parent} is not a run: {path.name} is missing; {RUN_FOLDER}") from error
     except LedgerError as error:
         raise BadInput(f"the report would not be true: {error}") from error
     return OK

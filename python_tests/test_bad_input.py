@@ -404,7 +404,7 @@ def test_data_that_changed_since_the_run_began(world, tmp_path, capsys):
     assert main([*flags((world[0], data)), "--out", str(tmp_path / "run"), "--quiet"]) == 0
     digits_npz(tmp_path / "d.npz", 161, 40)
     message = refused(capsys, ["train", "--resume", str(tmp_path / "run")])
-    assert "the data is not the one that this run was started with" in message
+    assert "the data is not the one that this run was started with; put it back as it was, or start a new" in message
 
 
 def test_a_budget_that_is_spent_refuses_the_step_before_it_is_taken(world, tmp_path):
@@ -436,7 +436,8 @@ def test_table_says_what_does_not_fit(world, tmp_path, capsys):
 
 
 def test_report_of_something_that_is_no_run(finished, tmp_path, capsys):
-    assert "is not a run: config.json is missing" in refused(capsys, ["report", str(tmp_path)])
+    assert "is not a run: config.json is missing; give the folder" in refused(capsys, ["report", str(tmp_path)])
+    assert "no run folder, ledger.json is missing; give the one that" in refused(capsys, ["ledger", str(tmp_path)])
     file = finished / "config.json"
     assert f"{file} is not a run: config.json is missing" in refused(capsys, ["report", str(file)])
     said = refused(capsys, ["report", str(finished), "--out", str(tmp_path)])

@@ -28,6 +28,11 @@ def show_ledger(run: str | Path, *, accountant: str = "pld", delta: float | None
         raise BadInput(f"{path}: there is no such run folder or ledger file")
     if path.is_dir() and not (path / LEDGERS).exists() and (homes := _homes(path)):
         return _show_homes(path, homes, accountant, delta)
+    if path.is_dir() and not (path / LEDGERS).exists():
+        raise BadInput(
+            f"{path}: no run folder, {LEDGERS} is missing; give the one that lalora train made (its --out), or restore "
+            f"the file from a copy"
+        )
     path = path / LEDGERS if path.is_dir() else path
     books = read_json(path)
     try:

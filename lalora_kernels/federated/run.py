@@ -32,6 +32,7 @@ from lalora_kernels.peft_io import save_adapter
 from lalora_kernels.privacy.ledger import Ledger, LedgerError
 from lalora_kernels.privacy.noise import NoiseSource
 
+AS_IT_WAS = "put it back as it was, or start a new run, whose ε adds to this one's"
 CONFIG, METRICS, LEDGERS, ADAPTER = "config.json", "metrics.jsonl", "ledger.json", "adapter"
 ADAPTERS = "adapters"  # instead of one adapter, of a method that leaves a factor with each client: one folder a client
 MERGED = "merged.safetensors"  # instead of an adapter, of a method that folds: the weights that changed, s B A included
@@ -123,7 +124,7 @@ class Run:
             task = prepare(config, watch)
             for what, found in task.fingerprints.items():
                 if about["fingerprints"][what] != found:
-                    raise BadInput(f"{folder}: the {what} is not the one that this run was started with")
+                    raise BadInput(f"{folder}: the {what} is not the one that this run was started with; {AS_IT_WAS}")
             plan = read_plan(about["plan"], config, [len(part) for part in task.parts])
             clients = _with_ledgers(task, plan, folder, books)
             run = cls(folder, task, plan, clients, at, lock)
