@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lalora_kernels.adapt import trainable_summary
 from lalora_kernels.federated.client import trainable_tensors
-from lalora_kernels.federated.diagnostics import NOT_PRIVATE, PRIVATE_TEST
+from lalora_kernels.federated.diagnostics import PRIVATE_TEST, SET_ASIDE, left_out
 from lalora_kernels.federated.run import ADAPTER, ADAPTERS, Run, Watch
 from lalora_kernels.report import show_epsilon, write_report
 
@@ -84,6 +84,8 @@ class Display:
         self.note(f"{config.method}, smoothing {config.filter or 'none'}, clipping {config.clipping}")
         if run.weights.name == ADAPTERS:
             self.note("each client ends with a model of its own; accuracy and loss are means over all clients' models")
+        if PRIVATE_TEST in run.at.history[0]:
+            self.note(SET_ASIDE)
         self.note(ROW.format("round", "accuracy", "loss", "largest ε", "bytes sent", "time", "clients"))
         for record in run.at.history:
             self._round(record)
@@ -127,10 +129,11 @@ class Display:
         who = f", δ = {run.task.config.delta:g} for the most exposed client" if last["epsilon"] is not None else ""
         self.note(f"report in {run.folder}/report.html")
         what = {ADAPTER: "adapter", ADAPTERS: "each client's adapter"}.get(run.weights.name, "weights")
+        aside = "; of private records, not to be published" if PRIVATE_TEST in last else ""
         mean = "mean over the clients' own models: " if run.weights.name == ADAPTERS else ""
         self.last(
-            f"{mean}accuracy {last['accuracy']:.2f} (before {first['accuracy']:.2f}) · {epsilon}{who} · {what} in "
-            f"{run.weights}"
+            f"{mean}accuracy {last['accuracy']:.2f} (before {first['accuracy']:.2f}{aside}) · {epsilon}{who} · {what} "
+            f"in {run.weights}"
         )
 
 
@@ -163,7 +166,7 @@ class JsonDisplay(Display):
             self._round(record)
 
     def _round(self, record: dict[str, Any]) -> None:
-        self._event("round", {name: value for name, value in record.items() if name not in _left_out(record)})
+        self._event("round", {name: value for name, value in record.items() if name not in left_out(record)})
 
     def finish(self, run: Run) -> None:
         first, last = run.at.history[0], run.at.history[-1]
@@ -174,8 +177,4 @@ class JsonDisplay(Display):
             "bytes_sent": sum(record["bytes_sent"] for record in run.at.history), "seconds": last["seconds"],
         }  # fmt: skip
         end |= {PRIVATE_TEST: True} if PRIVATE_TEST in last else {}
-        self._event("end", {name: value for name, value in end.items() if name not in _left_out(end)}, last=True)
-
-
-def _left_out(values: dict[str, Any]) -> tuple[str, ...]:
-    return NOT_PRIVATE, *(("accuracy", "before", "loss", "seconds") if PRIVATE_TEST in values else ())
+        self._event("end", {name: value for name, value in end.items() if name not in left_out(end)}, last=True)

@@ -1,6 +1,7 @@
 """What a run over Flower shows while its server works elsewhere: a row a round; with JSON one object a line.
 
-JSON events are those of display.py: "start", "round" (metrics.jsonl's record), and "end" or "interrupted".
+JSON events are those of display.py: "start", "round" (metrics.jsonl's record, without what is computed on private
+data), and "end" or "interrupted".
 """
 
 import json
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lalora_kernels.federated.diagnostics import PRIVATE_TEST, SET_ASIDE, left_out
 from lalora_kernels.report import write_report
 
 ROW = "{:>5}  {:>9}  {:>7}  {:>11}  {:>11}  {:>8}  {}"
@@ -32,6 +34,8 @@ class FlowerDisplay:
         clients = " ".join(map(str, record["clients"])) or ("before" if not record["round"] else "none")
         accuracy, seconds = f"{100 * record['accuracy']:.1f} %", f"{record['seconds']:.1f} s"
         up, down = f"{record['bytes_sent']:,}", f"{record['bytes_down']:,}"
+        if not record["round"] and PRIVATE_TEST in record:
+            self.note(SET_ASIDE)
         self.note(ROW.format(record["round"], accuracy, loss, up, down, seconds, clients))
         for client, why in record["dropped"].items():
             self.note(f"       left out: client {client}: {why}")
@@ -65,7 +69,7 @@ class JsonFlowerDisplay(FlowerDisplay):
             about = json.loads((folder / "config.json").read_text())
             told = {"settings": about["settings"], "sizes": about["sizes"], "flower_run": self.run}
             self._event("start", {"folder": str(folder)} | told)
-        self._event("round", record)
+        self._event("round", {name: value for name, value in record.items() if name not in left_out(record)})
 
     def interrupted(self, folder: Path, resumable: bool) -> None:
         self._event("interrupted", {"folder": str(folder), "resumable": resumable}, last=True)
@@ -80,4 +84,5 @@ class JsonFlowerDisplay(FlowerDisplay):
                 "bytes_sent": sum(record["bytes_sent"] for record in history),
                 "bytes_down": sum(record["bytes_down"] for record in history), "seconds": history[-1]["seconds"],
             }  # fmt: skip
-        self._event("end", end, last=True)
+            end |= {PRIVATE_TEST: True} if PRIVATE_TEST in history[-1] else {}
+        self._event("end", {name: value for name, value in end.items() if name not in left_out(end)}, last=True)

@@ -245,7 +245,10 @@ def test_accuracy_of_records_set_aside_from_the_clients_is_not_published(world, 
     arrays = dict(np.load(world[1]))
     np.savez(tmp_path / "d.npz", x_train=arrays["x_train"], y_train=arrays["y_train"])
     alone, folder = (world[0], str(tmp_path / "d.npz")), tmp_path / "run"
-    assert simulated(alone, folder, "--tensorboard", "--quiet") == 0
+    assert simulated(alone, folder, "--tensorboard", "--json") == 0
+    _, *rounds, end = map(json.loads, capsys.readouterr().out.splitlines())
+    for event in (*rounds, end):
+        assert event["test_is_private"] and not {"accuracy", "before", "loss", "seconds"} & set(event)
     assert all(record["test_is_private"] for record in metrics(folder))
     assert not any("accuracy" in name for name in events(folder))
     assert main(["report", str(folder), "--public"]) == 2
@@ -256,5 +259,6 @@ def test_accuracy_of_records_set_aside_from_the_clients_is_not_published(world, 
     told = Coordinator.start(prepare(settings(alone)), tmp_path / "told", sizes=[40] * CLIENTS)
     told.lock.release()
     assert not any("test_is_private" in record for record in told.at.history)
-    assert simulated(alone, tmp_path / "all", "--tensorboard", "--log-private", "--quiet") == 0
+    assert simulated(alone, tmp_path / "all", "--tensorboard", "--log-private") == 0
+    assert "accuracy and loss are of private records set aside" in capsys.readouterr().out
     assert "not_private/accuracy" in events(tmp_path / "all")

@@ -20,6 +20,12 @@ from lalora_kernels.privacy.optimizer import PrivateOptimizer
 QUANTILES = (0.1, 0.5, 0.9)
 NOT_PRIVATE = "not_private"  # the name in metrics.jsonl under which such figures stand, apart from all others
 PRIVATE_TEST = "test_is_private"  # there where accuracy and loss are of records that were set aside from private ones
+SET_ASIDE = "accuracy and loss are of private records set aside: ε does not cover them, do not publish them"
+
+
+def left_out(values: dict[str, Any]) -> tuple[str, ...]:
+    """Names of a record's figures that are computed on private data, without noise."""
+    return NOT_PRIVATE, *(("accuracy", "before", "loss", "seconds") if PRIVATE_TEST in values else ())
 
 
 class Diagnostics:
