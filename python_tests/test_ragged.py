@@ -28,7 +28,8 @@ class Patches(nn.Module):
         else:
             counts = size.prod(1).tolist()
         rows = torch.cat([p[:n] for p, n in zip(patches, counts)])
-        return self.head(torch.stack([t.mean(0) for t in torch.tanh(self.fc(rows)).split(counts)]))
+        rows = torch.tanh(self.fc(rows)) if len(rows) else rows
+        return self.head(torch.stack([t.sum(0) for t in rows.split(counts)]))
 
 
 def records(sizes):
@@ -88,6 +89,17 @@ def test_a_gap_in_the_first_batch_of_two_that_it_does_not_compare():
     """The check of the first batch takes two records that differ in most tensors, here the first two."""
     with pytest.raises(ValueError, match=REFUSED):
         train(Patches("zeros"), records([(2, 2), (2, 2), (1, 2), (2, 3)]))
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_record_without_any_is_one_with_fewer(first):
+    """Alone it does not reach the layer at all."""
+    sizes = [(2, 2), (2, 3), (2, 3), (2, 2)]
+    sizes[first] = (0, 0)
+    model, data = Patches("zeros"), records(sizes)
+    patches = torch.stack([patches for patches, *_ in data])
+    with pytest.raises(ValueError, match="^fc has [46] rows for one record of this batch"):
+        RaggedCheck()(model, (patches,), {}, 4, {"fc"})
 
 
 def test_what_differs():

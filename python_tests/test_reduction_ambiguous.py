@@ -167,9 +167,12 @@ class TestALossOfWhichNothingElseIsKnown:
 
         self.asked(labelled, [3 + i % 5 for i in range(40)])
 
-    def test_a_batch_whose_records_all_count_ends_the_row(self):
-        def once_all(z, i):
-            each = z.square().flatten()
-            return each.sum() if i == 10 else each.max()
+    @pytest.mark.parametrize("weight", [0.0, 1.0])
+    def test_a_batch_of_which_none_or_all_count_ends_the_row(self, weight):
+        """Where labels are rare most batches have one or none."""
 
-        self.asked(once_all, [3 + i % 5 for i in range(25)])
+        def once(z, i):
+            each = z.square().flatten()
+            return weight * each.sum() if i == 10 else each.max()
+
+        self.asked(once, [3 + i % 5 for i in range(25)])

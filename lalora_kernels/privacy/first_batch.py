@@ -27,8 +27,8 @@ from lalora_kernels.privacy.written import Buffers, Parameters
 
 # Two records and the first one again: what sorts rows by anything leaves two of them in place, but never these. What
 # turns them round (flip(0)) moves nothing there, but where both copies are in front.
-ORDERS = ORDER, _ = (0, 1, 0), (0, 0, 1)
-DRAWN_ORDER = (0, 1, 0, 1)
+ORDER, DRAWN_ORDER = (0, 1, 0), (0, 1, 0, 1)
+ORDERS = (ORDER, (0, 0, 1))
 TWIN = (
     "This came from the check of the first batch, which runs a copy of the model in float64 on some of its records. If "
     "the model itself takes them, but not in float64, let check_per_sample pass on a smaller one of its family, and "

@@ -81,13 +81,13 @@ def refuse_ragged(
     for name, module in twin.named_modules():
         if name in packed:
             module.register_forward_hook(partial(note, name))
-    first: list[tuple[str, int]] = []
+    first: list[tuple[str, int]] | None = None
     for record in records:
         calls.clear()
         inputs = to_double(of_rows(itemgetter(slice(record, record + 1)), (args, kwargs), batched))
         with torch.no_grad(), Doubled(), Drawn(twin, 0):
             twin(*inputs[0], **inputs[1])
-        first = first or list(calls)
+        first = list(calls) if first is None else first
         other = next((pair for pair in zip(first, calls) if pair[0] != pair[1]), None)
         if other is not None or len(calls) != len(first):
             name, some = (other or [*first, *calls][-1:])[0]

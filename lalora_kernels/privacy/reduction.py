@@ -194,13 +194,15 @@ class ReductionCheck:
     def _refuse_picked(self, dz: Tensor) -> None:
         """Raise ValueError where a loss of which nothing else is known takes as many records of every batch."""
         N, live = len(dz), int((dz != 0).reshape(len(dz), -1).any(1).sum())
-        if live == N:
+        if not 0 < live < N:  # a pick takes some of every batch
             self._reached.clear()
-        elif live:
-            self._reached.append((N, live))
-            if chosen(self._reached):
-                raise ValueError(PICKED.format(N - live, N))
-            self.left += len(self._reached) < PICKS
+            return
+        self._reached.append((N, live))
+        if chosen(self._reached):
+            raise ValueError(
+                f"{PICKED.format(N - live, N)}. If these records have no label, leave them out of the data set"
+            )
+        self.left += len(self._reached) < PICKS
 
     def _look_again(self) -> None:
         """Of one batch more, if this was to be the last."""
