@@ -199,58 +199,47 @@ def test_projected_gradient_is_the_closed_form():
     torch.testing.assert_close(projected(G_A, B, "lora_A", 2.0), torch.linalg.inv(B.T @ B + eye) @ G_A / 4)
 
 
+def filtered(smoothing, lr, steps):
+    """(the model, its optimizer, the gradients that each step released) under one key."""
+    from lalora_kernels.privacy.noise import NoiseSource
+
+    torch.manual_seed(0)
+    model = adapt(torch.nn.Sequential(torch.nn.Linear(12, 16)), r=2, target_modules=["0"], verbose=False)
+    data = torch.utils.data.DataLoader([(torch.randn(12), torch.randn(16)) for _ in range(8)], batch_size=8)
+    optimizer, loader = make_private(
+        model, torch.optim.SGD(model.parameters(), lr=lr), data, smoothing=smoothing, noise_multiplier=1.0,
+        noise=NoiseSource.fixed(bytes(32)), check=False,
+    )  # fmt: skip
+    grads = []
+    for x, y in loader.steps(steps):
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+        grads += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        optimizer.zero_grad()
+    return model, optimizer, grads
+
+
 @pytest.mark.parametrize("smoothing", EXPERIMENTAL)
 def test_an_experimental_filter_changes_the_release_after_the_noise(smoothing):
     """p.grad is what the filter makes of the kernels' release under the same key; the ledger is the same."""
-    from lalora_kernels.privacy.noise import NoiseSource
-
-    grads, spent = {}, []
     inside, _ = EXPERIMENTAL[smoothing]
-    for name in (inside, smoothing):
-        torch.manual_seed(0)
-        model = adapt(torch.nn.Sequential(torch.nn.Linear(12, 16)), r=2, target_modules=["0"], verbose=False)
-        data = torch.utils.data.DataLoader([(torch.randn(12), torch.randn(16)) for _ in range(8)], batch_size=8)
-        optimizer, loader = make_private(
-            model, torch.optim.SGD(model.parameters(), lr=0.1), data, smoothing=name, noise_multiplier=1.0,
-            noise=NoiseSource.fixed(bytes(32)), check=False,
-        )  # fmt: skip
-        for x, y in loader.steps(1):
-            F.mse_loss(model(x), y).backward()
-            optimizer.step()
-            grads[name] = model[0].lora_B.grad.clone()
-            spent.append([(e.noise_multiplier, e.sample_rate) for e in optimizer.ledger.entries])
-        A = model[0].lora_A.detach()
-    raw = grads[inside]
+    (_, plain, (raw,)), (model, optimizer, (found,)) = (filtered(name, 0.1, steps=1) for name in (inside, smoothing))
+    A = model[0].lora_A.detach()
     expected = {
         "permuted": lambda: permuted(raw, 0), "laplacian": lambda: laplacian(raw, 0), "temporal": lambda: raw,
         "projected": lambda: projected(raw, A, "lora_B", 1.0),
     }[smoothing]()  # fmt: skip
-    torch.testing.assert_close(grads[smoothing], expected)
-    assert spent[0] == spent[1]
+    torch.testing.assert_close(found, expected)
+    spent = [[(e.noise_multiplier, e.sample_rate) for e in o.ledger.entries] for o in (plain, optimizer)]
+    assert spent[0] == spent[1] and spent[0]
 
 
 def test_the_temporal_filter_remembers_each_factor_s_own_releases():
     """At a learning rate of 0 the raw releases stay the same; B is active in steps 1 and 3, A in 2 and 4."""
-    from lalora_kernels.privacy.noise import NoiseSource
-
-    grads = {}
-    for name in (None, "temporal"):
-        torch.manual_seed(0)
-        model = adapt(torch.nn.Sequential(torch.nn.Linear(12, 16)), r=2, target_modules=["0"], verbose=False)
-        data = torch.utils.data.DataLoader([(torch.randn(12), torch.randn(16)) for _ in range(8)], batch_size=8)
-        optimizer, loader = make_private(
-            model, torch.optim.SGD(model.parameters(), lr=0.0), data, smoothing=name, noise_multiplier=1.0,
-            noise=NoiseSource.fixed(bytes(32)), check=False,
-        )  # fmt: skip
-        grads[name] = []
-        for x, y in loader.steps(4):
-            F.mse_loss(model(x), y).backward()
-            optimizer.step()
-            grads[name] += [p.grad.clone() for p in model.parameters() if p.grad is not None]
-            optimizer.zero_grad()
+    raw, grads = (filtered(name, 0.0, steps=4)[2] for name in (None, "temporal"))
     a, b = 1 - 2 * 70 / 256, 70 / 256
     for i in (0, 1):
-        (first, second), (found, then) = (grads[name][i::2] for name in (None, "temporal"))
+        (first, second), (found, then) = raw[i::2], grads[i::2]
         torch.testing.assert_close(found, first)
         constant = a * b + 2 * b  # the same filter's answer to 1, 1
         torch.testing.assert_close(then, (a * b * first + b * (second + first)) / constant)

@@ -144,7 +144,7 @@ def test_physical_batches_equal_the_unsplit_batch(clipping):
         assert float((other - results[0]).norm() / results[0].norm()) < SPLIT_F32
 
 
-@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+@pytest.mark.parametrize("clipping", ["flat", "per_layer", "automatic"])
 @pytest.mark.parametrize("scale", [1.0, float("nan")])
 def test_an_empty_batch_is_noise_alone(clipping, scale):
     model, data, loss = toy(dtype=torch.float32)
