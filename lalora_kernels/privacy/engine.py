@@ -281,6 +281,7 @@ class Engine(Attached):
 
     def clear_batch(self) -> None:
         self._waiting, self.forwarded, self.within = False, False, 0
+        self.reduction.loop.forget()
         self._operations: dict[tuple, Callable] = {}
         for s in self.sites:
             s.G, s.sq, s.marked, s.fused = None, None, False, False

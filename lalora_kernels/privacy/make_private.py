@@ -105,8 +105,8 @@ def make_private(
         unclipped_num_std: deviation of the noise on that count, in records; None: b / 20, or 2 σ where that is more.
         backend: force one kernel backend; None lets dispatch choose.
         check: at the first private batch of two records or more, compare per-sample gradients with single backwards on
-            a float64 copy of the model (``check_per_sample``), and in the first steps look at the gradient of the
-            logits for losses that couple records. "loss": only the latter, for a model too large to be copied; False:
+            a float64 copy of the model (``check_per_sample``), and in the first steps look at the derivatives
+            of the loss for what couples records. "loss": only the latter, for a model too large to be copied; False:
             neither. Both reach into a compiled model's graphs, too.
         grad_scaler: the loop's ``torch.amp.GradScaler``, so that norms are those of unscaled gradients. Needs
             loss_reduction="sum" and an ``init_scale`` below 65504, where the scale stays (privacy/scaling.py). A record

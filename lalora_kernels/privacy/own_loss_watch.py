@@ -68,6 +68,8 @@ class OwnLosses:
         return self._kinds.get(name) not in (engine.loss_reduction, None)
 
     def _look(self, engine: "Engine", name: str, rows: int, scale: Tensor | None, gradient: Tensor) -> None:
+        if engine.reduction.loop.asking:
+            return
         weight = float(gradient if scale is None else gradient.double() / scale)
         if not weight:
             return

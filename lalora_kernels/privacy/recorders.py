@@ -326,7 +326,7 @@ class InputCheck:
         with compiled.within_graph():
             engine.check_input(engine.model, args, kwargs, within_graph=True)
         compiled.refuse_attributes(engine.reduction.own.tied)
-        engine.reduction.began()
+        engine.reduction.began_compiled()
 
     def __deepcopy__(self, memo: dict) -> InputCheck:
         return InputCheck(None)

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from lalora_kernels import opaque
 from lalora_kernels.privacy import compiled
+from lalora_kernels.privacy.loop_loss import LoopLoss
 from lalora_kernels.privacy.own_loss_watch import OwnLosses
 from lalora_kernels.privacy.shares import (
     RTOL_HALF,
     SMALL,
     Shares,
+    by_other_sizes,
     class_axis,
     coarse,
     lengths,
@@ -53,6 +55,12 @@ PICKED = (
     "refused: whether a record counts depends on the others, and clipping cannot bound what one of them changes; give "
     "each record a loss of its own"
 )
+SHARES = (
+    "the loss divides by a count over the whole batch (tokens that are not ignored, class weights), so one record's "
+    "gradient depends on the other records and clipping cannot bound what one of them changes. Take the mean over each "
+    "record's own positions first and then over records (for class labels and language models: "
+    "lalora_kernels.record_losses(logits, labels, shift=...).mean()), or a sum with loss_reduction='sum'"
+)
 
 
 class ReductionCheck:
@@ -67,6 +75,7 @@ class ReductionCheck:
             self.handle, self.token = opaque.register(self), torch.zeros(1, device=site.param.device)
         self.seen: str | None = None
         self.own = OwnLosses()
+        self.loop = LoopLoss(self._told)
         self._call, self._counted, self._full = 0, 0, False
         self._picked: list[tuple[int, int]] = []  # (records, those with a gradient) of batches where some have none
         self._reached: list[tuple[int, int]] = []  # the same of a loss of which nothing else is known
@@ -94,6 +103,8 @@ class ReductionCheck:
         batch = self.engine.batch
         if batch is not None and torch.is_grad_enabled():
             self.own.watch(self.engine, model, output, batch.rows)
+            if self._whole():
+                self.loop.watch(model, output, batch.rows)
         if batch is None or not self._asks():
             return None
         self.began()
@@ -106,18 +117,29 @@ class ReductionCheck:
         """A forward whose outputs' gradients are looked at."""
         self._call += 1
 
+    def began_compiled(self) -> None:
+        """The same of a compiled model."""
+        self.began()
+        if self.engine is not None and self.engine.batch is not None and self._whole():
+            self.loop.watch_compiled(self.engine.model, self.engine.batch.rows)
+
     def ended(self) -> None:
         """A forward of the model."""
         if self.engine is not None:
             self.engine.within = max(self.engine.within - 1, 0)
 
     def _asks(self) -> bool:
+        return self.looks and self._whole()
+
+    def _whole(self) -> bool:
+        """Whether a batch of several records without placeholders is there, and no graph of it."""
         e = self.engine
         batch = None if e is None or e.graphing else e.batch
-        return batch is not None and 2 <= batch.valid == batch.rows and self.looks
+        return batch is not None and 2 <= batch.valid == batch.rows
 
     def look(self, z: Tensor, dz: Tensor, name: str) -> None:
         """What a backward brought an output of a compiled model; zeros where it did not reach that one."""
+        self.loop.refuse_again(dz)
         e = self.engine
         if e is None or e.batch is None or self.own.look(e, name, z, dz, e.batch.rows):
             return
@@ -127,7 +149,7 @@ class ReductionCheck:
     @torch.no_grad()
     def _look(self, call: int, z: Tensor, dz: Tensor) -> None:
         e = self.engine
-        if e is None or e.batch is None:
+        if e is None or e.batch is None or self.loop.asking:
             return
         if call != self._counted:  # a model may return several tensors
             self._counted, self._full, self._before = call, self.left > 0, (self.left, self.watch)
@@ -161,15 +183,7 @@ class ReductionCheck:
             if anew:
                 self._refuse_picked(dz)
             return
-        found = e.loss_reduction if e.loss_reduction in fits else fits[0]
-        if found == "shares":
-            raise ValueError(
-                "the loss divides by a count over the whole batch (tokens that are not ignored, class weights), so one "
-                "record's gradient depends on the other records and clipping cannot bound what one of them "
-                "changes. Take the mean over each record's own positions first and then over records (for class "
-                "labels and language models: lalora_kernels.record_losses(logits, labels, shift=...).mean()), or a "
-                "sum with loss_reduction='sum'"
-            )
+        found = self._found(fits)
         if idle := int(without_gradient(z, dz).sum()):
             self._picked.append((len(z), len(z) - idle))
             if found != e.loss_reduction or chosen(self._picked):
@@ -180,16 +194,35 @@ class ReductionCheck:
             if len(self._picked) < PICKS:
                 self.left += 1
                 return
-        if found != e.loss_reduction:
-            raise ValueError(
-                f"the loss is a {found} over the records of the batch, but make_private was told "
-                f"loss_reduction={e.loss_reduction!r}; pass loss_reduction={found!r}"
-            )
+        self._refuse_other(found)
         if len(fits) > 1:
             self._look_again()
             return
         self.seen = found
         self._watch_for(z, dz)
+
+    def _told(self, fits: list[str]) -> None:
+        """What the second derivatives tell."""
+        self._refuse_other(found := self._found(fits))
+        self.seen = found
+
+    def _found(self, fits: list[str]) -> str:
+        """The reduction that was claimed, if it fits; raises ValueError where a count over the batch does alone."""
+        assert self.engine is not None
+        claimed = self.engine.loss_reduction
+        found = claimed if claimed in fits else fits[0]
+        if found == "shares":
+            raise ValueError(SHARES)
+        return found
+
+    def _refuse_other(self, found: str) -> None:
+        assert self.engine is not None
+        claimed = self.engine.loss_reduction
+        if found != claimed:
+            raise ValueError(
+                f"the loss is a {found} over the records of the batch, but make_private was told "
+                f"loss_reduction={claimed!r}; pass loss_reduction={found!r}"
+            )
 
     def _refuse_picked(self, dz: Tensor) -> None:
         """Raise ValueError where a loss of which nothing else is known takes as many records of every batch."""
@@ -235,23 +268,14 @@ class ReductionCheck:
 
     def _by_other_sizes(self, z: Tensor, dz: Tensor) -> list[str]:
         """What a loss times a number may take, told by two batches of other sizes."""
-        now = uniform_weights(z, dz, rtol := RTOL.get(z.dtype, RTOL_HALF))
+        rtol = RTOL.get(z.dtype, RTOL_HALF)
+        now = uniform_weights(z, dz, rtol)
         if not now:  # a hidden state beside the logits
             return []
         before, self._scaled = self._scaled, now
-        fits = []
-        for (k, N, count), (l, M, others) in ((now[u], before[u]) for u in now if u in before):
-            for name, a, b, told in (
-                ("sum", k, l, N != M),
-                ("mean", k * N, l * M, N != M),
-                ("shares", k * count, l * others, count != others),
-            ):
-                if told and abs(a - b) <= 2 * rtol * abs(b):
-                    fits.append(name)
-                    break
-        if not fits:
+        if not (fits := by_other_sizes(before, now, rtol)):
             self._look_again()
-        return [name for name in ("mean", "sum", "shares") if name in fits]
+        return fits
 
     def _watch_for(self, z: Tensor, dz: Tensor) -> None:
         """What a mean over records does not tell from one over positions, labels or class weights while records have

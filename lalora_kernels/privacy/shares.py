@@ -97,15 +97,40 @@ def shares_of(z: Tensor, dz: Tensor, rtol: float) -> Shares | None:
     return Shares(float(k.sum()), float(k.max()), len(z), even, certain)
 
 
-def uniform_weights(z: Tensor, dz: Tensor, rtol: float) -> dict[str, tuple[float, int, int]]:
-    """{"position" or "record": (k, N, how many)} where each position, or each record in all, has the same k."""
+Weights = dict[str, tuple[float, int, int]]
+
+
+def uniform_weights(z: Tensor, dz: Tensor, rtol: float) -> Weights:
+    """``uniform`` of what a cross-entropy or a logistic loss gives to each position; empty for another loss."""
     k, _ = _weights(z, dz, rtol)
+    return {} if k is None else uniform(k, rtol)
+
+
+def uniform(k: Tensor, rtol: float) -> Weights:
+    """{"position" or "record": (k, N, how many)} where each position, or each record in all, of k (N, positions) has
+    the same, but for those that have none."""
     found = {}
-    for unit, each in (("position", k), ("record", None if k is None else k.sum(1))):
-        live = each[each != 0] if each is not None else dz.new_empty(0)
+    for unit, each in (("position", k), ("record", k.sum(1))):
+        live = each[each != 0]
         if len(live) > 1 and live.max() - live.min() <= rtol * live.max():
-            found[unit] = (float(live.mean()), len(z), len(live))
+            found[unit] = (float(live.mean()), len(k), len(live))
     return found
+
+
+def by_other_sizes(before: Weights, now: Weights, rtol: float) -> list[str]:
+    """What a loss takes over its records that gave these in two batches: those of "mean", "sum", "shares" that the
+    batches tell apart."""
+    fits = set()
+    for (k, N, count), (l, M, others) in ((now[u], before[u]) for u in now if u in before):
+        for name, a, b, told in (
+            ("sum", k, l, N != M),
+            ("mean", k * N, l * M, N != M),
+            ("shares", k * count, l * others, count != others),
+        ):
+            if told and abs(a - b) <= 2 * rtol * abs(b):
+                fits.add(name)
+                break
+    return [name for name in ("mean", "sum", "shares") if name in fits]
 
 
 def _weights(z: Tensor, dz: Tensor, rtol: float) -> tuple[Tensor | None, bool]:

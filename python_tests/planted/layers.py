@@ -89,8 +89,8 @@ LAYERS = (
     fault(
         "a sum taken for a mean",
         REDUCTION,
-        "if found != e.loss_reduction:",
-        "if False:",
+        "        if found != claimed:\n",
+        "        if False:\n",
         "reduction",
     ),
     fault(

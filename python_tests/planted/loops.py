@@ -60,6 +60,20 @@ LOOPS = (
         "compiled_checks",
     ),
     fault(
+        "second derivatives across records are passed over",
+        "lalora_kernels/privacy/loop_loss.py",
+        "        if tied:\n",
+        "        if False:\n",
+        "loop_loss",
+    ),
+    fault(
+        "what trains beside the model is passed over",
+        "lalora_kernels/privacy/loop_loss.py",
+        "            self._refuse_trained(above)\n",
+        "            pass\n",
+        "loop_loss",
+    ),
+    fault(
         "a sum that the model returns is taken for a mean",
         "lalora_kernels/privacy/own_loss_watch.py",
         "        if weight == 1.0 or len(seen) == ALIKE and alike:\n",

@@ -1,0 +1,362 @@
+"""Losses of the loop's own that tie records together, or train something themselves, against autograd's gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lalora_kernels as lk
+from lalora_kernels.privacy import loop_loss
+from lalora_kernels.privacy.noise import NoiseSource
+
+N, D, C = 48, 6, 4
+PLAIN = torch.autograd.backward
+
+
+def contrast(z, y):
+    z = F.normalize(z, dim=1)
+    return F.cross_entropy(z @ z.t() / 0.1, torch.arange(len(z)))
+
+
+def survival(z, y):
+    """Cox' partial likelihood: each record against all that are at risk."""
+    return (torch.logcumsumexp(z[:, 0], 0) - z[:, 0]).mean()
+
+
+def correlation(z, y):
+    a, b = z[:, 0] - z[:, 0].mean(), y.to(z) - 1.5
+    return -(a * b).sum() / (a.norm() * b.norm())
+
+
+def dice(z, y):
+    p, t = z.softmax(1)[:, 0], (y == 0).to(z)
+    return 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
+
+
+def ranking(z, y):
+    s = z[:, 0]
+    return (F.softplus(s[None] - s[:, None]) * (y[:, None] > y[None])).mean()
+
+
+def triplets(z, y):
+    d, i = torch.cdist(z, z), torch.arange(len(z))
+    return F.relu(d[i, i - 1] - d[i, i - 2] + 1.0).mean()
+
+
+def neighbours(z, y):
+    """In twos, as a loader that yields two views of an image after one another has them."""
+    n = len(z) // 2
+    return (1 - F.cosine_similarity(z[:n], z[n : 2 * n])).mean()
+
+
+def centred(z, y):
+    return (F.cross_entropy(z - z.mean(0), y, reduction="none")).mean()
+
+
+def focal(z, y):
+    each = F.cross_entropy(z, y, reduction="none")
+    return ((1 - torch.exp(-each)).square() * each).mean()
+
+
+TIED = {
+    "contrast": contrast,
+    "contrast beside a cross-entropy": lambda z, y: F.cross_entropy(z, y) + 1e-3 * contrast(z, y),
+    "Cox": survival,
+    "correlation": correlation,
+    "Dice": dice,
+    "ranking": ranking,
+    "triplets": triplets,
+    "distances of all": lambda z, y: F.pdist(z).mean(),
+    "neighbours": neighbours,
+    "centred": centred,
+    "root of a mean": lambda z, y: F.mse_loss(z[:, 0], y.to(z)).sqrt(),
+    "logarithm of a mean": lambda z, y: z.square().mean().log(),
+}
+ALONE = {
+    "cross-entropy": F.cross_entropy,
+    "focal": focal,
+    "squares": lambda z, y: F.mse_loss(z[:, 0], y.to(z)),
+    "Huber": lambda z, y: F.huber_loss(z[:, 0], y.to(z)),
+    "absolute": lambda z, y: (z[:, 0] - y).abs().mean(),
+    "cosine to a fixed vector": lambda z, y: (1 - F.cosine_similarity(z, torch.ones(1, C))).mean(),
+    "margins": F.multi_margin_loss,
+    "divergence": lambda z, y: F.kl_div(z.log_softmax(1), torch.full_like(z, 1 / C), reduction="batchmean"),
+    "distances to centres": lambda z, y: torch.cdist(z, torch.eye(C).to(z)).gather(1, y[:, None]).mean(),
+    "distances within a record": lambda z, y: torch.cdist(z[:, :, None], z[:, :, None]).mean(),
+    "each record's root": lambda z, y: (z.square().mean(1) + 1e-3).sqrt().mean(),
+    "each record's pairs": lambda z, y: F.softplus(z[:, 0] * z[:, 1] - z[:, 2] * z[:, 3]).mean(),
+}
+
+
+def gradient_moves(loss):
+    """Whether the gradient at record 0 depends on what the others are: autograd's, in float64."""
+    torch.manual_seed(5)
+    z, y, found = torch.randn(8, C, dtype=torch.float64), torch.arange(8) % C, []
+    for others in (z[1:], z[1:].flip(1) * 1.5):
+        t = torch.cat([z[:1], others]).requires_grad_()
+        (g,) = torch.autograd.grad(loss(t, y), t)
+        found.append(g[0])
+    return not torch.allclose(*found, rtol=1e-6, atol=1e-12)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(D, 8), nn.Linear(8, C)
+
+    def forward(self, x):
+        return self.head(self.body(x).tanh())
+
+
+def run(loss, steps=2, wrap=lambda model: model, net=Net, reduction="mean", sample_rate=0.5, **kwargs):
+    torch.manual_seed(0)
+    model = lk.adapt(net(), target_modules="all-linear", r=2, verbose=False)
+    data = TensorDataset(torch.randn(N, D), torch.arange(N) % C)
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer, loader = lk.make_private(
+        model, sgd, DataLoader(data, batch_size=8), noise_multiplier=1.0, sample_rate=sample_rate,
+        loss_reduction=reduction, noise=NoiseSource.fixed(bytes(32)), **kwargs,
+    )  # fmt: skip
+    optimizer.released = []
+    called = wrap(model)
+    for x, y in loader.steps(steps):
+        loss(called(x), y).backward()
+        optimizer.step()
+        optimizer.released.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.parametrize("check", [True, "loss"])
+@pytest.mark.parametrize("name", TIED)
+def test_a_loss_that_ties_records_is_refused(name, check):
+    assert gradient_moves(TIED[name])
+    with pytest.raises(ValueError, match="the loss ties the records of the batch together"):
+        run(TIED[name], check=check)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_loss_of_each_record_alone_passes(name):
+    assert not gradient_moves(ALONE[name])
+    assert run(ALONE[name], steps=6).ledger.steps == 6
+    assert torch.autograd.backward is PLAIN
+
+
+@pytest.mark.parametrize("name", ["contrast", "Dice", "cross-entropy", "squares"])
+def test_of_a_compiled_model(name):
+    def compiled(model):
+        return torch.compile(model, backend="aot_eager")
+
+    if name in ALONE:
+        assert run(ALONE[name], wrap=compiled).ledger.steps == 2
+    else:
+        with pytest.raises(ValueError, match="the loss ties the records of the batch together"):
+            run(TIED[name], wrap=compiled)
+
+
+def test_in_bfloat16_and_with_a_vector_of_losses():
+    def half(model):
+        return torch.autocast("cpu", torch.bfloat16)(model)
+
+    def vector(z, y):
+        each = torch.logcumsumexp(z[:, 0].float(), 0)
+        return type("Losses", (), {"backward": lambda _: each.backward(torch.ones(len(z)))})()
+
+    for loss in (contrast, vector):
+        with pytest.raises(ValueError, match="the loss ties the records of the batch together"):
+            run(loss, wrap=half)
+    assert run(F.cross_entropy, wrap=half, steps=4).ledger.steps == 4
+
+
+class Two(Net):
+    """Its hidden state is what its logits are computed from."""
+
+    def forward(self, x):
+        h = self.body(x).tanh()
+        return {"hidden": h, "logits": self.head(h)}
+
+
+def test_of_one_of_several_outputs():
+    for loss in (
+        lambda o, y: contrast(o["hidden"], y),
+        lambda o, y: F.cross_entropy(o["logits"], y) + contrast(o["logits"], y),
+        lambda o, y: F.cross_entropy(o["logits"], y) + 0.1 * contrast(o["logits"], y) + o["hidden"].square().mean(),
+    ):
+        with pytest.raises(ValueError, match="the loss ties the records of the batch together"):
+            run(loss, net=Two)
+    assert run(lambda o, y: F.cross_entropy(o["logits"], y) + o["hidden"].square().mean(), net=Two).ledger.steps == 2
+
+
+@pytest.mark.parametrize("net, loss", [
+    (Net, F.cross_entropy),
+    (Two, lambda o, y: F.cross_entropy(o["logits"], y) + o["hidden"].square().mean()),
+])  # fmt: skip
+def test_what_is_released_is_what_it_is_unasked(net, loss, monkeypatch):
+    """Nothing of a layer ran once more: the gradients that it recorded are the same, bit for bit."""
+    asked = run(loss, net=net, steps=3)
+    monkeypatch.setattr(loop_loss.LoopLoss, "ask", lambda *args: None)
+    for one, other in zip(asked.released, run(loss, net=net, steps=3).released, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a, b)
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx, d):
+        return -d
+
+
+def test_behind_a_function_of_the_loops_own():
+    with pytest.raises(ValueError, match="the loss ties the records of the batch together"):
+        run(lambda z, y: contrast(Reversed.apply(z), y))
+    assert run(lambda z, y: F.cross_entropy(Reversed.apply(z), y) + z.square().mean()).ledger.steps == 2
+
+
+def test_a_loss_that_begins_to_tie_them_later():
+    batches = iter(range(1, 100))
+
+    def later(z, y):
+        return contrast(z, y) if next(batches) > 6 else F.cross_entropy(z, y)
+
+    with pytest.raises(ValueError, match="the loss ties the records of the batch together"):
+        run(later, steps=20)
+    assert next(batches) == 9
+
+
+def test_a_loop_that_goes_on_after_a_refusal_is_refused_again():
+    refused = []
+
+    class Stubborn:
+        def __init__(self, loss):
+            self.loss = loss
+
+        def backward(self):
+            with pytest.raises(ValueError, match="the loss ties"):
+                self.loss.backward()
+            with pytest.raises(ValueError, match="the loss ties"):
+                self.loss.backward()
+            refused.append(1)
+
+    with pytest.raises(RuntimeError):
+        run(lambda z, y: Stubborn(contrast(z, y)))
+    assert refused
+
+
+def test_torch_s_backward_is_put_back():
+    run(F.cross_entropy, steps=5)
+    assert torch.autograd.backward is PLAIN
+    with pytest.raises(ValueError, match="the loss ties"):
+        run(contrast)
+    assert torch.autograd.backward is PLAIN
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.square().sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d):
+        return 2 * d * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("loss", [
+    lambda z, y: Once.apply(z) / len(z),
+    lambda z, y: F.ctc_loss(z[:, None].expand(-1, 6, -1).transpose(0, 1).log_softmax(2), y[:, None] % 3 + 1,
+                            torch.full_like(y, 6), torch.ones_like(y), reduction="sum") / len(z),
+])  # fmt: skip
+def test_what_cannot_be_differentiated_twice_is_not_judged(loss):
+    assert run(loss).ledger.steps == 2
+
+
+# ------------------------------------------------------------------------------------------ means, sums and counts
+
+
+def target(y):
+    return torch.stack([y.float(), 2.0 - y], 1)
+
+
+def masked(z, y):
+    """As a series that ends earlier for some records."""
+    return (z[:, :2] - target(y)).square() * torch.stack([y >= 0, y > 1], 1), torch.stack([y >= 0, y > 1], 1).sum(1)
+
+
+def shared_count(z, y):
+    each, counts = masked(z, y)
+    return each.sum() / counts.sum()
+
+
+def own_count(z, y):
+    each, counts = masked(z, y)
+    return (each.sum(1) / counts).mean()
+
+
+KINDS = [F.mse_loss, F.l1_loss, F.huber_loss]
+
+
+@pytest.mark.parametrize("claimed", ["mean", "sum"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_regression_is_told_by_batches_of_other_sizes(kind, claimed):
+    def loss(reduction, scale=1.0):
+        return lambda z, y: scale * kind(z[:, :2], target(y), reduction=reduction)
+
+    other = "sum" if claimed == "mean" else "mean"
+    for scale in (1.0, 0.5):
+        with pytest.raises(ValueError, match=f"the loss is a {other} over the records.*pass loss_reduction='{other}'"):
+            run(loss(other, scale), steps=10, reduction=claimed)
+        assert run(loss(claimed, scale), steps=10, reduction=claimed).loss_reduction_checked
+
+
+def test_a_regression_that_divides_by_a_count_of_the_batch():
+    with pytest.raises(ValueError, match="divides by a count over the whole batch"):
+        run(shared_count, steps=10)
+    assert run(own_count, steps=10).loss_reduction_checked
+    assert run(lambda z, y: masked(z, y)[0].sum(), steps=10, reduction="sum").loss_reduction_checked
+
+
+def test_a_regression_whose_weight_follows_the_steps_is_left_alone():
+    steps = iter(range(1, 100))
+    assert run(lambda z, y: next(steps) * F.mse_loss(z[:, :2], target(y)), steps=10).ledger.steps == 10
+
+
+# ----------------------------------------------------------------------------------------- what trains beside the model
+
+
+class Arc(nn.Module):
+    """Centres of the classes, as losses of metric learning have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(C, C))
+
+    def forward(self, z, y):
+        return F.cross_entropy(z @ self.centres, y)
+
+
+def temperature(z, y):
+    return F.cross_entropy(z * TEMPERATURE, y)
+
+
+TEMPERATURE = torch.ones((), requires_grad=True)
+
+
+@pytest.mark.parametrize("loss", [Arc(), temperature])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_trains_beside_the_model_is_refused(loss, compiled):
+    def wrap(model):
+        return torch.compile(model, backend="aot_eager") if compiled else model
+
+    with pytest.raises(ValueError, match=r"the loss takes a tensor of shape \(.*Make it a part of that model"):
+        run(loss, wrap=wrap)
+
+
+def test_what_is_frozen_or_detached_beside_it_passes():
+    head = nn.Linear(C, C).requires_grad_(False)
+    assert run(lambda z, y: F.cross_entropy(head(z), y) + TEMPERATURE.detach() * z.square().mean()).ledger.steps == 2
