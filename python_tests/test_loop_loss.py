@@ -360,3 +360,16 @@ def test_what_trains_beside_the_model_is_refused(loss, compiled):
 def test_what_is_frozen_or_detached_beside_it_passes():
     head = nn.Linear(C, C).requires_grad_(False)
     assert run(lambda z, y: F.cross_entropy(head(z), y) + TEMPERATURE.detach() * z.square().mean()).ledger.steps == 2
+
+
+def test_large_outputs_are_asked_seldom_and_larger_ones_not_at_all(monkeypatch):
+    """A few times as much memory as they is taken, of a step that has little to spare."""
+    asked = []
+    across = loop_loss.LoopLoss._across
+    monkeypatch.setattr(loop_loss.LoopLoss, "_across", lambda one, *args: asked.append(0) or across(one, *args))
+    for large, largest, times in ((1 << 20, 1 << 24, 5), (0, 1 << 24, 4), (0, 0, 0)):
+        asked.clear()
+        monkeypatch.setattr(loop_loss, "LARGE", large)
+        monkeypatch.setattr(loop_loss, "LARGEST", largest)
+        run(F.cross_entropy, steps=9)
+        assert len(asked) == times  # of batches 1, 2, 3, 4, 8

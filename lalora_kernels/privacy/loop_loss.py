@@ -26,7 +26,7 @@ from lalora_kernels.privacy.trees import leaves
 Gradients = Sequence[Tensor | None]  # one for each output
 
 TRIES = 4  # batches that are looked at one after the other; from then on each power of two
-LARGEST = 1 << 25  # entries of all outputs: a few times as much memory as these is taken
+LARGE, LARGEST = 1 << 20, 1 << 24  # entries of all outputs, of which up to eight times the memory is taken
 RTOL = 1e-6  # of the largest; without rounding there would be zeros
 EVEN = 1e-3
 TIED = (
@@ -73,12 +73,15 @@ class LoopLoss:
     def _begin(self, model: nn.Module, rows: int) -> bool:
         if self not in _waiting:
             self._batches += 1
-            if self._batches > TRIES and self._batches & (self._batches - 1) and not self._refused:
+            if self._batches > TRIES and not self._again():
                 return False
             _wait(self)
         self._rows = rows
         self._parameters |= set(model.parameters())
         return True
+
+    def _again(self) -> bool:
+        return self._refused or not self._batches & (self._batches - 1)
 
     def forget(self) -> None:
         """The batch is over."""
@@ -102,7 +105,8 @@ class LoopLoss:
 
     def _ask(self, losses: Sequence[Tensor], weights: Sequence[Tensor | None] | None) -> None:
         nodes, outputs = self._outputs([t.grad_fn for t in losses if t.grad_fn is not None])
-        if not outputs or sum(_shape(e).numel() for e in outputs) > LARGEST:
+        size = sum(_shape(e).numel() for e in outputs)
+        if not outputs or size > (LARGEST if self._again() else LARGE):
             return
         self.asking = True
         try:
@@ -111,7 +115,7 @@ class LoopLoss:
                     losses, outputs, weights, retain_graph=True, create_graph=True, allow_unused=True
                 )
                 tied = self._across(first, outputs)
-                even = [] if tied else self._evenly(first, outputs)
+                even = [] if tied or size > LARGE else self._evenly(first, outputs)
         except RuntimeError:  # an operation that has no second derivative
             tied, even = _compares(nodes, {e.node for e in outputs}), []
         finally:
@@ -172,8 +176,6 @@ class LoopLoss:
     def _evenly(self, first: Gradients, outputs: list[GradientEdge]) -> list[tuple[tuple[int, int], Weights]]:
         """What a loss gives to its positions, where that is the same for all: of an absolute difference the gradient
         shows it, of a squared one, which has no second derivatives across positions, its second derivative."""
-        if sum(_shape(e).numel() for e in outputs) > LARGEST // 8:
-            return []
         generator = torch.Generator().manual_seed(self._batches)
 
         def direction(g: Tensor) -> Tensor:
