@@ -105,9 +105,9 @@ def make_private(
         unclipped_num_std: deviation of the noise on that count, in records; None: b / 20, or 2 σ where that is more.
         backend: force one kernel backend; None lets dispatch choose.
         check: at the first private batch of two records or more, compare per-sample gradients with single backwards on
-            a float64 copy of the model (``check_per_sample``), and in the first steps look at the derivatives
-            of the loss for what couples records. "loss": only the latter, for a model too large to be copied; False:
-            neither. Both reach into a compiled model's graphs, too.
+            a float64 copy of the model (``check_per_sample``); in the first steps look at the derivatives of the loss
+            for what couples records, and at whether ``collate_fn`` makes a row of several. "loss": without the first of
+            these, for a model too large to be copied; False: none. They reach into a compiled model's graphs, too.
         grad_scaler: the loop's ``torch.amp.GradScaler``, so that norms are those of unscaled gradients. Needs
             loss_reduction="sum" and an ``init_scale`` below 65504, where the scale stays (privacy/scaling.py). A record
             whose scaled gradient overflows contributes nothing; the step is never skipped.
@@ -158,6 +158,7 @@ def make_private(
             physical_batch_size=1 if auto else physical_batch_size,  # type: ignore[arg-type]  # no other string passes
             lengths=lengths,
             noise=noise,
+            check=bool(check),
             **({} if group is None else _shared(group, model, noise)),
         )
     else:

@@ -21,8 +21,10 @@ from torch.utils.data import (
     Sampler,
     SequentialSampler,
     Subset,
+    default_collate,
 )
 
+from lalora_kernels.privacy.collated import CollateCheck
 from lalora_kernels.privacy.noise import NoiseSource, UniformSource, seed_from_system
 from lalora_kernels.privacy.trees import tensors
 
@@ -160,11 +162,12 @@ class PrivateLoader:
         lengths: one number a record (tokens, characters): what is split is split in this order, which pads less.
         source, rank, world: draw from this stream, and take every ``world``-th drawn record from the ``rank``-th on;
             with one stream the ranks' batches are one Poisson batch.
+        check: ask of a collate function's first batches whether it makes a row of several records.
 
     Raises ValueError for a data set that is iterable-only, of unknown length, empty or smaller than b, for rates out of
     range, lengths that are not one a record, and for a sampler that picks its records by another rule. While iterating:
-    ValueError for a tensor whose first dimension is not the number of records, RuntimeError where a second iteration
-    overtook this one.
+    ValueError for a tensor whose first dimension is not the number of records, and for a collate function that mixes
+    them, RuntimeError where a second iteration overtook this one.
     """
 
     def __init__(
@@ -180,6 +183,7 @@ class PrivateLoader:
         source: UniformSource | None = None,
         rank: int = 0,
         world: int = 1,
+        check: bool = False,
     ) -> None:
         if isinstance(data, PrivateLoader):
             raise ValueError("this loader is private already; PrivateLoader takes the plain DataLoader")
@@ -201,6 +205,8 @@ class PrivateLoader:
             lengths=lengths,
         )
         inherited = {} if given is None else {name: getattr(given, name) for name in INHERITED}
+        if check and inherited.get("collate_fn", default_collate) is not default_collate:
+            inherited["collate_fn"] = CollateCheck(inherited["collate_fn"])
         self._secret = noise.is_secret
         if self._secret:
             inherited["worker_init_fn"] = SecretWorker(inherited.get("worker_init_fn"))

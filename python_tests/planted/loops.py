@@ -74,6 +74,13 @@ LOOPS = (
         "loop_loss",
     ),
     fault(
+        "rows that collate_fn makes of several records are passed over",
+        "lalora_kernels/privacy/collated.py",
+        "            if mixed is not None:\n",
+        "            if False:\n",
+        "collated",
+    ),
+    fault(
         "a sum that the model returns is taken for a mean",
         "lalora_kernels/privacy/own_loss_watch.py",
         "        if weight == 1.0 or len(seen) == ALIKE and alike:\n",
