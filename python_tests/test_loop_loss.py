@@ -373,3 +373,27 @@ def test_large_outputs_are_asked_seldom_and_larger_ones_not_at_all(monkeypatch):
         monkeypatch.setattr(loop_loss, "LARGEST", largest)
         run(F.cross_entropy, steps=9)
         assert len(asked) == times  # of batches 1, 2, 3, 4, 8
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_another_model_in_the_midst_of_a_batch_is_not_asked(compiled):
+    """Two in one process, of which one is not to be checked."""
+
+    def begun(loss, check):
+        model = lk.adapt(Net(), target_modules="all-linear", r=2, verbose=False)
+        sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        data = TensorDataset(torch.randn(N, D), torch.arange(N) % C)
+        optimizer, loader = lk.make_private(
+            model, sgd, DataLoader(data, batch_size=8), noise_multiplier=1.0, sample_rate=1.0, check=check
+        )
+        net = torch.compile(model, backend="aot_eager") if compiled else model
+        x, y = next(batches := loader.steps(2))
+        return loss(net(x), y), optimizer, batches
+
+    one, other = begun(F.cross_entropy, True), begun(contrast, False)
+    for loss, optimizer, _ in (other, one):
+        loss.backward()
+        optimizer.step()
+        assert optimizer.ledger.steps == 1
+        optimizer.detach()
+    assert torch.autograd.backward is PLAIN

@@ -102,6 +102,7 @@ class Attached:
     def detach(self) -> None:
         """Give the model back to ordinary training, trainable as it was found; the workspace is freed."""
         take_away(self.sites)
+        self.reduction.loop.forget()
         for site in self.sites:
             site.param.requires_grad_(site.trained)
         if self._ddp:

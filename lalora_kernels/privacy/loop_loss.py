@@ -137,8 +137,9 @@ class LoopLoss:
             or one that is put over outputs (a reversal of gradients)."""
             if not _is_python(node) or node in watched:
                 return False
-            if self._compiled and type(node).__name__ == "CompiledFunctionBackward":
-                return True
+            if self._compiled and type(node).__name__ == "CompiledFunctionBackward":  # of this model
+                below = _reached(_inputs(node), lambda n: False)
+                return any(getattr(n, "variable", None) in self._parameters for n in below)
             return bool(_reached(_inputs(node), lambda n: n in watched or _is_python(n)) & watched)
 
         above = _reached(roots, lambda node: node in watched or opens(node))

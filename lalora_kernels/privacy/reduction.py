@@ -120,7 +120,7 @@ class ReductionCheck:
     def began_compiled(self) -> None:
         """The same of a compiled model."""
         self.began()
-        if self.engine is not None and self.engine.batch is not None and self._whole():
+        if self.engine is not None and self.engine.batch is not None and self.engine.strict and self._whole():
             self.loop.watch_compiled(self.engine.model, self.engine.batch.rows)
 
     def ended(self) -> None:
