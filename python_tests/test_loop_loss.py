@@ -1,5 +1,8 @@
 """Losses of the loop's own that tie records together, or train something themselves, against autograd's gradients."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,7 +143,6 @@ def test_a_loss_that_ties_records_is_refused(name, check):
 def test_a_loss_of_each_record_alone_passes(name):
     assert not gradient_moves(ALONE[name])
     assert run(ALONE[name], steps=6).ledger.steps == 6
-    assert torch.autograd.backward is PLAIN
 
 
 @pytest.mark.parametrize("name", ["contrast", "Dice", "cross-entropy", "squares"])
@@ -247,12 +249,41 @@ def test_a_loop_that_goes_on_after_a_refusal_is_refused_again():
     assert refused
 
 
-def test_torch_s_backward_is_put_back():
+@pytest.fixture
+def nobody(monkeypatch):
+    """No engine waits that another test left in the midst of a batch: a compiled model's lives on in torch's cache."""
+    monkeypatch.setattr(loop_loss, "_waiting", weakref.WeakSet())
+    loop_loss._put_back()
+
+
+def test_torch_s_backward_is_put_back(nobody):
     run(F.cross_entropy, steps=5)
     assert torch.autograd.backward is PLAIN
     with pytest.raises(ValueError, match="the loss ties"):
         run(contrast)
+    gc.collect()  # who holds the error holds the engine, but its graph does not
+    assert not loop_loss._waiting
+    (torch.ones(2, requires_grad=True) * 2).sum().backward()
     assert torch.autograd.backward is PLAIN
+
+
+def test_somebody_elses_function_over_ours(nobody, monkeypatch):
+    """It stays where it is, and no round of calls comes of it."""
+    calls, ours = [], []
+
+    def theirs(*args, **kwargs):
+        calls.append(0)
+        ours[0](*args, **kwargs)
+
+    def loss(z, y):
+        if not ours:
+            ours.append(torch.autograd.backward)
+            monkeypatch.setattr(torch.autograd, "backward", theirs)
+        return F.cross_entropy(z, y) if len(calls) < 5 else contrast(z, y)
+
+    with pytest.raises(ValueError, match="the loss ties"):
+        run(loss, steps=20)
+    assert len(calls) == 8 and torch.autograd.backward is theirs
 
 
 class Once(torch.autograd.Function):
@@ -396,4 +427,3 @@ def test_another_model_in_the_midst_of_a_batch_is_not_asked(compiled):
         optimizer.step()
         assert optimizer.ledger.steps == 1
         optimizer.detach()
-    assert torch.autograd.backward is PLAIN

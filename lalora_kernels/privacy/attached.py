@@ -1,5 +1,6 @@
 """What ties an engine to its model: the sites and recorders of what trains, the hooks, and the way back."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,7 @@ class Attached:
         self.dtype = torch.float64 if dtypes.pop() else torch.float32
         self._handles.append(self.model.register_forward_pre_hook(InputCheck(engine, self.sites[0]), with_kwargs=True))
         self.reduction = ReductionCheck(engine, self.sites[0])
+        self._handles.append(self.reduction)
         if self.strict:
             self._handles.append(self.model.register_forward_hook(self.reduction))
 
@@ -85,7 +87,8 @@ class Attached:
         )
         self.sites.append(site)
         p.requires_grad_(True)  # torch takes the hook of no other tensor
-        self._handles.append(p.register_post_accumulate_grad_hook(lambda p: refuse_foreign(p, use.name)))
+        # A name alone: what such a hook holds is not freed while the tensor lives, and this one's module holds that.
+        self._handles.append(p.register_post_accumulate_grad_hook(partial(refuse_foreign, name=use.name)))
         p.requires_grad_(site.trained)
         return site
 
@@ -102,7 +105,6 @@ class Attached:
     def detach(self) -> None:
         """Give the model back to ordinary training, trainable as it was found; the workspace is freed."""
         take_away(self.sites)
-        self.reduction.loop.forget()
         for site in self.sites:
             site.param.requires_grad_(site.trained)
         if self._ddp:

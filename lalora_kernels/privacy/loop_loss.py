@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from lalora_kernels.privacy.shares import RTOL_HALF, Weights, by_other_sizes, uniform
 from lalora_kernels.privacy.trees import leaves
@@ -29,6 +29,7 @@ TRIES = 4  # batches that are looked at one after the other; from then on each p
 LARGE, LARGEST = 1 << 20, 1 << 24  # entries of all outputs, of which up to eight times the memory is taken
 RTOL = 1e-6  # of the largest; without rounding there would be zeros
 EVEN = 1e-3
+KEY = "lalora: outputs"  # of a node's metadata: a graph that we held would hold us by its layers, and none be freed
 TIED = (
     "the loss ties the records of the batch together (a contrast, a ranking, a correlation, a Dice or a root over the "
     "batch): the gradient at one record's output moves with another's, and clipping cannot bound what one of them "
@@ -50,10 +51,8 @@ class LoopLoss:
         self.asking = False  # the hooks of an output are called then, too
         self._told = told
         self._seen: dict[tuple[int, int], list[Weights]] = {}  # by (output, which derivative), of every batch
-        self._rows, self._batches = 0, 0
-        self._refused = False  # some batch was: or the loop that was refused so often would run
-        self._refusal = ""  # of this one
-        self._edges: list[GradientEdge] = []
+        self._rows, self._batches, self._mark = 0, 0, object()
+        self._refused = False  # or the loop that was refused so often would run
         self._compiled = False  # the outputs are those of a compiled model
         self._parameters: set[Tensor] = set()
 
@@ -63,8 +62,9 @@ class LoopLoss:
         if self._begin(model, rows):
             for t in leaves(output):
                 if t.is_floating_point() and t.requires_grad and t.dim() and t.shape[0] == rows:
-                    self._edges.append(get_gradient_edge(t))
-                    t.register_hook(self.refuse_again)
+                    node: Any = t.grad_fn
+                    if node is not None:
+                        node.metadata.setdefault(KEY, []).append((self._mark, t.output_nr))
 
     def watch_compiled(self, model: nn.Module, rows: int) -> None:
         """The same of a model's outputs that are known once the loss is."""
@@ -85,7 +85,7 @@ class LoopLoss:
 
     def forget(self) -> None:
         """The batch is over."""
-        self._edges, self._compiled, self._parameters, self._refusal = [], False, set(), ""
+        self._mark, self._compiled, self._parameters = object(), False, set()
         _end(self)
 
     def ask(self, losses: Sequence[Tensor], weights: Sequence[Tensor | None] | None) -> None:
@@ -93,15 +93,9 @@ class LoopLoss:
         differentiated twice."""
         try:
             self._ask(losses, weights)
-        except ValueError as refusal:
-            self._refused, self._refusal = True, str(refusal)
-            _end(self)  # whoever holds the error holds the engine, and no other backward is to wait for that
+        except ValueError:
+            self._refused = True
             raise
-
-    def refuse_again(self, gradient: Tensor) -> None:
-        """The hook of an output: another backward of a batch that was refused."""
-        if self._refusal:
-            raise ValueError(self._refusal)
 
     def _ask(self, losses: Sequence[Tensor], weights: Sequence[Tensor | None] | None) -> None:
         nodes, outputs = self._outputs([t.grad_fn for t in losses if t.grad_fn is not None])
@@ -129,27 +123,30 @@ class LoopLoss:
         """The loss's nodes, and the outputs of the model that it is computed from, but for what others of them are
         computed from; none where Python had a part in it, whose backward may do more than differentiate (a layer's
         records its gradients)."""
-        watched = {e.node for e in self._edges}
+
+        @functools.cache
+        def places(node: Any) -> list[int]:
+            """Which of its results are outputs of the model."""
+            return [place for mark, place in node.metadata.get(KEY, ()) if mark is self._mark]
 
         @functools.cache
         def opens(node: Any) -> bool:
             """Whether a function in Python is what the loss is computed from, in an output's stead: a compiled model,
             or one that is put over outputs (a reversal of gradients)."""
-            if not _is_python(node) or node in watched:
+            if not _is_python(node) or places(node):
                 return False
             if self._compiled and type(node).__name__ == "CompiledFunctionBackward":  # of this model
                 below = _reached(_inputs(node), lambda n: False)
                 return any(getattr(n, "variable", None) in self._parameters for n in below)
-            return bool(_reached(_inputs(node), lambda n: n in watched or _is_python(n)) & watched)
+            return any(places(n) for n in _reached(_inputs(node), lambda n: bool(places(n)) or _is_python(n)))
 
-        above = _reached(roots, lambda node: node in watched or opens(node))
-        met = [e for e in self._edges if e.node in above]
-        met += [GradientEdge(n, i) for n in above if opens(n) for i in range(len(n._input_metadata))]
+        above = _reached(roots, lambda node: bool(places(node)) or opens(node))
+        met = [GradientEdge(n, i) for n in above for i in (range(len(n._input_metadata)) if opens(n) else places(n))]
         met = [e for e in met if len(s := _shape(e)) and s[0] == self._rows]
         ends = {e.node for e in met}
         if ends:
             self._refuse_trained(above)
-        if any(_is_python(node) and not opens(node) for node in above - watched):
+        if any(_is_python(node) and not opens(node) and not places(node) for node in above):
             return above, []
         below = _reached([n for node in ends for n in _inputs(node)], lambda node: False)
         return above, [e for e in met if e.node not in below]
@@ -260,6 +257,7 @@ def _reached(roots: Iterable[Any], ends: Callable[[Any], bool]) -> set[Any]:
 _lock = threading.Lock()
 _waiting: "weakref.WeakSet[LoopLoss]" = weakref.WeakSet()
 _plain: Callable[..., None] = torch.autograd.backward
+_installed = False  # also where somebody put a function over ours meanwhile, which calls it
 
 
 @functools.wraps(torch.autograd.backward)
@@ -275,10 +273,10 @@ def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any)
 
 
 def _wait(one: LoopLoss) -> None:
-    global _plain
+    global _plain, _installed
     with _lock:
-        if torch.autograd.backward is not _backward and not _waiting:
-            _plain, torch.autograd.backward = torch.autograd.backward, _backward
+        if not _installed:
+            _plain, torch.autograd.backward, _installed = torch.autograd.backward, _backward, True
         _waiting.add(one)
 
 
@@ -289,5 +287,6 @@ def _end(one: LoopLoss) -> None:
 
 
 def _put_back() -> None:
-    if not _waiting and torch.autograd.backward is _backward:  # or somebody's that calls ours
-        torch.autograd.backward = _plain
+    global _installed
+    if not _waiting and torch.autograd.backward is _backward:
+        torch.autograd.backward, _installed = _plain, False

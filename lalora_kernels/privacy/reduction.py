@@ -139,7 +139,6 @@ class ReductionCheck:
 
     def look(self, z: Tensor, dz: Tensor, name: str) -> None:
         """What a backward brought an output of a compiled model; zeros where it did not reach that one."""
-        self.loop.refuse_again(dz)
         e = self.engine
         if e is None or e.batch is None or self.own.look(e, name, z, dz, e.batch.rows):
             return
@@ -290,6 +289,10 @@ class ReductionCheck:
         self._watching = self._axis is not None
         if not self._watching:
             self.watch = 0  # told
+
+    def remove(self) -> None:
+        """As a handle's: no backward waits for it any longer."""
+        self.loop.forget()
 
     def __deepcopy__(self, memo: dict) -> "ReductionCheck":
         return ReductionCheck()

@@ -241,7 +241,7 @@ class ExtraRecorder(Recorder):
         if (weight := self.active("weight")) is not None:
             self.engine.mark(weight)
             assert x is not None  # kept where the weight trains
-            x = self.fold(x, 0 if self.ids else 1)
+            x = self.fold(x.detach(), 0 if self.ids else 1)  # or its graph lives as long as we, and we as long as it
             self.pairs.append((dy.to(dtype), x if self.ids else x.to(dtype)))
 
     def record_scale(self, dy: Tensor, normalized: Tensor | None, axis: int) -> None:
