@@ -23,6 +23,7 @@ TABLES = (".tsv", ".csv", ".jsonl")  # of text, also with .gz
 TEST_SHARE = 0.2  # where a source has no test split; which records these are is the same in every run
 MOST_CLASSES = 100_000  # a larger label is a number of something else, and each class costs a row of the head
 SPLIT_SEED, SPLIT_SALT = 0, b"lalora_kernels: which records are set aside"  # both public
+KNOWN_SHARE = 0.5  # of test records that also train: a copy or a part has all, public data sets have few or none
 LEAVE_OUT = "give other test records, or leave {} out and a fifth is set aside"
 Text = str | tuple[str, str]
 Inputs = Tensor | list[str] | list[tuple[str, str]]
@@ -222,11 +223,9 @@ def _npz(path: Path) -> Data:
     if "x_test" not in arrays:
         records = _images(arrays["x_train"], arrays["y_train"], str(path))
         return _task(str(path), "image", *_set_aside(records), classes, set_aside=True)
-    if np.array_equal(arrays["x_train"], arrays["x_test"]):
-        them = LEAVE_OUT.format("x_test and y_test")
-        raise BadInput(f"{path}: x_test is x_train, whose accuracy is private; {them}")
     train = _images(arrays["x_train"], arrays["y_train"], f"{path}: x_train")
     test = _images(arrays["x_test"], arrays["y_test"], f"{path}: x_test")
+    refuse_known(f"{path}: x_test", train, test, "x_test and y_test")
     return _task(str(path), "image", train, test, classes)
 
 
@@ -249,13 +248,31 @@ def labelled(kind: str, path: Path, train: Names, test_path: Path | None, test: 
     if strange := sorted(set(test[1]) - set(classes)):
         known = ", ".join(classes[:10])
         raise BadInput(f"{test_path}: label {strange[0]!r} does not occur in {path}, which has {known}")
-    return _task(str(path), kind, records, Records(test[0], torch.tensor([index[c] for c in test[1]])), classes)
+    tests = Records(test[0], torch.tensor([index[c] for c in test[1]]))
+    refuse_known(str(test_path), records, tests, "it")
+    return _task(str(path), kind, records, tests, classes)
 
 
 def refuse_training_records(path: Path, test: Path) -> None:
     """Raise BadInput where the test records are the training records."""
     if test.exists() and test.samefile(path):
         raise BadInput(f"{test}: this is the training file, whose accuracy is private; {LEAVE_OUT.format('it')}")
+
+
+def refuse_known(where: str, train: Records, test: Records, what: str) -> None:
+    """Raise BadInput where half of the test records or more stand among the training records, their inputs byte for
+    byte: a copy of the training records, or a part of them, whose accuracy would be shown as public.
+
+    Fewer are no reason: records that are public stay so whoever trains on some of them. How many there are is told here
+    alone, for it says of public records whether they are among the private ones. ``what`` to leave out is the cure.
+    """
+    known = {train.digest(i) for i in range(len(train))}
+    shared = sum(test.digest(i) in known for i in range(len(test)))
+    if len(test) and shared >= KNOWN_SHARE * len(test):
+        raise BadInput(
+            f"{where}: {shared:,} of its {len(test):,} records also stand in the training data, whose accuracy is "
+            f"private; take them out, {LEAVE_OUT.format(what)}"
+        )
 
 
 def _by_value(label: str) -> tuple[int, int, str]:

@@ -17,6 +17,7 @@ from lalora_kernels.data import (
     _set_aside,
     _task,
     need,
+    refuse_known,
     refuse_no_hub_name,
 )
 from lalora_kernels.data_table import LABEL_COLUMNS, _column, _join, _string, _text_columns
@@ -53,6 +54,7 @@ def load_hub(name: str, text_column: str | None, label_column: str | None) -> Da
         kind, images = "image", [[_pixels(row[picture]) for row in split] for split in used]
         train, *rest = [_images(_stack(split, name), y, name) for split, y in zip(images, labels)]
     if rest:
+        refuse_known(f"{name}: split {test!r}", train, rest[0], "this one")
         return _task(name, kind, train, rest[0], classes)
     return _task(name, kind, *_set_aside(train), classes, set_aside=True)
 

@@ -44,7 +44,8 @@ def stand_in(monkeypatch, splits: dict[str, list[dict]], classes: list[str]) -> 
 
 def test_hub_names_are_handed_to_datasets(monkeypatch):
     rows = [{"text": f"t{i}", "label": i % 2} for i in range(10)]
-    splits = {"train": rows, "test": [{"text": "?", "label": -1}] * 3, "validation": rows}
+    dev = [{"text": f"v{i}", "label": i % 2} for i in range(10)]
+    splits = {"train": rows, "test": [{"text": "?", "label": -1}] * 3, "validation": dev}
     asked = stand_in(monkeypatch, splits, ["neg", "pos"])
     data = load_data("hf:glue:sst2")
     assert asked == [("glue", "sst2")] and data.classes == ["neg", "pos"]
@@ -54,7 +55,7 @@ def test_hub_names_are_handed_to_datasets(monkeypatch):
 @pytest.mark.parametrize("labels, classes", [(["no", "yes"], ["no", "yes"]), ([False, True], ["false", "true"])])
 def test_labels_that_are_text_or_truths_are_numbered_by_what_trains(monkeypatch, labels, classes):
     rows = [{"text": f"t{i}", "label": labels[i % 2]} for i in range(6)]
-    stand_in(monkeypatch, {"train": rows, "test": rows[1:2]}, [])
+    stand_in(monkeypatch, {"train": rows, "test": [{"text": "t", "label": labels[1]}]}, [])
     data = load_data("hf:some/thing")
     assert data.classes == classes and data.train.labels.tolist() == [0, 1] * 3 and data.test.labels.tolist() == [1]
 
@@ -166,5 +167,13 @@ def test_what_does_not_fit(monkeypatch, splits, message):
 def test_a_split_without_labels_is_no_test_split(monkeypatch, unlabelled):
     rows = [{"text": f"t{i}", "label": i % 2} for i in range(8)]
     empty = [] if unlabelled == "no rows" else [{"text": "?", "label": unlabelled}] * 3
-    stand_in(monkeypatch, {"train": rows, "test": empty, "dev": rows[:4]}, ["a", "b"])
+    stand_in(monkeypatch, {"train": rows[4:], "test": empty, "dev": rows[:4]}, ["a", "b"])
     assert load_data("hf:some/thing").test.inputs == ["t0", "t1", "t2", "t3"]
+
+
+def test_a_test_split_of_training_records_is_refused_by_its_name(monkeypatch):
+    rows = [{"text": f"t{i}", "label": i % 2} for i in range(8)]
+    dev = rows[:3] + [{"text": f"v{i}", "label": 0} for i in range(3)]
+    stand_in(monkeypatch, {"train": rows, "dev": dev}, ["a", "b"])
+    with pytest.raises(BadInput, match="hf:some/thing: split 'dev': 3 of its 6 records also stand in the training"):
+        load_data("hf:some/thing")

@@ -13,6 +13,13 @@ FILES = (
         "data",
     ),
     fault(
+        "a copy of the training records taken for public test records",
+        DATA,
+        "if len(test) and shared >= KNOWN_SHARE * len(test):",
+        "if False:",
+        "data_known",
+    ),
+    fault(
         "accuracy on private records logged as public",
         "lalora_kernels/loggers.py",
         "public_test = not record.get(PRIVATE_TEST)",
