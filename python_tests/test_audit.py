@@ -15,10 +15,10 @@ from lalora_kernels.cli import main
 from lalora_kernels.data import Records
 from lalora_kernels.federated.config import make_config
 from lalora_kernels.federated.run import prepare
-from lalora_kernels.privacy import audit
+from lalora_kernels.privacy import audit, audit_report
 from lalora_kernels.privacy.accountant import compute_epsilon
 from lalora_kernels.privacy.audit import audit_privatize, clopper_pearson, gaussian_epsilon, gaussian_tradeoff
-from lalora_kernels.privacy.audit_run import audit_run, epsilon_lower_bound, p_value
+from lalora_kernels.privacy.audit_run import RunAudit, audit_run, epsilon_lower_bound, p_value
 from lalora_kernels.privacy.noise import NoiseSource
 
 KEY = bytes(range(32))
@@ -128,6 +128,15 @@ def test_arguments_out_of_range(kwargs):
         step_audit(**kwargs)
 
 
+def test_the_most_that_so_many_draws_can_show_is_what_they_show_without_any_noise(monkeypatch):
+    privatize = functional.privatize
+    monkeypatch.setattr(functional, "privatize", lambda *a, noise_std, **k: privatize(*a, noise_std=0.0, **k))
+    for draws in (5, 30, 300):
+        found = step_audit(draws=draws)
+        assert found.epsilon_most == max(found.epsilon, found.epsilon_direct)
+    assert step_audit(draws=5).epsilon_most == 0.0 and found.epsilon_most > found.epsilon_theory and found.broken
+
+
 def test_what_is_written_is_finite_json():
     text = json.dumps(step_audit(draws=50).as_dict(), allow_nan=False)
     assert math.isfinite(json.loads(text)["mu"]) and KEY.hex() not in text
@@ -174,6 +183,17 @@ def test_randomized_response_is_not_refuted_more_often_than_the_false_alarm_allo
     """Guesses as right as (ε, 0)-DP lets them be are refuted at 5% with a probability of nearly that."""
     refuting = [v for v in range(81) if epsilon_lower_bound(v, 80, 80, 0.0, 0.05) > 1.0]
     assert 0.01 < stats.binom.pmf(refuting, 80, 1 / (1 + math.exp(-1.0))).sum() <= 0.05
+
+
+@pytest.mark.parametrize("draws, canaries, small", [(50, 4000, 0), (10, 4000, 1), (50, 20, 1), (10, 20, 2)])
+def test_attacks_that_are_too_small_to_refute_anything_are_counted(draws, canaries, small):
+    single = dataclasses.replace(step_audit(draws=50), draws=draws)
+    guesses, confidence = canaries // 5, 1 - FALSE_ALARM
+    run = RunAudit("dirac", canaries, guesses, guesses // 2, 60, 0.1, 2.0, "binomial5", 1e-7, confidence, 0.4, 3.0)
+    assert run.epsilon_most == epsilon_lower_bound(guesses, guesses, canaries, 1e-7, 1 - confidence)
+    told = audit_report.table([single], [run])
+    assert all(f"| {a.epsilon_most:.2f} | {a.epsilon_theory:.2f} |" in told for a in (single, run))
+    assert ("no evidence" in told) == (f"no evidence for it: {small} of 2 attacks" in told) == (small > 0)
 
 
 @pytest.fixture(scope="module")
@@ -244,9 +264,11 @@ def test_the_command_prints_and_writes_what_it_found(world, tmp_path, capsys):
     code = main(["audit", "--draws", "40", "--canaries", "30", "--steps", "2", "--out", str(out)])
     shown = capsys.readouterr().out
     assert code == 0 and "No claim is refuted." in shown and "μ claimed" in shown
+    assert "no evidence for it: 4 of 7 attacks" in shown and "no evidence" in (out / "audit-cpu.md").read_text()
     stored = json.loads((out / "audit-cpu.json").read_text())
     assert len(stored["one_release"]) == 3 and {a["kind"] for a in stored["one_run"]} == {"dirac", "mislabelled"}
     assert not any(a["broken"] for a in stored["one_release"] + stored["one_run"])
+    assert all(a["epsilon_most"] < a["epsilon_theory"] for a in stored["one_run"])
     assert main(["audit", "--draws", "0"]) == 2
 
 

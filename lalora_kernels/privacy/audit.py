@@ -102,9 +102,16 @@ class StepAudit:
         """Whether the claim is refuted: the lower bound lies above theory."""
         return self.mu > self.mu_theory or self.epsilon_direct > self.epsilon_theory
 
+    @property
+    def epsilon_most(self) -> float:
+        """The largest lower bound of ε that so many draws can show: that of an attack without an error."""
+        error = clopper_pearson(0, self.draws, _risk(1.0 - self.confidence))[1]
+        mu, direct = _shown(error, error, self.delta)
+        return max(gaussian_epsilon(mu, self.delta), direct)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self), "broken": self.broken}
+        return {**asdict(self), "broken": self.broken, "epsilon_most": self.epsilon_most}
 
 
 def audit_privatize(
@@ -184,23 +191,32 @@ def _bounds(
     scores: list[np.ndarray], middle: float, spread: float, false_alarm: float, delta: float, mu_theory: float
 ) -> tuple[tuple[Point, ...], float, float]:
     """(curve, lower bound of μ, lower bound of ε); all bounds hold at once but with probability ``false_alarm``."""
-    from scipy.special import ndtri
-
-    alpha = false_alarm / (2 * len(THRESHOLDS))
+    alpha = _risk(false_alarm)
     points, mu, epsilon = [], 0.0, 0.0
     for t in THRESHOLDS:
         false_positives = int((scores[0] > middle + t * spread).sum())
         false_negatives = int((scores[1] <= middle + t * spread).sum())
         fpr = clopper_pearson(false_positives, len(scores[0]), alpha)[1]
         fnr = clopper_pearson(false_negatives, len(scores[1]), alpha)[1]
-        if fpr < 1.0 and fnr < 1.0:
-            mu = max(mu, float(-ndtri(fpr) - ndtri(fnr)))
-        for a, b in ((fpr, fnr), (fnr, fpr)):
-            if 1.0 - delta - b > a:
-                epsilon = max(epsilon, math.log((1.0 - delta - b) / a))
+        shown = _shown(fpr, fnr, delta)
+        mu, epsilon = max(mu, shown[0]), max(epsilon, shown[1])
         measured = false_positives / len(scores[0]), false_negatives / len(scores[1])
         points.append(Point(t, *measured, fpr, fnr, gaussian_tradeoff(fpr, mu_theory)))
     return tuple(points), mu, epsilon
+
+
+def _risk(false_alarm: float) -> float:
+    """That of each bound, two a threshold, which together are wrong with probability ``false_alarm`` at most."""
+    return false_alarm / (2 * len(THRESHOLDS))
+
+
+def _shown(fpr: float, fnr: float, delta: float) -> tuple[float, float]:
+    """Lower bounds of μ and, of any mechanism, of ε, by upper bounds of both errors."""
+    from scipy.special import ndtri
+
+    mu = max(0.0, float(-ndtri(fpr) - ndtri(fnr))) if fpr < 1.0 and fnr < 1.0 else 0.0
+    odds = max((1.0 - delta - b) / a for a, b in ((fpr, fnr), (fnr, fpr)))
+    return mu, math.log(odds) if odds > 1.0 else 0.0
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

@@ -76,9 +76,14 @@ class RunAudit:
         """Whether the claim is refuted."""
         return self.epsilon > self.epsilon_theory
 
+    @property
+    def epsilon_most(self) -> float:
+        """The largest lower bound of ε that so many guesses can show: that of an attack whose guesses are all right."""
+        return epsilon_lower_bound(self.guesses, self.guesses, self.canaries, self.delta, 1.0 - self.confidence)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self), "broken": self.broken}
+        return {**asdict(self), "broken": self.broken, "epsilon_most": self.epsilon_most}
 
 
 @dataclass(frozen=True)
