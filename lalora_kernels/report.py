@@ -149,12 +149,9 @@ def read_run(folder: str | Path) -> RunData:
 
     folder = Path(folder)
     try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        history = [json.loads(line) for line in lines]
-        books = {}
+        about, history, books = _parsed(folder / "config.json"), _rounds(folder / "metrics.jsonl"), {}
         if (folder / "ledger.json").exists() or "plan" in about:
-            books = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
+            books = _parsed(folder / "ledger.json")
         ledgers = read_ledgers(folder, books) if books else {}
         run = RunData(folder.resolve().name, about, history, books.get("clients", {}), ledgers, {})
         if not run.settings or not history:
@@ -171,6 +168,34 @@ def read_run(folder: str | Path) -> RunData:
     return run
 
 
+def _parsed(path: Path) -> Any:
+    """A JSON file of a run. Raises BadInput, which names it, where it is none."""
+    from lalora_kernels.data import BadInput
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is corrupt or truncated ({error}); restore it from a copy") from error
+
+
+def _rounds(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl. Raises BadInput, which names the line, where one is no round."""
+    from lalora_kernels.data import BadInput
+
+    rounds = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            rounds.append(json.loads(line))
+            if not isinstance(rounds[-1], dict):
+                raise ValueError(f"a {type(rounds[-1]).__name__}, not the object of a round")
+        except (ValueError, RecursionError) as error:
+            raise BadInput(
+                f"{path.parent} is not a complete run: {path}, line {number} is corrupt or truncated ({error}); "
+                f"lalora train --resume writes metrics.jsonl anew"
+            ) from error
+    return rounds
+
+
 def write_report(folder: str | Path, *more: str | Path, out: str | Path | None = None, public: bool = False) -> Path:
     """Write one page on one run, or on several side by side; returns its path.
 
@@ -181,15 +206,15 @@ def write_report(folder: str | Path, *more: str | Path, out: str | Path | None =
     from lalora_kernels.data import BadInput
     from lalora_kernels.report_page import page
 
+    path = Path(out) if out is not None else Path("comparison.html") if more else Path(folder) / "report.html"
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder; --out names a file")
     runs = [read_run(one) for one in (folder, *more)]
     if public and (private := [run.name for run in runs if run.private_test]):
         raise BadInput(
             f"{private[0]}: its test records were set aside from the private ones, so its accuracy and loss are not to "
             f"be published; run it with test records of their own (--test-dataset, or x_test in the .npz)"
         )
-    path = Path(out) if out is not None else Path("comparison.html") if more else Path(folder) / "report.html"
-    if path.is_dir():
-        raise BadInput(f"{path} is a folder; --out names a file")
     try:
         text = page(runs, public)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

@@ -83,6 +83,23 @@ def test_a_report_on_damaged_metrics_is_refused_and_resuming_mends_them(task, ru
     assert main(["report", str(run_folder)]) == 0
 
 
+@pytest.mark.parametrize("line", ['{"round": 1, "accu', "", "[1]", "\xff", "[" * 100_000], ids=lambda line: line[:5])
+def test_a_report_names_the_line_that_is_no_round(run_folder, capsys, line):
+    path = run_folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], line.encode("latin-1"), *lines[1:]]))
+    assert main(["report", str(run_folder)]) == 2
+    said = capsys.readouterr().err
+    assert f"{path}, line 2 is corrupt or truncated (" in said and "--resume writes metrics.jsonl anew" in said
+
+
+@pytest.mark.parametrize("name", ["config.json", "ledger.json"])
+def test_a_report_names_the_file_that_is_not_json(run_folder, capsys, name):
+    (run_folder / name).write_text("{")
+    assert main(["report", str(run_folder)]) == 2
+    assert f"{run_folder / name} is corrupt or truncated (" in capsys.readouterr().err
+
+
 def test_a_report_on_a_plan_that_was_edited_is_refused(run_folder, capsys):
     change_config(run_folder, "plan", client=99)
     assert main(["report", str(run_folder)]) == 2
