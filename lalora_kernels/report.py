@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,19 +197,31 @@ def _rounds(path: Path) -> list[dict[str, Any]]:
     return rounds
 
 
+def _refuse_no_place(path: Path) -> None:
+    """Raise BadInput where ``path`` cannot be written: it is a folder, or lies below what is none or is read-only."""
+    from lalora_kernels.data import BadInput
+
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder; --out names a file")
+    above = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "cannot be written to" if above.is_dir() else "is a file, not a folder"
+        raise BadInput(f"{path} cannot be made: {above} {why}; --out names a file elsewhere")
+
+
 def write_report(folder: str | Path, *more: str | Path, out: str | Path | None = None, public: bool = False) -> Path:
     """Write one page on one run, or on several side by side; returns its path.
 
     ``out``: the file; else report.html in the only run's folder, or comparison.html here. ``public`` leaves out
-    whatever was computed on private data. Raises as ``read_run``, and BadInput for files that lack something, for a
-    folder as ``out``, and for a public page on a run whose accuracy is of private records.
+    whatever was computed on private data. Raises as ``read_run``, and BadInput for files that lack something, for an
+    ``out`` that is a folder or cannot be made, and for a public page on a run whose accuracy is of private records.
     """
     from lalora_kernels.data import BadInput
     from lalora_kernels.report_page import page
 
     path = Path(out) if out is not None else Path("comparison.html") if more else Path(folder) / "report.html"
-    if path.is_dir():
-        raise BadInput(f"{path} is a folder; --out names a file")
+    if out is not None or path.parent.is_dir():  # else it is the run that is none
+        _refuse_no_place(path)
     runs = [read_run(one) for one in (folder, *more)]
     if public and (private := [run.name for run in runs if run.private_test]):
         raise BadInput(

@@ -112,6 +112,23 @@ def test_a_report_s_place_is_no_folder_not_even_this_one(run_folder, capsys, mon
     assert ". is a folder; --out names a file" in capsys.readouterr().err
 
 
+def test_a_report_s_place_is_looked_at_before_the_runs_are_read(run_folder, capsys, monkeypatch):
+    monkeypatch.setattr("lalora_kernels.report.read_run", lambda _: pytest.fail("read"))
+    file = run_folder / "metrics.jsonl"
+    for place in ("x.html", "new/x.html"):
+        assert main(["report", str(run_folder), "--out", str(file / place)]) == 2
+        assert f"{file / place} cannot be made: {file} is a file, not a folder; --out" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+    assert main(["report", str(run_folder)]) == 2
+    said = f"report.html cannot be made: {run_folder} cannot be written to; --out names a file elsewhere"
+    assert said in capsys.readouterr().err
+
+
+def test_a_report_into_a_folder_that_is_still_to_be_made(run_folder, tmp_path):
+    assert main(["report", str(run_folder), "--out", str(tmp_path / "a/b/x.html")]) == 0
+    assert (tmp_path / "a/b/x.html").is_file()
+
+
 def test_the_ledger_command_misses_a_client_whose_ledger_was_cut_out(run_folder, capsys):
     books = json.loads((run_folder / "ledger.json").read_text())
     del books["clients"]["2"]
