@@ -115,7 +115,7 @@ def simulate(
     _need_flower("ray")
     signal.signal(signal.SIGTERM, _interrupt)
     if config is None:
-        config = make_config(_resumable(folder)["settings"])
+        config = make_config(_resumable(folder)["settings"], folder / "config.json")
         resumed = True
     else:
         _refuse_taken(folder)

@@ -32,6 +32,25 @@ def test_settings_that_were_edited_are_refused_by_name(run_folder, name):
         Run.resume(run_folder)
 
 
+@pytest.mark.parametrize("name, value", [("rounds", "many"), ("lr", -1), ("local_steps", 1), ("epsilon", None)])
+def test_a_setting_that_does_not_even_fit_is_refused_by_file_and_name_too(run_folder, capsys, name, value):
+    change_config(run_folder, "settings", **{name: value})
+    at = load_checkpoint(run_folder)
+    assert main(["train", "--resume", str(run_folder)]) == 2
+    said = capsys.readouterr().err
+    assert f"config.json: {name} is {value!r}, not {at.settings[name]!r}: these are" in said and "--" not in said
+
+
+@pytest.mark.parametrize("name, value", [("physical_batch_size", 0), ("device", 3), ("rounds", "many")])
+def test_by_file_and_name_also_what_may_be_edited_and_where_the_checkpoint_knows_no_settings(run_folder, name, value):
+    change_config(run_folder, "settings", **{name: value})
+    at = load_checkpoint(run_folder)
+    at.settings.clear()
+    save_checkpoint(run_folder, at)
+    with pytest.raises(BadInput, match=rf"{run_folder}/config.json: {name} is (text|a whole number).*, got {value!r}"):
+        Run.resume(run_folder)
+
+
 def test_where_a_run_s_data_lie_may_be_edited_and_an_older_checkpoint_knows_no_settings(task, run_folder, tmp_path):
     moved = shutil.copy(task.config.dataset, tmp_path / "moved.npz")
     change_config(run_folder, "settings", dataset=str(moved), physical_batch_size=3)

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lalora_kernels.data import BadInput
+from lalora_kernels.federated.config import Config, make_config
 from lalora_kernels.files import tensor_digest, write_atomic
 
 FILE = "checkpoint.safetensors"
@@ -38,15 +39,19 @@ class Checkpoint:
     kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # client -> its own factors, once it has trained
     settings: dict[str, Any] = field(default_factory=dict)  # of the start; {} in files of versions that kept none
 
-    def refuse_other_settings(self, path: Path, now: Mapping[str, Any]) -> None:
-        """Raise BadInput, naming them, for settings that are ``now``, in ``path``, not those of the start."""
-        other = [name for name in self.settings if name not in MOVABLE and self.settings[name] != now.get(name)]
-        if other:
-            told = ", ".join(f"{name} is {now.get(name)!r}, not {self.settings[name]!r}" for name in other)
-            raise BadInput(
-                f"{path}: {told}: these are not the settings that this run was started with; put them back, or start a "
-                f"new run"
-            )
+    def config(self, path: Path, settings: Any) -> Config:
+        """The settings that ``path``, the run's config.json, holds. Raises BadInput, by their names, for those that are
+        not those of the start, before it asks whether they fit: the cure is to put them back."""
+        if isinstance(settings, Mapping):
+            now = json.loads(Config().to_json()) | dict(settings)
+            other = [name for name in self.settings if name not in MOVABLE and self.settings[name] != now.get(name)]
+            if other:
+                told = ", ".join(f"{name} is {now.get(name)!r}, not {self.settings[name]!r}" for name in other)
+                raise BadInput(
+                    f"{path}: {told}: these are not the settings that this run was started with; put them back, or "
+                    f"start a new run"
+                )
+        return make_config(settings, path)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

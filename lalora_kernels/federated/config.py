@@ -201,8 +201,9 @@ def _inside(name: str, value: float) -> bool:
 NAMES = tuple(field.name for field in dataclasses.fields(Config))
 
 
-def make_config(values: dict[str, Any], where: str = "settings") -> Config:
-    """A Config from a flat mapping; ε = inf (JSON: "inf") means no noise. Raises BadInput for unknown names."""
+def make_config(values: dict[str, Any], where: str | Path = "settings") -> Config:
+    """A Config from a flat mapping; ε = inf (JSON: "inf") means no noise. Raises BadInput for unknown names, and for
+    values that do not fit: by their flags' names, or by file and key, where a Path says which file holds them."""
     if not isinstance(values, Mapping):
         raise BadInput(f"{where}: settings are names with values, got {type(values).__name__}")
     if strange := sorted(set(values) - set(NAMES)):
@@ -213,7 +214,15 @@ def make_config(values: dict[str, Any], where: str = "settings") -> Config:
     values = dict(values)
     if values.get("epsilon") == "inf":
         values["epsilon"] = math.inf
-    return Config(**values)
+    if not isinstance(where, Path):
+        return Config(**values)
+    for field in dataclasses.fields(Config):
+        if field.name in values:
+            check_value(field, values[field.name], f"{where}: {field.name}")
+    try:
+        return Config(**values)
+    except BadInput as error:  # two that do not go together
+        raise BadInput(f"{where}: {error}") from error
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -147,8 +147,7 @@ class Coordinator:
             remove_temporaries(folder, (CONFIG, METRICS, CHECKPOINT, RESULT))
             about, at = read_json(folder / CONFIG), load_checkpoint(folder)
             try:
-                config = make_config(about["settings"], str(folder / CONFIG))
-                at.refuse_other_settings(folder / CONFIG, json.loads(config.to_json()))
+                config = at.config(folder / CONFIG, about["settings"])
                 task = prepare(config, watch, dealt="partition" in about["fingerprints"])
                 for what, found in task.fingerprints.items():
                     if about["fingerprints"][what] != found:

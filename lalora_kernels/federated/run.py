@@ -19,7 +19,7 @@ from lalora_kernels.data import BadInput
 from lalora_kernels.federated.checkpoint import FILE as CHECKPOINT
 from lalora_kernels.federated.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lalora_kernels.federated.client import Client, get_state, set_state
-from lalora_kernels.federated.config import Config, make_config
+from lalora_kernels.federated.config import Config
 from lalora_kernels.federated.diagnostics import NOT_PRIVATE, PRIVATE_TEST
 from lalora_kernels.federated.guard import Outcome, QuorumLost, Rules, refuse_lost_rounds
 from lalora_kernels.federated.lock import RunLock
@@ -119,8 +119,7 @@ class Run:
     def _resume(cls, folder: Path, watch: Watch, lock: RunLock) -> "Run":
         about, at, books = read_json(folder / CONFIG), load_checkpoint(folder), read_json(folder / LEDGERS)
         try:
-            config = make_config(about["settings"], str(folder / CONFIG))
-            at.refuse_other_settings(folder / CONFIG, json.loads(config.to_json()))
+            config = at.config(folder / CONFIG, about["settings"])
             task = prepare(config, watch)
             for what, found in task.fingerprints.items():
                 if about["fingerprints"][what] != found:
