@@ -385,7 +385,8 @@ def test_the_ledger_command_prints_entries_and_recomputes_epsilon(run_folder, ca
     pld = capsys.readouterr().out
     assert cli.main(["ledger", str(run_folder), "--accountant", "rdp"]) == 0
     rdp = capsys.readouterr().out
-    assert "4 ledgers" in pld and "every hash chain holds" in pld and "by PLD" in pld and "by RDP" in rdp
+    assert "4 ledgers" in pld and "every hash chain holds" in pld and "by PLD\n" in pld
+    assert "by RDP, a looser bound than PLD's, which keeps the budget; it may lie above\n" in rdp
     for text, accountant in ((pld, "pld"), (rdp, "rdp")):
         blocks = text.split("\nclient ")[1:]
         assert len(blocks) == 4

@@ -62,7 +62,8 @@ def show_ledger(run: str | Path, *, accountant: str = "pld", delta: float | None
 
 def _head(path: Path, ledgers: list[Ledger], accountant: str) -> str:
     many = f"{len(ledgers)} ledger{'s' * (len(ledgers) != 1)}, {sum(ledger.steps for ledger in ledgers)} releases"
-    return f"{path}: {many}; every hash chain holds; epsilon by {accountant.upper()}"
+    looser = ", a looser bound than PLD's, which keeps the budget; it may lie above" if accountant != "pld" else ""
+    return f"{path}: {many}; every hash chain holds; epsilon by {accountant.upper()}{looser}"
 
 
 def _planned(folder: Path) -> list[str]:
