@@ -223,14 +223,15 @@ def table(args: argparse.Namespace) -> int:
     grid: dict[str, Sequence] = {}
     for name, usual in GRID.items():  # a file's ε is a budget that the table must not exceed unasked
         grid[name] = getattr(args, f"{name}s") or ([given[name]] if name in given else usual)
-    if args.into:
-        around_marks(Path(args.into))
+    page = Path(args.into) if args.into else None
+    if page is not None:
+        around_marks(page)
     try:
         with _saved("the same command continues"), _setup():
-            text = make_table(given, grid, Path(args.out), args.jobs)
+            text = make_table(given, grid, Path(args.out), args.jobs, page)
         print(text)
-        if args.into:
-            put_into(Path(args.into), text)
+        if page is not None:
+            put_into(page, text)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return INTERRUPTED

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from lalora_kernels.data import BadInput
+from lalora_kernels.data import BadInput, load_data
 from lalora_kernels.federated.config import Config, make_config
 from lalora_kernels.federated.diagnostics import PRIVATE_TEST
 from lalora_kernels.federated.methods import get_method
@@ -21,12 +21,15 @@ Accuracy = tuple[float, float, bool]  # before and after, in [0, 1]; whether the
 PRIVATE = "accuracy of private records set aside: not covered by epsilon, do not publish"
 
 
-def make_table(shared: dict[str, Any], grid: dict[str, Sequence], out: Path, jobs: int = 1) -> str:
+def make_table(
+    shared: dict[str, Any], grid: dict[str, Sequence], out: Path, jobs: int = 1, page: Path | None = None
+) -> str:
     """Train what is missing of ``grid`` (setting -> values) under ``out``; return the table, also as ``out/table.md``.
 
     A cell is the mean test accuracy over the seeds, in percent, ± the sample standard deviation. Runs that are complete
-    are read, runs that were interrupted are resumed. Raises BadInput for settings that do not fit, or for a folder
-    there whose run has other settings.
+    are read, runs that were interrupted are resumed. Raises BadInput for settings that do not fit, for a folder there
+    whose run has other settings, and, before it trains, for a ``page`` to put the table into where the data set's
+    test records are private ones.
     """
     if jobs < 1:
         raise BadInput(f"--jobs is a whole number >= 1, got {jobs}")
@@ -40,6 +43,8 @@ def make_table(shared: dict[str, Any], grid: dict[str, Sequence], out: Path, job
         if (done := _finished(out / name, config)) is not None:
             results[name] = done
     missing = {name: config for name, config in configs.items() if name not in results}
+    if page is not None and missing and _tests_are_private(next(iter(missing.values()))):
+        raise _kept_off(page)
     for name, accuracy in _train(missing, out, jobs):
         results[name] = accuracy
         print(f"[{len(results)}/{len(configs)}] {name}: {100 * accuracy[1]:.1f} %", flush=True)
@@ -54,12 +59,23 @@ def put_into(page: Path, table: str, mark: str = "accuracy") -> None:
     Raises BadInput for a page without them, and for a table of private records' accuracy.
     """
     if PRIVATE in table:
-        raise BadInput(
-            f"{page} would show {PRIVATE}; leave out --into, or give the data set test records of its own "
-            f"(x_test and y_test of an .npz, --test-dataset of a table) that may be published"
-        )
+        raise _kept_off(page)
     head, tail = around_marks(page, mark)
     write_atomic(page, f"{head}\n\n{table.strip()}\n\n{tail}")
+
+
+def _kept_off(page: Path) -> BadInput:
+    return BadInput(
+        f"{page} would show {PRIVATE}; leave out --into, or give the data set test records of its own (x_test and "
+        f"y_test of an .npz, --test-dataset of a table or a folder) that may be published"
+    )
+
+
+def _tests_are_private(config: Config) -> bool:
+    return load_data(
+        config.dataset, test=config.test_dataset, text_column=config.text_column, label_column=config.label_column,
+        image_size=config.image_size,
+    ).set_aside  # fmt: skip
 
 
 def around_marks(page: Path, mark: str = "accuracy") -> tuple[str, str]:

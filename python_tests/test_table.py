@@ -85,6 +85,16 @@ def test_the_accuracy_of_private_records_set_aside_is_marked_and_kept_off_pages(
     assert page.read_text().count("Runs on the same records add up.") == 1 and "do not publish" not in page.read_text()
 
 
+def test_a_page_is_kept_from_private_records_before_a_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lalora_kernels.table._one", lambda *_: pytest.fail("trained"))
+    with np.load(digits_npz(tmp_path / "d.npz", 80, 40)) as whole:
+        np.savez(tmp_path / "own.npz", x_train=whole["x_train"], y_train=whole["y_train"])
+    (page := tmp_path / "page.md").write_text("<!-- accuracy:begin --><!-- accuracy:end -->")
+    flags = ["--dataset", str(tmp_path / "own.npz"), "--methods", "ffa-lora", "--local-steps", "1"]
+    assert main(["table", *flags, "--out", str(tmp_path / "out"), "--into", str(page)]) == 2
+    assert "page.md would show accuracy of private records set aside" in capsys.readouterr().err
+
+
 def test_a_page_in_another_encoding_is_named(tmp_path):
     page = tmp_path / "page.md"
     page.write_bytes("<!-- accuracy:begin --> é <!-- accuracy:end -->".encode("latin-1"))
