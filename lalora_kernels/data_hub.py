@@ -29,6 +29,8 @@ def load_hub(name: str, text_column: str | None, label_column: str | None) -> Da
     """``load_data`` of "hf:NAME", "hf:NAME:CONFIG" or "hf:FOLDER", which holds Parquet or other files that ``datasets``
     reads, or what its ``save_to_disk`` wrote; raises BadInput as that does.
 
+    ``datasets`` keeps a copy of a hub's data and of a folder's, as Arrow, in HF_DATASETS_CACHE; not of save_to_disk's.
+
     A column of images is the input where there is one, in three channels each: were all grey only where all are, one
     record would change what the others are, and which of them are set aside.
     """
