@@ -7,11 +7,14 @@ import functools
 import hashlib
 import importlib
 import os
+import socket
 import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 import torch
@@ -46,6 +49,19 @@ def refuse_no_hub_name(path: str) -> None:
     if not os.path.isdir(path) and (path.startswith(("/", ".", "~")) or path.endswith("/") or path.count("/") > 1):
         where = "" if os.path.isabs(path) else f" in {Path.cwd()}"
         raise BadInput(f"hf:{path}: no such folder{where}; hf: takes one that there is, or OWNER/NAME of the hub")
+
+
+def no_hub() -> str | None:
+    """The hub's host where it has no address here, as without a network: its client asks for half a minute before it
+    says so. None where it has one, for a slow network is to take its time, or where a proxy would look it up."""
+    if {"http", "https", "all"} & set(getproxies()):
+        return None
+    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError):
+        return str(host)
+    return None
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face hub, through its own package ``datasets``, which no extra installs."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from lalora_kernels.data import (
     _set_aside,
     _task,
     need,
+    no_hub,
     refuse_known,
     refuse_no_hub_name,
 )
 from lalora_kernels.data_table import LABEL_COLUMNS, _column, _join, _string, _text_columns
 
 TEST_SPLITS = ("test", "validation", "validation_matched", "valid", "val", "dev")  # the first that has labels
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")  # with 1 the hub is not asked
 
 
 def load_hub(name: str, text_column: str | None, label_column: str | None) -> Data:
@@ -68,6 +71,12 @@ def _load(name: str) -> Any:
         raise BadInput(f"{name}: a file; give the folder that holds this data set alone: hf:{where.parent}")
     refuse_no_hub_name(path)
     datasets = need("datasets")
+    asked = not where.is_dir() and all(os.environ.get(name, "0") == "0" for name in OFFLINE)
+    if asked and (host := no_hub()):
+        raise BadInput(
+            f"{name}: {host} has no address here (is there a network?); HF_HUB_OFFLINE=1 takes what datasets has "
+            f"stored of an earlier run, and hf:FOLDER reads files"
+        )
     try:
         if any((where / saved).is_file() for saved in ("dataset_dict.json", "state.json")):  # by save_to_disk
             found = datasets.load_from_disk(path)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lalora_kernels.data import BadInput, Text, need, no_such_file, refuse_no_hub_name
+from lalora_kernels.data import BadInput, Text, need, no_hub, no_such_file, refuse_no_hub_name
 from lalora_kernels.embedded import SIZE, embedded_model
 
 _torchvision_schemas: list[torch.library.Library] = []  # a Library's definitions live as long as it does
@@ -200,6 +200,8 @@ def _transformers(name: str, num_classes: int, kind: str, image_size: int | None
         "text": transformers.AutoModelForSequenceClassification,
     }
     options: dict = {"num_labels": num_classes}
+    if not Path(name).is_dir() and (host := no_hub()):
+        name = _stored(name, host)
     with quiet(transformers):
         try:
             config = transformers.AutoConfig.from_pretrained(name)
@@ -234,6 +236,17 @@ def _transformers(name: str, num_classes: int, kind: str, image_size: int | None
     base = model.base_model_prefix + "."
     head = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(base)]
     return Classifier(model, kind, collate, head, sorted(untrained))
+
+
+def _stored(name: str, host: str) -> str:
+    """The folder in which an earlier run stored the hub's model. Raises BadInput where none did."""
+    try:
+        return need("huggingface_hub").snapshot_download(name, local_files_only=True)
+    except Exception as error:  # the hub's client raises many kinds
+        raise BadInput(
+            f"hf:{name}: {host} has no address here (is there a network?), and no earlier run has stored this model; "
+            f"give a folder that transformers wrote"
+        ) from error
 
 
 def _pad(name: str, model: Any, tokenizer: Any) -> None:

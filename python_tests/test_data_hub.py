@@ -1,5 +1,6 @@
 """Data sets of the hub, behind a stand-in for ``datasets``: their splits, pairs and pictures."""
 
+import socket
 import sys
 import types
 
@@ -7,8 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image as PIL
 
-from lalora_kernels.data import BadInput, load_data
+from lalora_kernels import data_hub
+from lalora_kernels.data import BadInput, load_data, no_hub
 from lalora_kernels.reproduce.presets import PRESETS
+
+
+@pytest.fixture(autouse=True)
+def hub(monkeypatch):
+    """Whether its host has an address is another machine's matter."""
+    monkeypatch.setattr(data_hub, "no_hub", lambda: None)
 
 
 class ClassLabel:
@@ -90,6 +98,40 @@ def test_the_hub_s_package_is_in_no_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(BadInput, match="datasets is not installed; pip install datasets$"):
         load_data("hf:imdb")
+
+
+class TestWithoutANetwork:
+    """The hub's client would ask for half a minute."""
+
+    @pytest.fixture(autouse=True)
+    def no_address(self, monkeypatch):
+        monkeypatch.setattr(data_hub, "no_hub", no_hub)
+        monkeypatch.setattr("socket.getaddrinfo", lambda *_: (_ for _ in ()).throw(socket.gaierror(-2, "not known")))
+        for name in (*data_hub.OFFLINE, "HF_ENDPOINT", *(f"{kind}_proxy" for kind in ("http", "https", "all"))):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.upper(), raising=False)
+        rows = [{"text": f"t{i}", "label": i % 2} for i in range(40)]
+        self.asked = stand_in(monkeypatch, {"train": rows}, ["a", "b"])
+
+    def test_the_hub_is_not_asked(self):
+        with pytest.raises(BadInput, match="some/thing: huggingface.co has no address here .*; HF_HUB_OFFLINE=1"):
+            load_data("hf:some/thing")
+        assert not self.asked
+
+    @pytest.mark.parametrize("name", [*data_hub.OFFLINE, "HTTPS_PROXY", "all_proxy"])
+    def test_but_what_it_stored_is_taken_and_a_proxy_asked(self, monkeypatch, name):
+        monkeypatch.setenv(name, "1")
+        assert load_data("hf:some/thing").train and self.asked
+
+    def test_a_folder_needs_no_hub(self, tmp_path):
+        assert load_data(f"hf:{tmp_path}").train and self.asked
+
+    def test_a_mirror_is_looked_up_by_its_own_name(self, monkeypatch):
+        monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example:8443/hub")
+        with pytest.raises(BadInput, match="mirror.example has no address here"):
+            load_data("hf:some/thing")
+        monkeypatch.setattr("socket.getaddrinfo", lambda host, port: [host])
+        assert load_data("hf:some/thing").train
 
 
 @pytest.mark.parametrize("task, columns", [  # as nyu-mll/glue has them

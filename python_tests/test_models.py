@@ -249,3 +249,23 @@ def test_a_tokenizer_with_nothing_to_pad_with(tmp_path):
 def test_a_size_of_images_is_refused_for_texts(tmp_path):
     with pytest.raises(BadInput, match="--image-size 64 is for images, and the data are texts"):
         load_model(bert_folder(tmp_path / "bert"), 2, kind="text", image_size=64)
+
+
+@pytest.mark.parametrize("made", ["bert", "vit"])
+def test_without_a_network_a_model_that_is_stored_loads_at_once_and_no_other(tmp_path, monkeypatch, made):
+    """transformers would ask the hub for half a minute, once for each file."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr("lalora_kernels.models.no_hub", lambda: "hub.example")
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("asked again"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    stored = tmp_path / "hub/models--some--model"
+    make = {"bert": bert_folder, "vit": vit_folder}[made]
+    folder = make(stored / "snapshots" / ("0" * 40))
+    (stored / "refs").mkdir()
+    (stored / "refs/main").write_text("0" * 40)
+    kind = {"bert": "text", "vit": "image"}[made]
+    one, other = (load_model(name, 2, kind=kind).model.state_dict() for name in ("hf:some/model", folder))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    with pytest.raises(BadInput, match="hf:some/other: hub.example has no address here .*, and no earlier run"):
+        load_model("hf:some/other", 2, kind=kind)
