@@ -20,11 +20,12 @@ from flower_nodes import (  # noqa: F401
     settings,
     small_world,
 )
+from safetensors.torch import save
 
 from lalora_kernels.data import BadInput
 from lalora_kernels.federated.coordinator import Coordinator
 from lalora_kernels.federated.run import Run, prepare
-from lalora_kernels.federated.wire import WireError, pack, unpack
+from lalora_kernels.federated.wire import WireError, pack, size_limit, state_digest, unpack
 
 # ---------------------------------------------------------------- one client step, whatever carries the messages
 
@@ -118,6 +119,22 @@ def test_equal_messages_are_equal_bytes_whatever_the_order_of_the_keys():
     assert list(unpack(blob)[0]) == sorted(tensors)
 
 
+def test_a_states_digest_tells_the_last_bit_of_what_arrives():
+    """A client that holds another state than the server's would train, and pay, on that."""
+    one, next_to_it = ({"k": torch.nextafter(torch.ones(3), torch.tensor(to))} for to in (1.0, 2.0))
+    assert state_digest(one, "float32") != state_digest(next_to_it, "float32")
+    assert state_digest(one, "bfloat16") == state_digest(next_to_it, "bfloat16")
+    assert state_digest(one, "bfloat16") != state_digest({"k": torch.full((3,), 1.01)}, "bfloat16")
+
+
+def test_the_limit_takes_tensors_of_any_size_and_not_as_much_again():
+    reference = {f"layers.{i}.lora_B": torch.rand(400, 100) for i in range(3)}
+    blob, limit = pack(reference, {"run": "0" * 16, "round": 1}), size_limit(reference)
+    assert same(unpack(blob, limit=limit)[0], reference)
+    with pytest.raises(WireError, match="larger"):
+        unpack(pack({f"{i}{key}": t.clone() for i in "01" for key, t in reference.items()}, {}), limit=limit)
+
+
 # ---------------------------------------------------------------- the server is killed
 
 
@@ -164,5 +181,9 @@ def test_unpack_refuses_before_it_parses():
     with pytest.raises(WireError, match="larger"):
         unpack(b"\xff" * 100, limit=99)
     for blob in (b"", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"{}", (1 << 62).to_bytes(8, "little") + b"{" * 50):
+        with pytest.raises(WireError, match="cannot be read"):
+            unpack(blob)
+    for about in ("[]", "7", "null", "{"):  # of which the server asks .get
+        blob = save({}, metadata={"lalora": about})
         with pytest.raises(WireError, match="cannot be read"):
             unpack(blob)

@@ -283,6 +283,13 @@ class TestLosses:
         with pytest.raises(ValueError, match="no 'labels'.*compute_loss_func"):
             trainer.train()
 
+    def test_batches_that_are_no_dict(self, tmp_path):
+        _, patched, data = adapted("bert")
+        trainer = trainer_of(patched, data, tmp_path, privacy=WHOLE)
+        trainer.data_collator = lambda records: torch.stack([r["input_ids"] for r in records])
+        with pytest.raises(ValueError, match="no 'labels'.*compute_loss_func"):
+            trainer.train()
+
 
 def test_the_logged_loss_is_the_mean_over_the_records_of_a_logical_batch(tmp_path):
     """Of 8 records in physical batches of 3, 3 and 2."""
