@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from trainer_models import adapted, trainer_of
+from trainer_models import adapted, rows, trainer_of
 from transformers import TrainingArguments
 
 import lalora_kernels as lk
@@ -26,7 +26,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             trainer_of(patched, data, tmp_path, **arguments)
 
-    @pytest.mark.parametrize("name, value", [("fp16", True), ("_n_gpu", 2), ("use_liger_kernel", True), ("fsdp", "x")])
+    @pytest.mark.parametrize(
+        "name, value", [
+            ("fp16", True), ("_n_gpu", 2), ("use_liger_kernel", True), ("fsdp", "x"), ("deepspeed", "x"),
+            ("parallelism_config", object()), ("is_deepspeed_enabled", True), ("is_fsdp_enabled", True),
+        ],
+    )  # fmt: skip
     def test_what_this_machine_cannot_ask_for(self, name, value, tmp_path):
         from lalora_kernels.trainer_refusals import refuse_arguments
 
@@ -34,9 +39,28 @@ class TestRefusals:
         trainer = trainer_of(patched, data, tmp_path)
         trainer.args.max_grad_norm = 1.0
         refuse_arguments(trainer)
-        setattr(trainer.args, name, value)
-        with pytest.raises(ValueError, match="nn.DataParallel" if name == "_n_gpu" else name):
+        setattr(trainer if name.startswith("is_") else trainer.args, name, value)
+        word = "nn.DataParallel" if name == "_n_gpu" else name.removeprefix("is_").removesuffix("_enabled")
+        with pytest.raises(ValueError, match=f"PrivateTrainer: {word} "):
             refuse_arguments(trainer)
+
+    @pytest.mark.parametrize(
+        "given, message",
+        [("model_init", "model_init starts over while the ledger"), ("optimizers", "the optimizer is private already")],
+    )
+    def test_what_is_given_beside_the_arguments(self, given, message, tmp_path):
+        from lalora_kernels.trainer import PrivateTrainer
+
+        _, patched, data = adapted("bert")
+        plain = torch.optim.SGD([p for p in patched.parameters() if p.requires_grad], lr=0.1)
+        model, more = None, {"model_init": lambda: patched}
+        if given == "optimizers":
+            private, _ = lk.make_private(patched, plain, rows(data), noise_multiplier=1.0, sample_rate=0.5)
+            model, more = patched, {"optimizers": (private, None)}
+        args = TrainingArguments(output_dir=str(tmp_path), max_grad_norm=1.0, report_to="none", use_cpu=True)
+        privacy = {"noise_multiplier": 1.0, "target_delta": 1e-2}
+        with pytest.raises(ValueError, match=message):
+            PrivateTrainer(model, args, train_dataset=rows(data), privacy=privacy, **more)
 
     def test_adapters_that_were_loaded_to_be_used(self, tmp_path):
         _, patched, data = adapted("bert")
