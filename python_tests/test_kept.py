@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import lalora_kernels as lk
-from lalora_kernels.privacy.kept import Attributes
+from lalora_kernels.privacy.kept import Attributes, tied_attributes
+from lalora_kernels.privacy.own_loss import LOSS_ORDERS
 
 F = nn.functional
 
@@ -72,6 +73,13 @@ def test_a_term_that_ties_records_is_refused_where_the_loss_reads_it(name, neste
 @pytest.mark.parametrize("name", OWN)
 def test_a_term_of_each_records_own_passes(name, nested):
     assert step(OWN[name], nested=nested, steps=2) == 2
+
+
+def test_what_some_batches_leave_and_others_do_not_ties_them():
+    place, left = ("middle", "aux"), {("middle", "aux"): [torch.ones(())]}
+    orders = len(LOSS_ORDERS)
+    assert tied_attributes([left] * orders) == set()
+    assert tied_attributes([left] * (orders - 1) + [{}]) == {place}
 
 
 def test_what_the_forward_itself_goes_on_with_is_no_term_of_the_loss():

@@ -81,9 +81,8 @@ def test_class_labels_that_always_differ_do_not_use_up_the_tries_of_lengths():
 
 def test_which_records_are_compared():
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 0]])
-    assert unequal((mask, mask.bool(), mask[:3], torch.ones(4), 2 * mask.float()), 4) == {
-        (at, 0): {(1, 2), (1, 3)} for at in (0, 1, 4)
-    }
+    given = (mask, mask.bool(), mask[:3], torch.ones(4), 2 * mask.float(), torch.ones(()))
+    assert unequal(given, 4) == {(at, 0): {(1, 2), (1, 3)} for at in (0, 1, 4)}
     ignored = torch.tensor([[5, -100], [5, 6], [5, 255], [7, 8]])
     assert unequal({"labels": ignored}, 4) == {(0, -100): {(1, 0)}, (0, 255): {(0, 2)}}
 

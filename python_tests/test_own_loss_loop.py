@@ -74,8 +74,10 @@ def test_of_a_record_alone_it_is_that_records(net):
     else:
         run()
         assert optimizer.ledger.steps == 2
+
+
 class Taken(torch.nn.Module):
-    """Returns the loss of its records, taken as a sum or a mean."""
+    """Returns the loss of its records, taken as a sum or a mean, and beside it, to be looked at, the other one."""
 
     def __init__(self, reduction):
         super().__init__()
@@ -85,7 +87,8 @@ class Taken(torch.nn.Module):
     def forward(self, x, target):
         out = self.net(self.dropout(x))
         each = (out - target).square().sum(1)
-        return {"loss": each.sum() if self.reduction == "sum" else each.mean(), "out": out}
+        loss, seen = (each.sum(), each.mean()) if self.reduction == "sum" else (each.mean(), each.sum())
+        return {"loss": loss, "seen": seen, "out": out}
 
 
 def taken(reduction, claimed, divide=lambda loss, rows: loss, steps=6, compiled=lambda model: model):

@@ -104,7 +104,7 @@ def test_a_record_without_any_is_one_with_fewer(first):
 
 def test_what_differs():
     t = torch.tensor([[1, 0, 0], [1, 2, 0], [5, 1, 0]])
-    found = differing(({"ids": t}, t.float(), t[:2], torch.ones(3, 2)), rows=3)
+    found = differing(({"ids": t}, t.float(), t[:2], torch.ones(3, 2), torch.ones(())), rows=3)
     assert found == {(0, "zeros"): (1, 0, 1.0), (0, "sum"): (0, 2, 5.0), (1, "zeros"): (1, 0, 1.0)}
 
 
