@@ -91,14 +91,15 @@ class Taken(torch.nn.Module):
         return {"loss": loss, "seen": seen, "out": out}
 
 
-def taken(reduction, claimed, divide=lambda loss, rows: loss, steps=6, compiled=lambda model: model):
+def taken(reduction, claimed, divide=lambda loss, rows: loss, steps=6, compiled=lambda model: model, **more):
     """Steps made until it was refused, of batches of 5 and 3 records by turns."""
     model = lk.adapt(Taken(reduction), target_modules=["net"], r=2, verbose=False).train()
     sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     data = torch.utils.data.TensorDataset(torch.randn(20, 4), torch.randn(20, 2))
     optimizer, loader = lk.make_private(
-        model, sgd, DataLoader(data, batch_size=N), noise_multiplier=1.0, sample_rate=0.5, loss_reduction=claimed
-    )
+        model, sgd, DataLoader(data, batch_size=N), noise_multiplier=1.0, sample_rate=0.5, loss_reduction=claimed,
+        **more,
+    )  # fmt: skip
     draws = (list(range(5 - 2 * (i % 2))) for i in range(steps))
     loader.batch_sampler.draw = lambda: next(draws)
     net = compiled(model)
@@ -123,3 +124,10 @@ def test_a_sum_for_a_mean_is_refused_by_name(reduction, claimed):
 def test_what_a_loop_makes_a_mean_of_a_sum_passes():
     assert taken("sum", "mean", lambda loss, rows: loss / rows) == 6
     assert taken("mean", "sum", lambda loss, rows: loss * rows) == 6
+
+
+def test_under_a_grad_scaler_the_first_backward_tells():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    with pytest.raises(ValueError, match="^loss, which the model returns, is a mean .* told loss_reduction='sum'"):
+        taken("mean", "sum", lambda loss, rows: scaler.scale(loss), steps=1, grad_scaler=scaler)
+    assert taken("sum", "sum", lambda loss, rows: scaler.scale(loss), grad_scaler=scaler) == 6

@@ -46,7 +46,7 @@ class OwnLosses:
         if any(self._other(name, engine) for name in self._kinds):
             for name, t in without_rows(output, rows):
                 if t.requires_grad and self._other(name, engine):
-                    t.register_hook(partial(self._look, engine, name, rows, engine._loss_scale()))
+                    t.register_hook(partial(self._look, engine, name, rows))
 
     def look(self, engine: "Engine", name: str, t: Tensor, gradient: Tensor, rows: int) -> bool:
         """The same within the backward of a compiled model, of one of its outputs and the gradient that reached it,
@@ -57,7 +57,7 @@ class OwnLosses:
         if name in self.tied and not self._alone(rows) and gradient.any():
             refuse([name], gradient)
         if rows > 1 and self._other(name, engine):
-            self._look(engine, name, rows, engine._loss_scale(), gradient)
+            self._look(engine, name, rows, gradient)
         return True
 
     def _alone(self, rows: int) -> bool:
@@ -67,9 +67,14 @@ class OwnLosses:
     def _other(self, name: str, engine: "Engine") -> bool:
         return self._kinds.get(name) not in (engine.loss_reduction, None)
 
+<<<<<<< HEAD
     def _look(self, engine: "Engine", name: str, rows: int, scale: Tensor | None, gradient: Tensor) -> None:
         if engine.reduction.loop.asking:
             return
+=======
+    def _look(self, engine: "Engine", name: str, rows: int, gradient: Tensor) -> None:
+        scale = engine._loss_scale()  # a GradScaler has none before it has scaled its first loss
+>>>>>>> fbbfb67 (The first batch under a GradScaler, too, is asked whether its loss is the sum or mean that was claimed)
         weight = float(gradient if scale is None else gradient.double() / scale)
         if not weight:
             return
