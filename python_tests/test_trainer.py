@@ -58,6 +58,29 @@ def test_families_with_adapters_of_our_own(family):
     lk.check_per_sample(model, columns, lambda m, batch: m(**batch).logits.square().mean())
 
 
+@pytest.mark.parametrize("kind", ["numbers", "whole numbers", "several labels"])
+def test_targets_that_are_no_classes(kind, tmp_path):
+    """The model's own loss is a mean over records already."""
+    torch.manual_seed(0)
+    base, targets, data, saved = bert()
+    if kind == "several labels":
+        data["labels"] = (torch.arange(2 * RECORDS).view(-1, 2) % 3 == 0).double()
+    else:
+        base.num_labels = base.config.num_labels = 1
+        base.classifier = nn.Linear(24, 1)
+        data["labels"] = torch.arange(RECORDS) if kind == "whole numbers" else torch.linspace(-1, 1, RECORDS).double()
+    model = lk.adapt(base, r=3, target_modules=targets, modules_to_save=saved, verbose=False).double()
+    for _, layer in lk.lora_layers(model):
+        nn.init.normal_(layer.lora_B)
+    before, twin = copy.deepcopy(model), copy.deepcopy(model)
+    set_active(twin, "B")
+    grads = written_out(twin, data, lambda m, r: m(**r).loss, clipping="flat", C=0.3, smoothing=None, divisor=RECORDS)
+    trainer_of(model, data, tmp_path, privacy=WHOLE).train()
+    for name, p in before.named_parameters():
+        expected = p - 0.5 * grads[name] if name in grads else p
+        torch.testing.assert_close(model.get_parameter(name), expected, **PRIVATE_STEP_F64, msg=name)
+
+
 def test_label_smoothing_and_records_without_labels(tmp_path):
     """The oracle is transformers' LabelSmoother on each record alone."""
     from transformers.trainer_pt_utils import LabelSmoother

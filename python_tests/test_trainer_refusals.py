@@ -160,6 +160,11 @@ class TestRefusals:
         ):
             trainer.create_optimizer() if by_hand else trainer.train()
 
+    def test_a_ledger_before_there_is_one(self, tmp_path):
+        _, patched, data = adapted("bert")
+        with pytest.raises(RuntimeError, match="no ledger before train"):
+            trainer_of(patched, data, tmp_path).get_epsilon()
+
     def test_peft_unpatched(self, tmp_path):
         model, _, data = adapted("bert")
         with pytest.raises(ValueError, match="call lalora_kernels.patch_peft"):

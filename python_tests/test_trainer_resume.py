@@ -11,6 +11,7 @@ from test_private_step import KEY
 from trainer_models import adapted, rows, text, trainer_of
 
 import lalora_kernels as lk
+from lalora_kernels import trainer as trainer_module
 
 
 class TestEpsilonAndResume:
@@ -29,8 +30,11 @@ class TestEpsilonAndResume:
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
-    def test_epsilon_is_in_every_log_and_within_the_budget(self, tmp_path):
+    def test_epsilon_is_in_every_log_and_within_the_budget(self, tmp_path, monkeypatch):
+        said = []
+        monkeypatch.setattr(trainer_module.logger, "warning", said.append)
         trainer = self.run(tmp_path, 6, privacy=self.target)
+        assert sum("do not publish it" in text for text in said) == 1
         logs = [entry for entry in trainer.state.log_history if "epsilon" in entry]
         assert [entry["step"] for entry in logs] == [1, 2, 3, 4, 5, 6, 6]
         (release,) = trainer.ledger.releases
