@@ -102,6 +102,12 @@ class Attached:
         else:
             self.recorders.append(ExtraRecorder(engine, name, module, sites))
 
+    def turn(self, sequence_first: frozenset[str]) -> None:
+        """These modules are given positions first and records second, (T, N, ...)."""
+        for recorder in self.recorders:
+            if recorder.name in sequence_first:
+                recorder.batch_axis = 1
+
     def detach(self) -> None:
         """Give the model back to ordinary training, trainable as it was found; the workspace is freed."""
         take_away(self.sites)

@@ -161,12 +161,6 @@ class Engine(Attached):
         mean over the batch, another order of the rows) nothing is checked."""
         raise RuntimeError(PARTS.format(name))
 
-    def turn(self, sequence_first: frozenset[str]) -> None:
-        """These modules are given positions first and records second, (T, N, ...)."""
-        for recorder in self.recorders:
-            if recorder.name in sequence_first:
-                recorder.batch_axis = 1
-
     # ---------------------------------------------------------------- workspace
 
     def _buffer(self, kind: str) -> Tensor:
