@@ -7,7 +7,7 @@ import pytest
 import torch
 from adapting import mlp
 from models import FAMILIES
-from test_adapt import peft_layers
+from test_adapt_targets import peft_layers
 from torch import nn
 
 import lalora_kernels as lk

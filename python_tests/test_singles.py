@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_first_batch import Centre, chain
+from test_first_batch import chain
+from test_first_batch_written import Centre
 from torch import nn
 
 from lalora_kernels.privacy.singles import KEPT, Singles

@@ -308,7 +308,7 @@ FAULTS = (
         f"{FEDERATED}/client.py",
         ".items() if method.travels(key, round)}",
         ".items()}",
-        "methods",
+        "methods_runs",
     ),
     # ---- sampling
     _fault(
