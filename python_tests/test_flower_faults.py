@@ -106,6 +106,7 @@ FAULTS = {
         resent(lambda t, about: pack(t, about | {"status": "<b>all is well"})),
         "status is unknown",
     ),
+    "a status that is no word": (resent(lambda t, about: pack(t, about | {"status": ["ok"]})), "status is unknown"),
     "an exception": (throws, STATUS["failed"]),
     "an error of the carrier": (lambda node, blob: None, STATUS["failed"]),
     "killed mid-round": (dies, "no answer in time"),
