@@ -10,6 +10,7 @@ from test_robustness import DELTA, EPSILON, K, books, copy_of_it, fresh_task, sm
 
 from lalora_kernels import cli
 from lalora_kernels.data import BadInput
+from lalora_kernels.federated.checkpoint import load_checkpoint
 from lalora_kernels.federated.run import Run
 from lalora_kernels.privacy.ledger import Ledger
 
@@ -41,17 +42,23 @@ def swap(clients: dict) -> None:
         book["ledger"] = ledger.state_dict()
 
 
+def charged_again(entries: list[dict], less: int = 0, **changes) -> Ledger:
+    """A ledger with the releases of these entries but the last ``less``, but for ``changes``."""
+    ledger, kept = Ledger(target_epsilon=EPSILON, target_delta=DELTA), []
+    for entry in entries:
+        names = ("noise_multiplier", "sample_rate", "clipping", "max_grad_norm", "expected_batch_size")
+        kept += [{name: entry[name] for name in names} | changes] * entry["count"]
+    for release in kept[: len(kept) - less]:
+        ledger.charge(**release)
+    return ledger
+
+
 def other(**changes):
     """What gives every client as many releases, but for ``changes``."""
 
     def change(clients: dict) -> None:
         for book in clients.values():
-            ledger, entries = Ledger(target_epsilon=EPSILON, target_delta=DELTA), book["ledger"]["entries"]
-            for entry in entries:
-                kept = ("noise_multiplier", "sample_rate", "clipping", "max_grad_norm", "expected_batch_size")
-                for _ in range(entry["count"]):
-                    ledger.charge(**{name: entry[name] for name in kept} | changes)
-            book["ledger"] = ledger.state_dict()
+            book["ledger"] = charged_again(book["ledger"]["entries"], **changes).state_dict()
 
     return change
 
@@ -77,6 +84,17 @@ def test_a_tampered_ledger_is_refused_with_exit_code_2(run_folder, capsys, how):
         Run.resume(run_folder)
     assert cli.main(["train", "--resume", str(run_folder), "--quiet"]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_ledger_from_before_the_update_that_is_stored_is_refused(run_folder):
+    """Of the end of the round before: the update would count, and its client could spend that budget once more."""
+    (client,) = load_checkpoint(run_folder).updates
+    entries = books(run_folder)["clients"][str(client)]["ledger"]["entries"]
+    steps = sum(entry["count"] for entry in entries)
+    before = charged_again(entries, less=K)
+    edited(run_folder, lambda clients: clients[str(client)].update(ledger=before.state_dict()))
+    with pytest.raises(BadInput, match=f"client {client} has {steps - K} releases on record, .* weights hold {steps};"):
+        Run.resume(run_folder)
 
 
 def test_a_deleted_ledger_is_refused_and_so_is_a_new_start_over_an_old_one(task, run_folder, tmp_path, capsys):
