@@ -167,6 +167,12 @@ def test_qv_leaves_an_in_proj_alone_that_is_no_attentions():
         adapt(model, target_modules="qv")
 
 
+def test_an_out_proj_that_is_no_mambas_is_adapted():
+    model = nn.ModuleDict({"attention": nn.ModuleDict({"out_proj": nn.Linear(3, 3)})})
+    adapt(model, target_modules=["out_proj"], verbose=False)
+    assert [name for name, _ in lora_layers(model)] == ["attention.out_proj"]
+
+
 def test_qv_wants_both_names_in_one_place():
     model = nn.ModuleDict(
         {
