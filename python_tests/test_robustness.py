@@ -297,6 +297,16 @@ def test_halting_before_the_budget_is_exceeded_survives_resume(task, run_folder)
             assert client.ledger.epsilon(DELTA) <= EPSILON
 
 
+def test_the_count_of_records_that_were_left_out_goes_on(run_folder):
+    state = books(run_folder)
+    state["clients"]["2"]["nonfinite_samples"] = 7
+    (run_folder / "ledger.json").write_text(json.dumps(state))
+    run = Run.resume(run_folder)
+    assert [client.nonfinite_samples for client in run.clients] == [0, 0, 7, 0]
+    run.train()
+    assert books(run_folder)["clients"]["2"]["nonfinite_samples"] == 7
+
+
 # ---------------------------------------------------------------- lalora ledger
 
 
