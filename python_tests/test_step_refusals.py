@@ -47,6 +47,20 @@ def test_opacus_batch_memory_manager():
 
 
 class TestTheModel:
+    @pytest.mark.parametrize("between", ["the parts of a batch", "a backward and its step"])
+    def test_what_is_frozen_within_a_logical_batch(self, between):
+        """Its sum would be of some records and not of others."""
+        model = chain(nn.ReLU())
+        opt, loader = private(model, images(), sample_rate=1.0, physical_batch_size=4)
+        batches = loader.steps(1)
+        classify(model, next(batches)).backward()
+        if between == "the parts of a batch":
+            opt.step()
+        next(p for p in model.parameters() if p.requires_grad).requires_grad_(False)
+        with pytest.raises(RuntimeError, match="the trainable tensors changed (within a logical|between the) batch"):
+            next(batches) if between == "the parts of a batch" else opt.step()
+        assert opt.ledger.steps == 0
+
     @pytest.mark.parametrize("check", [True, "loss", False])
     def test_a_batch_norm_that_goes_back_to_train_mode(self, check):
         """As model.train() does at the head of every epoch."""
