@@ -67,14 +67,10 @@ class OwnLosses:
     def _other(self, name: str, engine: "Engine") -> bool:
         return self._kinds.get(name) not in (engine.loss_reduction, None)
 
-<<<<<<< HEAD
-    def _look(self, engine: "Engine", name: str, rows: int, scale: Tensor | None, gradient: Tensor) -> None:
+    def _look(self, engine: "Engine", name: str, rows: int, gradient: Tensor) -> None:
         if engine.reduction.loop.asking:
             return
-=======
-    def _look(self, engine: "Engine", name: str, rows: int, gradient: Tensor) -> None:
         scale = engine._loss_scale()  # a GradScaler has none before it has scaled its first loss
->>>>>>> fbbfb67 (The first batch under a GradScaler, too, is asked whether its loss is the sum or mean that was claimed)
         weight = float(gradient if scale is None else gradient.double() / scale)
         if not weight:
             return
