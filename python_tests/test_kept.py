@@ -54,7 +54,7 @@ OWN = {
     "each record's": lambda h: h.square(),
     "a mean": lambda h: h.square().mean(),
     "positions first": lambda h: h.square()[None].expand(4, -1, -1),
-    "of no record": lambda h: torch.ones(5, requires_grad=True),
+    "of no record": lambda h: (h - h).sum(0) + 1,
     "nothing": lambda h: h[:0],
 }
 

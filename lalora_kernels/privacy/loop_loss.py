@@ -265,7 +265,9 @@ def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any)
     losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     weights = [grad_tensors] if isinstance(grad_tensors, Tensor) else grad_tensors
     if all(isinstance(t, Tensor) for t in losses):
-        for one in list(_waiting):
+        with _lock:
+            asked = list(_waiting)
+        for one in asked:
             one.ask(losses, weights)
     _plain(tensors, grad_tensors, *args, **kwargs)
     with _lock:
