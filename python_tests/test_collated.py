@@ -135,6 +135,28 @@ def test_rows_of_one_record_pass(collate):
     assert run(collate).ledger.steps == 3
 
 
+class Holds:
+    """A model and a collator below it, as transformers' have. Its records are views of the whole data set."""
+
+    def __init__(self, own):
+        self.model, self.own, self.whole = nn.Linear(2, 2), own, set()
+
+    def __call__(self, records):
+        places = [x.untyped_storage() for x, _ in records]
+        self.whole |= {place.data_ptr() for place in places if place.nbytes() > 4 * D}
+        assert len(self.whole) == 1
+        return self.own(records)
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("all that it holds would be copied")
+
+
+def test_neither_a_model_nor_the_data_set_is_copied():
+    assert run(Holds(Own(mixes=False))).ledger.steps == 3
+    with pytest.raises(ValueError, match="the row that collate_fn makes"):
+        run(Holds(Own()))
+
+
 def test_what_is_drawn_is_not_what_a_check_drew():
     """Seeded anew behind it: the same numbers would follow on every training's first batch."""
     firsts = []

@@ -7,14 +7,16 @@ compared, nor anything where a copy of it, with all generators put back, gives a
 """
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lalora_kernels.privacy.drawn import Drawn
-from lalora_kernels.privacy.trees import tensors
+from lalora_kernels.privacy.trees import leaves, tensors
 
 CALLS = 4  # batches that are asked, until two of their records tell
 OTHERS = 4  # of a batch, beside which its first record is put
@@ -24,6 +26,8 @@ MIXED = (
     "{}: the row that collate_fn makes of a record depends on the other records of the batch (mixup, CutMix, "
     "statistics of the batch), and clipping cannot bound what one of them changes. Have it make each row of one record"
 )
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+DEPTH = 3  # of objects that hold one, below a collate function
 Collate = Callable[[list], Any]
 
 
@@ -37,7 +41,7 @@ class CollateCheck:
         if not self._left or len(records) < 2:
             return self.collate(records)
         try:
-            some, twin = copy.deepcopy((list(records[: OTHERS + 1]), self.collate))  # it may take records apart
+            some, twin = _copied(*records[: OTHERS + 1]), _apart(self.collate)
         except Exception:  # what cannot be copied is not asked
             some, self._left = [], 0
         batch = self.collate(records)
@@ -54,14 +58,14 @@ def _mixed(collate: Collate, records: list) -> tuple[str | None, bool]:
     """The name of what has rows of several records, None where nothing has; and whether the records told."""
     first, others = records[0], records[1:]
     try:
-        one, two, three = (copy.deepcopy(collate) for _ in range(3))
+        one, two, three = (_apart(collate) for _ in range(3))
         if _differing(_rows(one, 0, first, first, first), _rows(two, 0, first, first, first)):
             return None, True
         moves = any(_differing(_rows(three, 0, *records), _rows(three, 0, *records)) for _ in range(2))
         told = False
         for draw in range(DRAWS):
             if moves:  # it draws from a generator of its own, as much as its rows are long
-                two, three = copy.deepcopy(one), copy.deepcopy(one)
+                two, three = _apart(one), _apart(one)
             other = others[draw % len(others)]
             alone = _rows(one, draw, first, first, first)
             if found := _differing(alone, _rows(two, draw, first, other, other)):
@@ -75,8 +79,29 @@ def _mixed(collate: Collate, records: list) -> tuple[str | None, bool]:
 def _rows(collate: Collate, seed: int, *records: Any) -> dict[str, Tensor]:
     """What it makes of these records that has a row for each."""
     with Drawn(nn.Module(), seed):
-        batch = collate(copy.deepcopy(list(records)))
+        batch = collate(_copied(*records))
     return {name: t for name, t in tensors(batch) if t.dim() and len(t) == len(records)}
+
+
+def _copied(*records: Any) -> list:
+    """For a collate function that takes them apart. Of a tensor its own entries: a copy of a view is one of the whole
+    data set."""
+    return copy.deepcopy(list(records), {id(t): t.clone() for t in leaves(records)})
+
+
+def _apart(collate: Any, depth: int = DEPTH) -> Any:
+    """The same with generators of its own; all else, a tokenizer or a model, it shares."""
+    if not depth or isinstance(collate, nn.Module) or not isinstance(held := getattr(collate, "__dict__", None), dict):
+        return collate
+    others = {
+        name: copy.deepcopy(value) if isinstance(value, GENERATORS) else _apart(value, depth - 1)
+        for name, value in held.items()
+    }
+    if all(others[name] is value for name, value in held.items()):
+        return collate
+    twin = copy.copy(collate)
+    twin.__dict__.update(others)
+    return twin
 
 
 def _differing(some: dict[str, Tensor], others: dict[str, Tensor]) -> list[str]:
