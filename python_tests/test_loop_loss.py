@@ -230,6 +230,22 @@ def test_a_loss_that_begins_to_tie_them_later():
     assert next(batches) == 9
 
 
+def test_a_model_that_is_called_twice_in_a_batch_is_asked_in_as_many():
+    """Two towers that are one: their calls are counted as one batch, and both are outputs."""
+    batches = iter(range(1, 100))
+
+    def twice(model):
+        return lambda x: (model(x), model(x.flip(1)))
+
+    def loss(z, y):
+        late = next(batches) > 6
+        return F.cross_entropy(z[0] @ z[1].t(), torch.arange(len(y))) if late else (z[0] * z[1]).sum(1).tanh().mean()
+
+    with pytest.raises(ValueError, match="the loss ties the records of the batch together"):
+        run(loss, steps=20, wrap=twice)
+    assert next(batches) == 9
+
+
 def test_a_loop_that_goes_on_after_a_refusal_is_refused_again():
     refused = []
 

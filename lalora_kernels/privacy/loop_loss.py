@@ -53,6 +53,7 @@ class LoopLoss:
         self._seen: dict[tuple[int, int], list[Weights]] = {}  # by (output, which derivative), of every batch
         self._rows, self._batches, self._mark = 0, 0, object()
         self._refused = False  # or the loop that was refused so often would run
+        self._begun, self._asks = False, False  # this batch, which may call the model several times
         self._compiled = False  # the outputs are those of a compiled model
         self._parameters: set[Tensor] = set()
 
@@ -71,11 +72,13 @@ class LoopLoss:
         self._compiled |= self._begin(model, rows)
 
     def _begin(self, model: nn.Module, rows: int) -> bool:
-        if self not in _waiting:
-            self._batches += 1
-            if self._batches > TRIES and not self._again():
-                return False
-            _wait(self)
+        if not self._begun:
+            self._begun, self._batches = True, self._batches + 1
+            self._asks = self._batches <= TRIES or self._again()
+            if self._asks:
+                _wait(self)
+        if not self._asks:
+            return False
         self._rows = rows
         self._parameters |= set(model.parameters())
         return True
@@ -85,7 +88,7 @@ class LoopLoss:
 
     def forget(self) -> None:
         """The batch is over."""
-        self._mark, self._compiled, self._parameters = object(), False, set()
+        self._mark, self._begun, self._compiled, self._parameters = object(), False, False, set()
         _end(self)
 
     def ask(self, losses: Sequence[Tensor], weights: Sequence[Tensor | None] | None) -> None:
